@@ -1,0 +1,541 @@
+"""Every number you may tune: frozen dataclasses, the presets, and the command line made from both.
+
+In: the words after a script's name. Out: one checked `Config`.
+Knows no other module of this project and does not import torch.
+
+A comment behind a field is its help text: `uv run pretrain.py --help` prints them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+
+class UserError(Exception):
+    """Something a user can cause and mend; a script prints it without a traceback and exits with 2."""
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """One corpus for pretraining: a hub data set, local files, or the built-in demo world (exactly one of them)."""
+
+    name: str = "corpus"  # folder name under text/ and tokens/, and the name in every log
+    hub: str | None = None  # data set on the hub, as owner/name
+    hub_config: str | None = None  # its configuration, such as sample-10BT
+    revision: str | None = None  # its pinned commit; None takes the newest and writes down which
+    split: str = "train"  # its split
+    files: tuple[str, ...] = ()  # local files, folders or globs
+    demo: str | None = None  # part of the built-in world: text
+    column: str | None = None  # column that holds the text; None guesses and says so
+    max_bytes: int | None = None  # stop after this many bytes of text; None takes all
+    weight: float = 1.0  # share of the training tokens, relative to the other corpora
+
+
+@dataclass(frozen=True)
+class ChatSource:
+    """One set of conversations for fine-tuning: a hub data set, local files, or the built-in demo world."""
+
+    name: str = "chat"  # folder name under text/chat/, and the name in every log
+    hub: str | None = None  # data set on the hub, as owner/name
+    hub_config: str | None = None  # its configuration
+    revision: str | None = None  # its pinned commit; None takes the newest and writes down which
+    split: str = "train"  # its split
+    files: tuple[str, ...] = ()  # local files, folders or globs; the layout is recognised by the columns
+    demo: str | None = None  # part of the built-in world: alpaca, dolly, messages or math
+    max_rows: int | None = None  # stop after this many conversations; None takes all
+    weight: float = 1.0  # how often each conversation is seen an epoch, relative to the other sets
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The pretraining corpora, how they are cleaned, and how they are cut into shards."""
+
+    sources: tuple[TextSource, ...] = ()  # the corpora
+    text_files: tuple[str, ...] = ()  # your own files, folders or globs: take the place of the sources above
+    text_column: str | None = None  # column of your own files that holds the text; None guesses and says so
+    shard_mb: int = 256  # size of a text shard, in 10^6 bytes of text
+    validation_share: float = 0.005  # share of the documents held out, chosen by a hash of their text
+    min_chars: int = 64  # shorter documents are dropped
+    max_repeated_line_share: float = 0.5  # drop documents of which one repeated line makes up more than this share
+    deduplicate: bool = True  # drop exact duplicates, across all corpora
+    near_duplicates: float | None = None  # drop documents this similar (Jaccard, 0 to 1) by MinHash; None is off
+    retry_minutes: float = 30.0  # how long a failing network is retried before giving up, in minutes
+
+    def problems(self) -> list[str]:
+        found = []
+        if not self.sources and not self.text_files:
+            found.append("data: no corpus; give --data.text_files or data.sources")
+        for source in self.sources:
+            given = [bool(source.hub), bool(source.files), bool(source.demo)]
+            if sum(given) != 1:
+                found.append(f"data.sources {source.name!r}: give exactly one of hub, files, demo")
+            if source.weight < 0:
+                found.append(f"data.sources {source.name!r}: weight is {source.weight}, must not be negative")
+        if not 0 < self.validation_share < 0.5:
+            found.append(f"data.validation_share is {self.validation_share}, must lie between 0 and 0.5")
+        if self.shard_mb < 1:
+            found.append(f"data.shard_mb is {self.shard_mb}, must be at least 1")
+        if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
+            found.append(f"data.near_duplicates is {self.near_duplicates}, must lie between 0 and 1")
+        return found
+
+    def corpora(self) -> tuple[TextSource, ...]:
+        """The corpora in force: your own files where given, the preset's sources otherwise."""
+        if not self.text_files:
+            return self.sources
+        return (TextSource(name="own", files=self.text_files, column=self.text_column),)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How the byte-level BPE is trained; its size is model.vocab_size."""
+
+    sample_mb: int = 1000  # text it is trained on, in 10^6 bytes, drawn from all corpora by weight
+    shard_tokens: int = 100_000_000  # tokens in one token shard
+
+    def problems(self) -> list[str]:
+        return [f"tokenizer.{n} must be at least 1" for n in ("sample_mb", "shard_tokens") if getattr(self, n) < 1]
+
+
+# --------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class HRMConfig:
+    """The hierarchical reasoning head: a fast module L and a slow module H, called in cycles after the trunk."""
+
+    l_layer: int = 2  # blocks in L, all with the short window
+    h_layer: int = 2  # blocks in H, the last one sees the whole context
+    h_cycles: int = 2  # times H is called
+    l_cycles: int = 3  # times L is called before each call of H
+    gradient: Literal["full", "truncated", "one_step"] = "full"  # how far back through the module calls gradients flow
+    horizon: int = 5  # truncated: module calls that keep their gradient, once warmed up from 2
+    horizon_warmup: float = 0.2  # truncated: share of training over which the horizon grows
+    deep_supervision: bool = False  # a loss after every H cycle, one cycle's graph alive at a time
+    random_cycles: int | None = (
+        None  # train with 1 to this many H cycles, drawn anew each step; None is always h_cycles
+    )
+
+    def problems(self) -> list[str]:
+        names = ("l_layer", "h_layer", "h_cycles", "l_cycles", "horizon")
+        found = [f"model.hrm.{n} is {getattr(self, n)}, must be at least 1" for n in names if getattr(self, n) < 1]
+        if self.deep_supervision and self.gradient != "full":
+            found.append("model.hrm.deep_supervision cuts the graph at every cycle itself: set gradient to full")
+        if self.random_cycles is not None and self.random_cycles < 1:
+            found.append(f"model.hrm.random_cycles is {self.random_cycles}, must be at least 1 or None")
+        return found
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the network. Edit these; the rest follows."""
+
+    vocab_size: int = 32_768  # entries of the tokenizer, special tokens included; a multiple of 128
+    n_layer: int = 15  # transformer blocks in the trunk
+    d_model: int = 768  # width of the residual stream
+    n_head: int = 12  # query heads
+    n_kv_head: int = 4  # key/value heads, each shared by n_head / n_kv_head query heads
+    d_ff: int = 2048  # width inside the gated MLP
+    context: int = 4096  # longest sequence, in tokens
+    window: int | None = 1024  # attention reach of a short layer, in tokens; None is the whole context
+    pattern: str = "SSSL"  # short (S) and long (L) layers, repeated over the trunk; the last layer is always long
+    rope_base: float = 10_000.0  # base of the rotary frequencies
+    hrm: HRMConfig | None = field(default_factory=HRMConfig)  # the reasoning head; None is the plain dense model
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_head
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "context"):
+            if getattr(self, name) < 1:
+                found.append(f"model.{name} is {getattr(self, name)}, must be at least 1")
+        if found:
+            return found
+        if self.vocab_size % 128:
+            near = max(1, round(self.vocab_size / 128)) * 128
+            found.append(f"model.vocab_size is {self.vocab_size}, must be a multiple of 128: try {near}")
+        if self.d_model % self.n_head or self.head_dim % 2:
+            found.append(f"model.d_model {self.d_model} / n_head {self.n_head} must be an even whole number")
+        if self.n_head % self.n_kv_head:
+            found.append(f"model.n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        if not self.pattern or set(self.pattern) - set("SL"):
+            found.append(f"model.pattern is {self.pattern!r}, must be made of S (short) and L (long)")
+        if self.window is not None and self.window < 1:
+            found.append(f"model.window is {self.window}, must be at least 1 or None")
+        return found + (self.hrm.problems() if self.hrm else [])
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The update rule; how fast it goes is set where it is used: pretrain.lr, sft1.lr, sft2.lr."""
+
+    name: Literal["muon", "adamw", "schedulefree"] = "muon"  # muon: Muon for matrices, AdamW for the rest
+    embedding_lr_ratio: float = 1.0  # learning rate of the embedding, relative to lr
+    scalar_lr_ratio: float = 1.0  # learning rate of norms, gains and other vectors, relative to lr
+    weight_decay: float = 0.1  # of matrices only, decoupled, multiplied by the learning rate
+    momentum: float = 0.95  # of Muon
+    momentum_warmup_steps: int = 200  # Muon's momentum climbs from 0.85 over this many steps
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
+    clip: float = 1.0  # largest gradient norm; gradients beyond it are scaled down
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("momentum", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"optim.{name} is {getattr(self, name)}, must lie between 0 and 1")
+        if self.clip <= 0:
+            found.append(f"optim.clip is {self.clip}, must be above 0")
+        return found
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the curriculum: how far attention reaches, and for how long."""
+
+    context: int = 1024  # segments are cut at document ends and every this many tokens
+    share: float = 1.0  # share of pretrain.steps
+    weights: tuple[float, ...] | None = None  # corpus weights of this stage, in their order; None takes the sources'
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """What pretraining and fine-tuning share: the step, the schedule, what is shown and what is saved."""
+
+    lr: float = 2e-3  # peak learning rate; Muon's updates are scaled to the size of AdamW's
+    warmup_share: float = 0.02  # share of the steps over which the learning rate climbs
+    decay_share: float = 0.6  # share of the steps, at the end, over which it falls in a line
+    final_lr_ratio: float = 0.05  # learning rate at the end, relative to the peak
+    tokens_per_step: int = 524_288  # tokens in one optimizer step, whatever the micro-batch
+    micro_batch_tokens: int | None = None  # tokens in one forward pass; None is fitted to the card's free memory
+    eval_every_steps: int = 250  # steps between two evaluations on held-out data
+    eval_tokens: int = 1_048_576  # held-out tokens of each corpus that an evaluation reads
+    sample_every_steps: int = 1000  # steps between two sample texts
+    save_every_minutes: float = 15.0  # minutes between two checkpoints
+    keep_checkpoints: int = 2  # the newest ones kept
+    max_skipped_steps: int = 20  # spiking or non-finite steps in a row after which the run stops
+
+    def loop_problems(self, where: str) -> list[str]:
+        found = []
+        for name in ("tokens_per_step", "eval_every_steps", "eval_tokens", "sample_every_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                found.append(f"{where}.{name} is {getattr(self, name)}, must be at least 1")
+        if self.lr <= 0:
+            found.append(f"{where}.lr is {self.lr}, must be above 0")
+        if self.micro_batch_tokens and self.tokens_per_step % self.micro_batch_tokens:
+            found.append(
+                f"{where}.tokens_per_step {self.tokens_per_step} must be a multiple of "
+                f"micro_batch_tokens {self.micro_batch_tokens}"
+            )
+        if not 0 <= self.warmup_share + self.decay_share <= 1:
+            found.append(f"{where}.warmup_share + decay_share is above 1")
+        return found
+
+
+@dataclass(frozen=True)
+class PretrainConfig(LoopConfig):
+    """Pretraining on the text corpora."""
+
+    steps: int = 4800  # optimizer steps
+    stages: tuple[Stage, ...] = (Stage(1024, 0.6), Stage(2048, 0.25), Stage(4096, 0.15))  # the curriculum
+    prompts: tuple[str, ...] = ("The", "Water is", "To add two numbers,")  # beginnings that samples continue
+
+    def problems(self, context: int) -> list[str]:
+        found = self.loop_problems("pretrain")
+        if self.steps < 1:
+            found.append(f"pretrain.steps is {self.steps}, must be at least 1")
+        if not self.stages:
+            return [*found, "pretrain.stages is empty"]
+        if not math.isclose(sum(stage.share for stage in self.stages), 1.0, abs_tol=1e-6):
+            found.append(f"pretrain.stages: the shares add up to {sum(s.share for s in self.stages):.3f}, must be 1")
+        for stage in self.stages:
+            if stage.context > context or context % stage.context:
+                found.append(f"pretrain.stages: context {stage.context} must divide model.context {context}")
+        row = self.micro_batch_tokens or self.tokens_per_step
+        if row % context:
+            found.append(f"pretrain: micro-batch of {row} tokens must be a multiple of model.context {context}")
+        return found
+
+
+@dataclass(frozen=True)
+class SFTConfig(LoopConfig):
+    """One stage of fine-tuning on conversations."""
+
+    sources: tuple[ChatSource, ...] = ()  # the sets of conversations
+    files: tuple[str, ...] = ()  # your own conversations: files, folders or globs that take the place of the sources
+    context: int = 2048  # longest conversation, in tokens
+    epochs: float = 3.0  # passes over the conversations
+    validation_share: float = 0.02  # share of the conversations held out, chosen by a hash
+    prompts: tuple[str, ...] = ("Who are you?", "What is 12 + 7?")  # questions that samples answer
+
+    def problems(self, where: str, model_context: int) -> list[str]:
+        found = self.loop_problems(where)
+        if not self.sources and not self.files:
+            found.append(f"{where}: no conversations; give --{where}.files or {where}.sources")
+        for source in self.sources:
+            if sum([bool(source.hub), bool(source.files), bool(source.demo)]) != 1:
+                found.append(f"{where}.sources {source.name!r}: give exactly one of hub, files, demo")
+        if not 0 < self.context <= model_context:
+            found.append(f"{where}.context is {self.context}, must lie between 1 and model.context {model_context}")
+        if self.epochs <= 0:
+            found.append(f"{where}.epochs is {self.epochs}, must be above 0")
+        return found
+
+    def sets(self) -> tuple[ChatSource, ...]:
+        """The sets in force: your own files where given, the preset's sources otherwise."""
+        return (ChatSource(name="own", files=self.files),) if self.files else self.sources
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """How the chat draws its answers."""
+
+    system: str | None = None  # system prompt; None is no system turn
+    temperature: float = 0.7  # 0 takes the likeliest token
+    top_k: int | None = None  # draw from the k likeliest tokens; None is all
+    top_p: float | None = 0.95  # draw from the likeliest tokens that make up this probability; None is all
+    min_p: float | None = None  # draw from tokens at least this likely, relative to the likeliest; None is all
+    repetition_penalty: float = 1.0  # above 1 makes tokens already said less likely; never applied to <|end|>
+    max_tokens: int = 1024  # longest answer, in tokens
+    seed: int | None = None  # of the draws; None differs each time
+
+
+# --------------------------------------------------------------------------------------------- whole
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything one run needs; saved as JSON beside every checkpoint."""
+
+    preset: str = "16gb"  # the preset it started from, and the name of its folder
+    runs: str = "runs"  # folder that holds one folder a run
+    name: str | None = None  # name of the run's folder; None is the preset's name
+    seed: int = 0  # of initialisation, data order and samples
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes an NVIDIA card where torch can use it
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    sft1: SFTConfig = field(default_factory=SFTConfig)
+    sft2: SFTConfig = field(default_factory=SFTConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
+
+    def __post_init__(self) -> None:
+        found = [
+            *self.data.problems(),
+            *self.tokenizer.problems(),
+            *self.model.problems(),
+            *self.optim.problems(),
+            *self.pretrain.problems(self.model.context),
+            *self.sft1.problems("sft1", self.model.context),
+            *self.sft2.problems("sft2", self.model.context),
+        ]
+        if found:
+            raise UserError("This configuration cannot work:\n" + "\n".join(f"  - {problem}" for problem in found))
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of everything this run makes; removing it is starting anew."""
+        return Path(self.runs) / (self.name or self.preset)
+
+    def command(self, script: str) -> str:
+        """The command that runs `script` for this run, for messages to the user."""
+        name = f" --name {self.name}" if self.name else ""
+        runs = f" --runs {self.runs}" if self.runs != "runs" else ""
+        return f"uv run {script} --preset {self.preset}{name}{runs}"
+
+
+# ------------------------------------------------------------------------------------------- presets
+
+FINEWEB = TextSource(
+    name="fineweb-edu",
+    hub="HuggingFaceFW/fineweb-edu",
+    hub_config="sample-10BT",
+    column="text",
+    max_bytes=5_000_000_000,
+)
+WEB_MATH = TextSource(
+    name="open-web-math", hub="open-web-math/open-web-math", column="text", max_bytes=5_000_000_000, weight=0.5
+)
+ALPACA = ChatSource(name="alpaca", hub="yahma/alpaca-cleaned")
+DOLLY = ChatSource(name="dolly", hub="databricks/databricks-dolly-15k")
+ULTRACHAT = ChatSource(name="ultrachat", hub="HuggingFaceH4/ultrachat_200k", split="train_sft")
+OPENR1 = ChatSource(name="openr1-math", hub="open-r1/OpenR1-Math-220k", hub_config="default")
+
+
+def _card(name: str, **pretrain: Any) -> Config:
+    """A preset for a card; `pretrain` overrides what differs. All cards make the same model from the same tokens."""
+    return Config(
+        preset=name,
+        data=DataConfig(sources=(FINEWEB, WEB_MATH)),
+        pretrain=PretrainConfig(**pretrain),
+        sft1=SFTConfig(sources=(ALPACA, DOLLY), context=2048, epochs=3.0, lr=5e-4, tokens_per_step=131_072),
+        sft2=SFTConfig(sources=(ULTRACHAT, OPENR1), context=4096, epochs=1.0, lr=5e-4, tokens_per_step=262_144),
+    )
+
+
+DEMO = Config(
+    preset="demo",
+    data=DataConfig(sources=(TextSource(name="world", demo="text"),), validation_share=0.02, min_chars=8),
+    tokenizer=TokenizerConfig(sample_mb=4),
+    model=ModelConfig(
+        vocab_size=1024,
+        n_layer=3,
+        d_model=128,
+        n_head=4,
+        n_kv_head=2,
+        d_ff=384,
+        context=512,
+        window=64,
+        pattern="SL",
+        hrm=HRMConfig(l_layer=1, h_layer=1, h_cycles=2, l_cycles=1),
+    ),
+    optim=OptimConfig(momentum_warmup_steps=50),
+    pretrain=PretrainConfig(
+        steps=500,
+        lr=6e-3,
+        tokens_per_step=4096,
+        micro_batch_tokens=4096,
+        stages=(Stage(128, 0.6), Stage(256, 0.25), Stage(512, 0.15)),
+        eval_every_steps=100,
+        eval_tokens=16_384,
+        sample_every_steps=250,
+        save_every_minutes=1.0,
+        prompts=("Once", "What is", "The"),
+    ),
+    sft1=SFTConfig(
+        sources=(ChatSource(name="alpaca", demo="alpaca"), ChatSource(name="dolly", demo="dolly")),
+        context=256,
+        epochs=1.0,
+        lr=3e-3,
+        tokens_per_step=4096,
+        micro_batch_tokens=4096,
+        eval_every_steps=50,
+        eval_tokens=16_384,
+        sample_every_steps=100,
+        save_every_minutes=1.0,
+    ),
+    sft2=SFTConfig(
+        sources=(ChatSource(name="messages", demo="messages"), ChatSource(name="math", demo="math")),
+        context=512,
+        epochs=1.0,
+        lr=3e-3,
+        tokens_per_step=4096,
+        micro_batch_tokens=4096,
+        eval_every_steps=50,
+        eval_tokens=16_384,
+        sample_every_steps=100,
+        save_every_minutes=1.0,
+    ),
+    chat=ChatConfig(temperature=0.0, top_p=None, max_tokens=200),
+)
+
+PRESETS: dict[str, Config] = {
+    "16gb": _card("16gb"),
+    "12gb": _card("12gb"),
+    "24gb": _card("24gb"),
+    "8gb": _card("8gb"),
+    "demo": DEMO,
+}
+
+
+# -------------------------------------------------------------------------------- JSON, command line
+
+
+def to_json(config: Any) -> str:
+    """Any of the dataclasses above as JSON text that `from_json` reads back."""
+    return json.dumps(asdict(config), indent=1)
+
+
+def from_json(cls: type, text: str) -> Any:
+    """The inverse of `to_json`. Fields that this version does not know are refused by name."""
+    return _build(cls, json.loads(text))
+
+
+def _build(kind: Any, value: Any) -> Any:
+    options = get_args(kind)
+    if value is None or kind is Any:
+        return value
+    if get_origin(kind) is tuple:
+        return tuple(_build(options[0], item) for item in value)
+    dataclass_kinds = [k for k in (kind, *options) if dataclasses.is_dataclass(k)]
+    if dataclass_kinds:
+        cls = dataclass_kinds[0]
+        hints = get_type_hints(cls)
+        unknown = sorted(set(value) - set(hints))
+        if unknown:
+            raise UserError(f"{cls.__name__} has no field {', '.join(unknown)}: the file is from another version.")
+        return cls(**{name: _build(hints[name], item) for name, item in value.items()})
+    tuples = [k for k in options if get_origin(k) is tuple]
+    return tuple(value) if tuples and isinstance(value, list) else value
+
+
+def parse_cli(description: str, argv: list[str] | None = None) -> Config:
+    """The `Config` that the command line asks for: `--preset NAME`, then any field as `--group.field VALUE`.
+
+    Exits with 2 and a message that names the mistake (and the nearest option) for words it cannot use.
+    """
+    return parse_cli_with(None, description, argv)[0]
+
+
+def parse_cli_with(extra: Any, description: str, argv: list[str] | None = None) -> tuple[Config, Any]:
+    """`parse_cli` for a script with options of its own: `extra` is a dataclass instance, its fields become `--field`."""
+    import tyro
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    preset = _take_option(words, "--preset") or "16gb"
+    if preset not in PRESETS:
+        fail(f"There is no preset {preset!r}. The presets are {', '.join(PRESETS)}.")
+    base = PRESETS[preset]
+    head = _take_option(words, "--model.hrm")
+    if head is not None:
+        if head.lower() != "none":
+            fail("--model.hrm takes None only (the plain dense model); the head's own fields are --model.hrm.FIELD.")
+        base = replace(base, model=replace(base.model, hrm=None))
+    settings = {"description": description, "args": words, "use_underscores": True}
+    settings["config"] = (tyro.conf.AvoidSubcommands,)
+    try:
+        if extra is None:
+            return tyro.cli(Config, default=base, **settings), None
+        flat = tyro.conf.arg(name="")
+        fields = [("own", Annotated[type(extra), flat], extra), ("config", Annotated[Config, flat], base)]
+        both = tyro.cli(dataclasses.make_dataclass("Options", fields, frozen=True), **settings)
+        return both.config, both.own
+    except UserError as error:
+        fail(str(error))
+
+
+def _take_option(words: list[str], option: str) -> str | None:
+    """Remove `option VALUE` or `option=VALUE` from `words` and return VALUE."""
+    for i, word in enumerate(words):
+        if word == option:
+            if i + 1 == len(words):
+                fail(f"{option} needs a value.")
+            value = words[i + 1]
+            del words[i : i + 2]
+            return value
+        if word.startswith(option + "="):
+            del words[i]
+            return word.split("=", 1)[1]
+    return None
+
+
+def fail(message: str) -> Any:
+    """Print `message` as an error and exit with 2: how every script ends on a user's mistake."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
