@@ -494,7 +494,7 @@ def parse_cli(description: str, argv: list[str] | None = None) -> Config:
 
 
 def parse_cli_with(extra: Any, description: str, argv: list[str] | None = None) -> tuple[Config, Any]:
-    """`parse_cli` for a script with options of its own: `extra` is a dataclass instance, its fields become `--field`."""
+    """`parse_cli` for a script with options of its own: each field of the dataclass instance `extra` is one."""
     import tyro
 
     words = list(sys.argv[1:] if argv is None else argv)

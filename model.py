@@ -1,0 +1,501 @@
+"""The network and its decoding state: embedding, blocks, HRM head, initialisation, loss, KV cache.
+
+In: token ids laid flat, and a `where` that knows each token's position and what it may attend to: `Packed` while
+training, `KVCache` while decoding. Out: hidden states, logits, losses.
+Knows no optimizer, file, tokenizer or chat format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from config import HRMConfig, ModelConfig
+
+# N tokens laid flat (packed segments, or B rows of T positions), D d_model, H query heads, G key/value heads,
+# E head_dim, V vocab_size, R rows of L tokens, C entries of a cache
+
+
+# ------------------------------------------------------------------------------------------ the whole
+
+
+class Model(nn.Module):
+    """Embedding, trunk of dense blocks, HRM head (unless `config.hrm` is None), tied output."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.trunk = nn.ModuleList(Block(config, window) for window in trunk_windows(config))
+        self.head = HRMHead(config, config.hrm) if config.hrm else None
+        self.output_gain = nn.Parameter(torch.empty(config.d_model))
+        self.dtype = torch.float32  # of the activations; the weights stay float32
+        self.recompute = "none"  # activations computed anew in the backward pass: none, head (module calls) or all
+
+    def forward(self, ids: Tensor, where: Where, *, h_cycles: int | None = None, horizon: int | None = None) -> Tensor:
+        """Hidden states (N, D) that `logits` and `loss` read.
+
+        `h_cycles` is how often the head's slow module is called (default: as configured); `horizon` is how many of
+        the last module calls keep their gradient (default: all).
+        """
+        x = self.run_trunk(ids, where)
+        if self.head is None:
+            return x
+        for y in self.head.cycles(x, where, h_cycles=h_cycles, horizon=horizon, recompute=self.recompute):
+            last = y
+        return last
+
+    def run_trunk(self, ids: Tensor, where: Where) -> Tensor:
+        """Hidden states (N, D) before the head, for ids (N,)."""
+        where.begin(self.config, self.dtype)
+        x = rms_norm(F.embedding(ids, self.embedding)).to(self.dtype)
+        for block in self.trunk:
+            x = checkpoint(block, x, where, use_reentrant=False) if self.recompute == "all" else block(x, where)
+        return x
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """What the tied embedding is multiplied with: (…, D) normed, with a gain a channel, divided by √D."""
+        return rms_norm(hidden) * (self.output_gain / math.sqrt(self.config.d_model)).to(hidden.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits (…, V) for hidden states (…, D)."""
+        return F.linear(self.output(hidden), self.embedding.to(hidden.dtype)).float()
+
+    def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Sum of `weights` (N,) times the cross-entropy of `targets` (N,), in nats, never holding all logits."""
+        return ChunkedCrossEntropy.apply(self.output(hidden), self.embedding, targets, weights)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def block_passes(self, h_cycles: int | None = None) -> list[Block]:
+        """Every block in the order in which one forward pass runs it; the head's appear once a call."""
+        passes = list(self.trunk)
+        return passes + (self.head.block_passes(h_cycles) if self.head else [])
+
+    def flops_per_token(self, context: int, h_cycles: int | None = None) -> float:
+        """Training FLOPs a token: 6 a weight and pass, and 12·H·E a token attended to (PaLM, appendix B), the
+        attended tokens averaged over a segment of `context` tokens under each pass's window."""
+        c = self.config
+        weights, attended = c.vocab_size * c.d_model, 0.0
+        for block in self.block_passes(h_cycles):
+            weights += sum(p.numel() for p in block.parameters())
+            reach = min(block.window or context, context)
+            attended += reach - reach * (reach - 1) / (2 * context)  # a token at position t sees min(t + 1, reach)
+        if self.head:
+            weights += self.head.out.numel() * (h_cycles or c.hrm.h_cycles if c.hrm.deep_supervision else 1)
+        return 6 * weights + 12 * c.n_head * c.head_dim * attended
+
+
+def trunk_windows(config: ModelConfig) -> list[int | None]:
+    """Attention reach of each trunk block: the pattern repeated, the last block always sees the whole context."""
+    repeated = (config.pattern * config.n_layer)[: config.n_layer - 1] + "L"
+    return [config.window if letter == "S" else None for letter in repeated]
+
+
+# ------------------------------------------------------------------------------------------- HRM head
+
+
+class HRMHead(nn.Module):
+    """Hierarchical reasoning over the trunk's output: a fast module L and a slow module H, called in cycles.
+
+        e = rms(x);  z_H = e;  z_L = a learned vector
+        h_cycles times:
+            l_cycles times:  z_L = L(g0 z_L + g1 z_H + g2 e + call embedding)
+            z_H = H(g3 z_H + g4 z_L + call embedding)
+            y = x + out(z_H)
+
+    `out` starts at zero, so the head starts as the identity. After HRM (arXiv 2506.21734) and HRM-Text
+    (arXiv 2605.20613), with the input injected anew at every L call and a residual around the head.
+    """
+
+    def __init__(self, config: ModelConfig, hrm: HRMConfig) -> None:
+        super().__init__()
+        self.hrm = hrm
+        short, long = config.window, None
+        self.fast = HRMModule(config, [short] * hrm.l_layer)
+        self.slow = HRMModule(config, [short] * (hrm.h_layer - 1) + [long])
+        self.gains = nn.Parameter(torch.empty(5, config.d_model))  # g0 … g4
+        self.fast_start = nn.Parameter(torch.empty(config.d_model))  # z_L before the first call
+        trained_cycles = max(hrm.h_cycles, hrm.random_cycles or 1)
+        self.call_embedding = nn.Parameter(torch.empty(trained_cycles, hrm.l_cycles + 1, config.d_model))
+        self.out = nn.Parameter(torch.empty(config.d_model, config.d_model))
+
+    def cycles(
+        self,
+        x: Tensor,
+        where: Where,
+        *,
+        h_cycles: int | None = None,
+        horizon: int | None = None,
+        detach: bool = False,
+        recompute: str = "none",
+    ) -> Iterator[Tensor]:
+        """Yield y (N, D) after each H cycle, for the trunk's output x (N, D).
+
+        Only the last `horizon` module calls keep their gradient. `detach` cuts the states' graph after each cycle.
+        Cycles beyond the trained number reuse the last one's call embeddings.
+        """
+        h_cycles = h_cycles or self.hrm.h_cycles
+        n_calls = h_cycles * (self.hrm.l_cycles + 1)
+        first_kept = 0 if horizon is None else max(0, n_calls - horizon)
+        gain = self.gains.to(x.dtype)
+        call_embedding = self.call_embedding.to(x.dtype)
+        e = rms_norm(x)
+        z_slow, z_fast = e, self.fast_start.to(x.dtype).expand_as(x)
+        call = 0
+        for h in range(h_cycles):
+            embedding = call_embedding[min(h, len(call_embedding) - 1)]
+            for step in range(self.hrm.l_cycles + 1):
+                with torch.set_grad_enabled(torch.is_grad_enabled() and call >= first_kept):
+                    if step < self.hrm.l_cycles:
+                        mixed = gain[0] * z_fast + gain[1] * z_slow + gain[2] * e + embedding[step]
+                        z_fast = self._call(self.fast, mixed, where, recompute)
+                    else:
+                        mixed = gain[3] * z_slow + gain[4] * z_fast + embedding[step]
+                        z_slow = self._call(self.slow, mixed, where, recompute)
+                call += 1
+            yield x + project(z_slow, self.out)
+            if detach:
+                z_slow, z_fast = z_slow.detach(), z_fast.detach()
+
+    @staticmethod
+    def _call(module: HRMModule, z: Tensor, where: Where, recompute: str) -> Tensor:
+        if recompute == "none" or not torch.is_grad_enabled():
+            return module(z, where)
+        return checkpoint(module, z, where, use_reentrant=False)
+
+    def block_passes(self, h_cycles: int | None = None) -> list[Block]:
+        one_cycle = list(self.fast.blocks) * self.hrm.l_cycles + list(self.slow.blocks)
+        return one_cycle * (h_cycles or self.hrm.h_cycles)
+
+
+class HRMModule(nn.Module):
+    """Pre-norm blocks capped by one norm, so that repeated calls keep the state's size."""
+
+    def __init__(self, config: ModelConfig, windows: list[int | None]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(config, window) for window in windows)
+
+    def forward(self, z: Tensor, where: Where) -> Tensor:
+        for block in self.blocks:
+            z = block(z, where)
+        return rms_norm(z)
+
+
+# --------------------------------------------------------------------------------------------- blocks
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: grouped-query attention with QK-norm and RoPE, then a gated MLP (SwiGLU)."""
+
+    def __init__(self, config: ModelConfig, window: int | None) -> None:
+        super().__init__()
+        D, E = config.d_model, config.head_dim
+        self.window = window
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, E
+        self.q = nn.Parameter(torch.empty(config.n_head * E, D))
+        self.k = nn.Parameter(torch.empty(config.n_kv_head * E, D))
+        self.v = nn.Parameter(torch.empty(config.n_kv_head * E, D))
+        self.o = nn.Parameter(torch.empty(D, config.n_head * E))
+        self.gate = nn.Parameter(torch.empty(config.d_ff, D))
+        self.up = nn.Parameter(torch.empty(config.d_ff, D))
+        self.down = nn.Parameter(torch.empty(D, config.d_ff))
+
+    def forward(self, x: Tensor, where: Where) -> Tensor:
+        x = x + self.attention(rms_norm(x), where)
+        return x + self.mlp(rms_norm(x))
+
+    def attention(self, x: Tensor, where: Where) -> Tensor:
+        H, G, E = self.n_head, self.n_kv_head, self.head_dim
+        heads = project(x, self.q, self.k, self.v).view(-1, H + 2 * G, E)  # (N, H + 2G, E)
+        qk = rotate(rms_norm(heads[:, : H + G]), where.rotary)  # (N, H + G, E)
+        y = where.attend(qk[:, :H], qk[:, H:], heads[:, H + G :], self.window)  # (N, H, E)
+        return project(y.reshape(-1, H * E), self.o)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        gate, up = project(x, self.gate, self.up).chunk(2, dim=-1)  # (N, d_ff) each
+        return project(F.silu(gate) * up, self.down)
+
+
+def project(x: Tensor, *weights: Tensor) -> Tensor:
+    """x (N, D) times the weights (·, D) laid one under the other, in x's dtype: one product for several matrices."""
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    return F.linear(x, weight.to(x.dtype))
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x divided by its root mean square over the last axis (arXiv 1910.07467), without a gain."""
+    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+
+
+def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (N, 1, E/2) of the rotary angles of positions (N,), in float32 (arXiv 2104.09864)."""
+    frequencies = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions.float()[:, None, None] * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + E/2) of x (N, ·, E) by their position's angles."""
+    cos, sin = rotary
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+# ----------------------------------------------------------------------------------------------- loss
+
+LOGITS_PER_CHUNK = 2**25  # float32 logits alive at once: 128 MiB
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Weighted sum of cross-entropies through the tied embedding, a chunk of tokens at a time.
+
+    The forward pass already computes both gradients, so no logits are kept and none are computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, embedding: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """hidden (N, D), embedding (V, D), targets (N,), weights (N,) -> scalar float32."""
+        matrix = embedding.to(hidden.dtype)
+        chunk = max(1, LOGITS_PER_CHUNK // len(matrix))
+        wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        d_hidden = torch.empty_like(hidden) if wants_grad else None
+        d_matrix = torch.zeros_like(embedding) if wants_grad else None
+        total = torch.zeros((), device=hidden.device)
+        for part in range(0, len(hidden), chunk):
+            here = slice(part, part + chunk)
+            logits = F.linear(hidden[here], matrix).float()  # (chunk, V)
+            log_z = logits.logsumexp(dim=-1)
+            at_target = logits.gather(1, targets[here, None]).squeeze(1)
+            total += ((log_z - at_target) * weights[here]).sum()
+            if wants_grad:
+                d_logits = logits.sub_(log_z[:, None]).exp_()  # softmax
+                d_logits[torch.arange(len(d_logits), device=d_logits.device), targets[here]] -= 1
+                d_logits = d_logits.mul_(weights[here, None]).to(hidden.dtype)
+                d_hidden[here] = d_logits @ matrix
+                d_matrix += (d_logits.T @ hidden[here]).float()
+        ctx.save_for_backward(d_hidden, d_matrix)
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total: Tensor):
+        d_hidden, d_matrix = ctx.saved_tensors
+        return d_hidden * d_total.to(d_hidden.dtype), d_matrix * d_total, None, None
+
+
+# ------------------------------------------------------------------------------------- initialisation
+
+
+@torch.no_grad()
+def initialise(model: Model, seed: int) -> Model:
+    """All initial weights, drawn on the CPU in a fixed order, so that every device starts alike.
+
+    Matrices are LeCun-normal, those that write into the residual stream zero, so each block and the head start as
+    the identity. The embedding's 2/√D makes the initial loss ln(V) within a percent under the tied output.
+    """
+    dice = torch.Generator().manual_seed(seed)
+    D = model.config.d_model
+    for name, weight in model.named_parameters():
+        kind = name.rsplit(".", 1)[-1]
+        if kind in ("o", "down", "out", "call_embedding"):
+            weight.zero_()
+        elif kind in ("output_gain", "gains"):
+            weight.fill_(1.0)
+        else:
+            scale = {"embedding": 2 / math.sqrt(D), "fast_start": 1.0}.get(kind, 1 / math.sqrt(weight.shape[-1]))
+            weight.copy_(torch.randn(weight.shape, generator=dice) * scale)
+    return model
+
+
+def build_model(config: ModelConfig, *, seed: int, device: torch.device | str = "cpu") -> Model:
+    """A freshly initialised model on `device`, computing in the fastest dtype that keeps its quality there."""
+    model = initialise(Model(config), seed).to(device)
+    model.dtype = compute_dtype(torch.device(device))
+    return model
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, float32 elsewhere (emulated bfloat16 is far slower)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+# ---------------------------------------------------------------------------- where tokens may attend
+
+
+class Where(Protocol):
+    """What blocks ask of a layout of tokens: its rotary table, and attention under its rules."""
+
+    rotary: tuple[Tensor, Tensor]
+
+    def begin(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        """Called once before each pass over the blocks."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """Attention of q (N, H, E) over k, v (N, G, E), reaching back `window` tokens; gives (N, H, E)."""
+
+
+class Packed:
+    """Segments laid end to end in a flat micro-batch of N tokens; each sees itself alone.
+
+        flat tokens   a a a a a b b c c c c c c c      documents a, b, c
+        row           0 0 0 0 1 1 1 1 2 2 2 2 3 3      `row_length` 4: no segment crosses a row's end
+        segments      [a a a a][a][b b][c][c c c c][c c]
+        positions     0 1 2 3  0  0 1  0  0 1 2 3  0 1
+
+    `starts` (N,) marks each segment's first token; a row's first token always starts one.
+    """
+
+    def __init__(self, starts: Tensor, row_length: int) -> None:
+        if len(starts) % row_length:
+            raise ValueError(f"{len(starts)} tokens are not a whole number of rows of {row_length}")
+        starts = starts.view(-1, row_length).clone()
+        starts[:, 0] = True
+        index = torch.arange(row_length, device=starts.device).expand_as(starts)
+        first = torch.where(starts, index, 0).cummax(dim=1).values  # (R, L): where this token's segment began
+        self.row_length = row_length
+        self.first = first
+        self.positions = (index - first).flatten()
+        self.segment_starts = starts.flatten()
+        self._masks: dict[int | None, Tensor] = {}
+
+    def begin(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.rotary = rotary_table(self.positions, config.head_dim, config.rope_base, dtype)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        return attend(q, k, v, self, window)
+
+    def mask(self, window: int | None) -> Tensor:
+        """(R, 1, L, L): may the query (third axis) attend to the key (fourth axis)?
+
+        segment   a a a b b          a sees a, b sees b, nobody sees what comes later
+                  1 . . . .          with a window of 2 the third a no longer sees the first
+                  1 1 . . .
+                  0 1 1 . .
+                  . . . 1 .
+                  . . . 1 1
+        """
+        if window is not None and window >= self.row_length:
+            window = None
+        if window not in self._masks:
+            index = torch.arange(self.row_length, device=self.first.device)
+            seen = (index[None, :] <= index[:, None]) & (index[None, :] >= self.first[:, :, None])
+            if window is not None:
+                seen &= index[:, None] - index[None, :] < window
+            self._masks[window] = seen[:, None]
+        return self._masks[window]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) -> Tensor:
+    """The one door to attention while training: q (N, H, E), k and v (N, G, E) -> (N, H, E)."""
+    return attend_by_mask(q, k, v, packed, window)
+
+
+def attend_by_mask(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) -> Tensor:
+    """The reference: `scaled_dot_product_attention` under an explicit mask, row by row."""
+    N, H, E = q.shape
+    L, groups = packed.row_length, H // k.shape[1]
+
+    def rows(x: Tensor) -> Tensor:  # (N, ·, E) -> (R, ·, L, E)
+        return x.reshape(N // L, L, x.shape[1], E).transpose(1, 2)
+
+    k, v = (rows(x).repeat_interleave(groups, dim=1) for x in (k, v))
+    y = F.scaled_dot_product_attention(rows(q), k, v, attn_mask=packed.mask(window))  # (R, H, L, E)
+    return y.transpose(1, 2).reshape(N, H, E)
+
+
+# ------------------------------------------------------------------------------------------- KV cache
+
+
+class KVCache:
+    """Keys and values of B rows while decoding; a `Where`, like `Packed`.
+
+    Every attention call of a pass has a slot of its own, in call order (each call of an HRM module sees other states).
+    Whole-context calls keep `capacity` entries, windowed ones a ring of window + max_chunk - 1, so that a chunk of up
+    to `max_chunk` positions can be written before it is attended to. Rows may stand at different positions: each entry
+    knows its own, and an entry at -1 is empty.
+    """
+
+    def __init__(self, n_rows: int, capacity: int, *, max_chunk: int = 256, device: torch.device | str = "cpu") -> None:
+        self.n_rows, self.capacity, self.max_chunk = n_rows, capacity, max_chunk
+        self.device = torch.device(device)
+        self.slots: list[tuple[Tensor, Tensor]] = []  # k, v (B, G, C + 1, E) in call order; the last entry is a bin
+        self.entry_positions: dict[int, Tensor] = {}  # C -> (B, C + 1), for all slots of C entries
+        self.used = 0  # entries in use by the longest row
+
+    def place(self, positions: Tensor) -> KVCache:
+        """Announce the next pass: positions (B, T) of its tokens; -1 marks padding, which leaves no trace."""
+        if positions.shape[1] > self.max_chunk:
+            raise ValueError(f"a chunk of {positions.shape[1]} positions is over max_chunk {self.max_chunk}")
+        self.positions = positions
+        self.used = max(self.used, int(positions.max()) + 1)
+        if self.used > self.capacity:
+            raise ValueError(f"position {self.used - 1} is beyond the cache's capacity {self.capacity}")
+        self._masks: dict[int, tuple[Tensor, Tensor]] = {}
+        return self
+
+    def begin(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.next_slot = 0
+        self.rotary = rotary_table(self.positions.clamp(min=0).flatten(), config.head_dim, config.rope_base, dtype)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        B, T = self.positions.shape
+        G, E = k.shape[1:]
+        n_entries = self.capacity if window is None else min(self.capacity, window + self.max_chunk - 1)
+        if self.next_slot == len(self.slots):
+            shape = (B, G, n_entries + 1, E)
+            self.slots.append(
+                (torch.zeros(shape, dtype=k.dtype, device=k.device), torch.zeros(shape, dtype=v.dtype, device=k.device))
+            )
+        keys, values = self.slots[self.next_slot]
+        self.next_slot += 1
+        entry, mask = self._entries_and_mask(n_entries, window)
+        row = torch.arange(B, device=k.device)[:, None]
+        keys[row, :, entry] = k.view(B, T, G, E)
+        values[row, :, entry] = v.view(B, T, G, E)
+        last = min(self.used, n_entries)
+        # the query heads that share a key/value head become its queries: (B, G, H/G · T, E)
+        q = q.view(B, T, G, -1, E).permute(0, 2, 3, 1, 4).reshape(B, G, -1, E)
+        mask = mask.repeat(1, q.shape[2] // T, 1)[:, None]
+        y = F.scaled_dot_product_attention(q, keys[:, :, :last], values[:, :, :last], attn_mask=mask)
+        return y.view(B, G, -1, T, E).permute(0, 3, 1, 2, 4).reshape(B * T, -1, E)
+
+    def _entries_and_mask(self, n_entries: int, window: int | None) -> tuple[Tensor, Tensor]:
+        """Where this pass writes (B, T), and what each of its tokens may see (B, T, entries in use)."""
+        if n_entries not in self._masks:
+            empty = torch.full((self.n_rows, n_entries + 1), -1, device=self.device)
+            held = self.entry_positions.setdefault(n_entries, empty)
+            entry = torch.where(self.positions >= 0, self.positions % n_entries, n_entries)
+            held.scatter_(1, entry, self.positions)
+            held[:, n_entries] = -1
+            at, now = held[:, None, : min(self.used, n_entries)], self.positions[:, :, None]
+            seen = (at >= 0) & (at <= now)
+            if window is not None:
+                seen &= now - at < window
+            seen |= now < 0  # padding sees anything: a softmax over nothing would be NaN
+            self._masks[n_entries] = (entry, seen)
+        return self._masks[n_entries]
+
+    def n_bytes(self) -> int:
+        """Memory held by keys and values, in bytes."""
+        return sum(x.numel() * x.element_size() for slot in self.slots for x in slot)
+
+
+@torch.no_grad()
+def decode(model: Model, ids: Tensor, positions: Tensor, cache: KVCache, h_cycles: int | None = None) -> Tensor:
+    """Hidden states (B, T, D) of ids (B, T) at `positions` (B, T), which join the cache."""
+    hidden = model(ids.flatten(), cache.place(positions), h_cycles=h_cycles)
+    return hidden.view(*ids.shape, -1)
