@@ -224,6 +224,7 @@ class LoopConfig:
     micro_batch_tokens: int | None = None  # tokens in one forward pass; None is fitted to the card's free memory
     eval_every_steps: int = 250  # steps between two evaluations on held-out data
     eval_tokens: int = 1_048_576  # held-out tokens of each corpus that an evaluation reads
+    log_every_steps: int = 10  # steps between two lines on the console; metrics.jsonl notes every step
     sample_every_steps: int = 1000  # steps between two sample texts
     save_every_minutes: float = 15.0  # minutes between two checkpoints
     keep_checkpoints: int = 2  # the newest ones kept
@@ -231,7 +232,14 @@ class LoopConfig:
 
     def loop_problems(self, where: str) -> list[str]:
         found = []
-        for name in ("tokens_per_step", "eval_every_steps", "eval_tokens", "sample_every_steps", "keep_checkpoints"):
+        for name in (
+            "tokens_per_step",
+            "eval_every_steps",
+            "eval_tokens",
+            "sample_every_steps",
+            "keep_checkpoints",
+            "log_every_steps",
+        ):
             if getattr(self, name) < 1:
                 found.append(f"{where}.{name} is {getattr(self, name)}, must be at least 1")
         if self.lr <= 0:
@@ -413,6 +421,7 @@ DEMO = Config(
         micro_batch_tokens=4096,
         stages=(Stage(128, 0.6), Stage(256, 0.25), Stage(512, 0.15)),
         eval_every_steps=100,
+        log_every_steps=25,
         eval_tokens=16_384,
         sample_every_steps=250,
         save_every_minutes=1.0,
@@ -426,6 +435,7 @@ DEMO = Config(
         tokens_per_step=4096,
         micro_batch_tokens=4096,
         eval_every_steps=50,
+        log_every_steps=25,
         eval_tokens=16_384,
         sample_every_steps=100,
         save_every_minutes=1.0,
@@ -438,6 +448,7 @@ DEMO = Config(
         tokens_per_step=4096,
         micro_batch_tokens=4096,
         eval_every_steps=50,
+        log_every_steps=25,
         eval_tokens=16_384,
         sample_every_steps=100,
         save_every_minutes=1.0,

@@ -155,6 +155,8 @@ class HRMHead(nn.Module):
         z_slow, z_fast = e, self.fast_start.to(x.dtype).expand_as(x)
         call = 0
         for h in range(h_cycles):
+            if detach and h > 0:
+                e = rms_norm(x)  # the graph of the first one is gone with its cycle's backward pass
             embedding = call_embedding[min(h, len(call_embedding) - 1)]
             for step in range(self.hrm.l_cycles + 1):
                 with torch.set_grad_enabled(torch.is_grad_enabled() and call >= first_kept):

@@ -1,0 +1,356 @@
+"""The one loop that pretraining and fine-tuning share: a step, an evaluation, `fit`.
+
+In: a model, its optimizers, batches by step number. Out: checkpoints, metrics, a trained model.
+Knows nothing of corpora, tokenizers or the chat format.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import hardware
+import log
+from batches import Batch
+from config import HRMConfig, LoopConfig, UserError
+from model import Model, Packed
+from optim import Optimizers, learning_rate_factor
+
+# --------------------------------------------------------------------------------------------- a step
+
+
+def backward(model: Model, micro: Batch, scale: float, h_cycles: int | None, horizon: int | None) -> Tensor:
+    """Add the gradient of `scale` times the micro-batch's summed loss; gives that loss (of the last H cycle)."""
+    packed = Packed(micro.starts, micro.row_length)
+    weights = micro.weights * scale
+    if model.head is None or not model.head.hrm.deep_supervision:
+        loss = model.loss(model(micro.ids, packed, h_cycles=h_cycles, horizon=horizon), micro.targets, weights)
+        loss.backward()
+        return loss.detach()
+    # deep supervision in bounded memory: one cycle's graph is alive at a time, the trunk's gradient gathers in `leaf`
+    x = model.run_trunk(micro.ids, packed)
+    leaf = x.detach().requires_grad_()
+    n_cycles = h_cycles or model.head.hrm.h_cycles
+    for y in model.head.cycles(leaf, packed, h_cycles=n_cycles, detach=True, recompute=model.recompute):
+        loss = model.loss(y, micro.targets, weights)
+        (loss / n_cycles).backward()
+    x.backward(leaf.grad)
+    return loss.detach()
+
+
+def accumulate(model: Model, batch: Batch, micro_tokens: int, h_cycles: int | None, horizon: int | None) -> float:
+    """Gradient of the batch's mean loss over the tokens that carry it, micro-batch by micro-batch; gives that loss."""
+    scale = 1.0 / max(1.0, float(batch.weights.sum()))
+    parts = [
+        backward(model, micro.to(model.device), scale, h_cycles, horizon)
+        for micro in batch.split(micro_tokens)
+        if float(micro.weights.sum()) > 0
+    ]
+    return float(sum(parts))
+
+
+def head_schedule(hrm: HRMConfig | None, seed: int, step: int, steps: int) -> tuple[int | None, int | None]:
+    """How many H cycles this step runs and how many module calls keep their gradient (None: as configured, all)."""
+    if hrm is None:
+        return None, None
+    cycles = hrm.h_cycles
+    if hrm.random_cycles:
+        dice = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        cycles = int(torch.randint(1, hrm.random_cycles + 1, (), generator=dice))
+    if hrm.gradient == "full":
+        return cycles, None
+    if hrm.gradient == "one_step":
+        return cycles, 2  # the last call of each module: the approximation of arXiv 2506.21734, section 2
+    warm = min(1.0, step / max(1.0, hrm.horizon_warmup * steps))
+    return cycles, min(hrm.horizon, 2 + int(warm * (hrm.horizon - 2)))
+
+
+@dataclass
+class SpikeGuard:
+    """Running mean and deviation of the gradient norm's logarithm; tells steps that must be skipped.
+
+    A non-finite loss or norm is always skipped, a norm 6 deviations above the mean once 50 steps are known.
+    """
+
+    mean: float = 0.0
+    square: float = 0.0
+    seen: int = 0
+    skipped: int = 0  # in all
+    in_a_row: int = 0
+
+    def allows(self, loss: float, norm: float) -> bool:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return self._skip()
+        value = math.log(norm + 1e-12)
+        deviation = math.sqrt(max(self.square - self.mean**2, 1e-2))
+        if self.seen >= 50 and value > self.mean + 6 * deviation:
+            return self._skip()
+        weight = max(0.02, 1 / (self.seen + 1))
+        self.mean += weight * (value - self.mean)
+        self.square += weight * (value**2 - self.square)
+        self.seen += 1
+        self.in_a_row = 0
+        return True
+
+    def _skip(self) -> bool:
+        self.skipped += 1
+        self.in_a_row += 1
+        return False
+
+
+# ----------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate_loss(model: Model, batches: Iterable[Batch], h_cycles: int | None = None) -> tuple[float, int]:
+    """Summed cross-entropy in nats, and the number of tokens that it sums over."""
+    total, count = 0.0, 0
+    for batch in batches:
+        batch = batch.to(model.device)
+        hidden = model(batch.ids, Packed(batch.starts, batch.row_length), h_cycles=h_cycles)
+        total += float(model.loss(hidden, batch.targets, batch.weights))
+        count += int(batch.weights.sum())
+    return total, count
+
+
+# ----------------------------------------------------------------------------------------------- loop
+
+
+class Batches(Protocol):
+    n_steps: int
+
+    def batch(self, step: int) -> Batch: ...
+
+    def stage(self, step: int) -> int: ...
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything but weights and optimizer state that the next step depends on."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # spent in steps, over all starts
+    guard: SpikeGuard = field(default_factory=SpikeGuard)
+
+    @staticmethod
+    def of(state: dict[str, Any] | None) -> Progress:
+        if state is None:
+            return Progress()
+        return Progress(state["step"], state["tokens"], state["seconds"], SpikeGuard(**state["guard"]))
+
+
+@dataclass
+class Job:
+    """What a stage hands to `fit`."""
+
+    model: Model
+    optimizers: Optimizers
+    batches: Batches
+    loop: LoopConfig
+    seed: int
+    folder: Path  # of the stage: metrics.jsonl and checkpoints
+    context: int  # longest segment, for the FLOPs of a token
+    save: Callable[[dict[str, Any]], Path]  # state -> checkpoint folder
+    evaluate: Callable[[], dict[str, float]]  # held-out figures, for the log
+    sample: Callable[[], list[tuple[str, str]]]  # prompts and what the model makes of them
+    command: str  # that goes on with this run
+    unit: str = "bpb"  # what `evaluate` gives
+
+
+def fit(job: Job, progress: Progress) -> Progress:
+    """Train to the last step. A signal (Ctrl-C, SIGTERM) finishes the step, saves and leaves with exit code 0."""
+    model, loop, steps = job.model, job.loop, job.batches.n_steps
+    micro_tokens = loop.micro_batch_tokens or fit_micro_batch(job)
+    peak = hardware.peak_flops(model.device, model.dtype)
+    run_log = log.RunLog(job.folder, progress.step)
+    run_log.note("start", progress.step, micro_batch_tokens=micro_tokens, peak_flops=peak)
+    clock = Clock(loop.save_every_minutes)
+    bar = log.progress(steps, "step", job.folder.name, progress.step)
+    with StopSignal() as stop:
+        while progress.step < steps:
+            started = time.perf_counter()
+            figures, micro_tokens = train_step(job, progress, micro_tokens)
+            seconds = time.perf_counter() - started
+            progress.seconds += seconds
+            clock.step(seconds)
+            add_speed(figures, job, progress, clock.typical, peak)
+            run_log.note("step", progress.step, **figures)
+            bar.update()
+            last = progress.step == steps
+            if progress.step % loop.log_every_steps == 0 or last or progress.step == 1:
+                log.say(log.step_line(progress.step, steps, figures))
+            evaluating = progress.step % loop.eval_every_steps == 0 or last
+            if evaluating or stop.asked or clock.save_is_due():
+                clock.saved()
+                checkpoint = job.save(state_of(progress, steps))
+            if stop.asked and not last:
+                bar.close()
+                log.say(f"Stopped at step {progress.step}, saved in {checkpoint}. Go on with: {job.command}")
+                raise SystemExit(0)
+            if evaluating:
+                report(job, progress.step, run_log)
+            if last or progress.step % loop.sample_every_steps == 0:
+                show_samples(job, progress, run_log)
+    bar.close()
+    run_log.close()
+    return progress
+
+
+def train_step(job: Job, progress: Progress, micro_tokens: int) -> tuple[dict[str, Any], int]:
+    """One optimizer step; its figures, and the micro-batch to go on with (halved where memory ran out)."""
+    model, loop, step, steps = job.model, job.loop, progress.step, job.batches.n_steps
+    batch = job.batches.batch(step)
+    factor = learning_rate_factor(step, steps, loop)
+    job.optimizers.schedule(step, factor)
+    hrm = model.head.hrm if model.head else None
+    h_cycles, horizon = head_schedule(hrm, job.seed, step, steps)
+    loss, micro_tokens = accumulate_within_memory(job, batch, micro_tokens, h_cycles, horizon)
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), job.optimizers.config.clip))
+    if progress.guard.allows(loss, norm):
+        job.optimizers.step()
+    elif progress.guard.in_a_row >= loop.max_skipped_steps:
+        raise UserError(
+            f"{progress.guard.in_a_row} steps in a row had a spiking or non-finite gradient (loss {loss:.3f}, norm "
+            f"{norm:.3g}): the run stopped at step {step}. The last good checkpoint lies in {job.folder}. Lower the "
+            f"learning rate, remove {job.folder}, and start again."
+        )
+    job.optimizers.zero_grad()
+    progress.step += 1
+    progress.tokens += len(batch.ids)
+    figures = {"loss": loss, "lr": loop.lr * factor, "grad_norm": norm, "tokens": progress.tokens}
+    return figures | {"stage": job.batches.stage(step), "skipped": progress.guard.skipped}, micro_tokens
+
+
+def accumulate_within_memory(
+    job: Job, batch: Batch, micro_tokens: int, h_cycles: int | None, horizon: int | None
+) -> tuple[float, int]:
+    """`accumulate`; when memory runs out, the same batch again in micro-batches of half the size."""
+    while True:
+        try:
+            return accumulate(job.model, batch, micro_tokens, h_cycles, horizon), micro_tokens
+        except torch.OutOfMemoryError as error:
+            if micro_tokens <= batch.row_length:
+                raise UserError(
+                    f"Out of memory with one row of {batch.row_length} tokens. Take a smaller preset, or lower "
+                    f"--model.context, --model.n_layer or --model.d_model."
+                ) from error
+        job.optimizers.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        micro_tokens = max(batch.row_length, micro_tokens // 2)
+        log.say(
+            f"Memory ran out: the micro-batch is {micro_tokens} tokens from here on, tokens per step stay the same."
+        )
+
+
+def fit_micro_batch(job: Job) -> int:
+    """The largest micro-batch, in tokens, that fits into 90% of the card's free memory; a power of two of rows.
+
+    Measured: memory of one and of two rows of the longest context gives the cost of a row, with recomputation of the
+    head's activations only where that buys a larger micro-batch. On a CPU: 16,384 tokens.
+    """
+    model, tokens = job.model, job.loop.tokens_per_step
+    if model.device.type != "cuda":
+        return min(tokens, 16_384)
+    row = job.context
+
+    def peak_bytes(n_rows: int) -> int:
+        batch = job.batches.batch(job.batches.n_steps - 1)
+        torch.cuda.reset_peak_memory_stats()
+        backward(model, next(batch.split(n_rows * row)).to(model.device), 1e-9, None, None)
+        job.optimizers.zero_grad()
+        return torch.cuda.max_memory_allocated()
+
+    def rows_that_fit() -> int:
+        one, two = peak_bytes(1), peak_bytes(2)
+        free, _ = torch.cuda.mem_get_info()
+        room = 0.9 * (free + torch.cuda.memory_reserved()) - one - 2 * 4 * model.n_parameters()  # optimizer state
+        return 1 + max(0, int(room // max(1, two - one)))
+
+    for recompute in ("none", "head", "all"):
+        model.recompute = recompute
+        fitting = rows_that_fit()
+        if fitting >= 8 or recompute == "all":
+            break
+    rows = 2 ** int(math.log2(min(fitting, tokens // row)))
+    log.say(f"micro-batch {rows} rows of {row} tokens, recomputing {model.recompute}: fitted to the card's free memory")
+    return rows * row
+
+
+def add_speed(figures: dict[str, Any], job: Job, progress: Progress, typical: float, peak: float) -> None:
+    """Tokens a second, model FLOPs utilisation, memory and time left, from the median step time in seconds."""
+    rate = job.loop.tokens_per_step / typical
+    figures["tokens_per_second"] = rate
+    figures["mfu"] = rate * job.model.flops_per_token(job.context) / peak
+    figures["memory_gb"] = hardware.memory_in_use(job.model.device)
+    figures["eta_seconds"] = (job.batches.n_steps - progress.step) * typical
+
+
+def state_of(progress: Progress, steps: int) -> dict[str, Any]:
+    return {**asdict(progress), "steps": steps}
+
+
+def report(job: Job, step: int, run_log: log.RunLog) -> None:
+    """Evaluate with the weights meant for use; the figures go to the console and to `metrics.jsonl`."""
+    with job.optimizers.inference_weights():
+        held_out = job.evaluate()
+    run_log.note("eval", step, **held_out)
+    log.say(f"held out at step {step}: " + " | ".join(f"{name} {value:.4f}" for name, value in held_out.items()))
+
+
+def show_samples(job: Job, progress: Progress, run_log: log.RunLog) -> None:
+    with job.optimizers.inference_weights():
+        pairs = job.sample()
+    for prompt, text in pairs:
+        run_log.note("sample", progress.step, tokens=progress.tokens, prompt=prompt, text=text)
+        log.say(f"sample at step {progress.step}: {prompt!r} → {text!r}")
+
+
+class Clock:
+    """The median of the last 20 steps' seconds, and when the next checkpoint is due."""
+
+    def __init__(self, save_every_minutes: float) -> None:
+        self._recent: list[float] = []
+        self._save_every = save_every_minutes * 60
+        self._last_save = time.monotonic()
+
+    def step(self, seconds: float) -> None:
+        self._recent = [*self._recent[-19:], seconds]
+
+    @property
+    def typical(self) -> float:
+        return sorted(self._recent)[len(self._recent) // 2]
+
+    def save_is_due(self) -> bool:
+        return time.monotonic() - self._last_save > self._save_every
+
+    def saved(self) -> None:
+        self._last_save = time.monotonic()
+
+
+class StopSignal:
+    """SIGINT and SIGTERM noted instead of obeyed at once; a second one is obeyed."""
+
+    def __enter__(self) -> StopSignal:
+        self.asked = False
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        log.say("Finishing this step, then saving; once more to stop at once.")
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
