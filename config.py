@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import sys
+import zlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -305,7 +306,12 @@ class SFTConfig(LoopConfig):
 
     def sets(self) -> tuple[ChatSource, ...]:
         """The sets in force: your own files where given, the preset's sources otherwise."""
-        return (ChatSource(name="own", files=self.files),) if self.files else self.sources
+        if not self.files:
+            return self.sources
+        return (ChatSource(name=f"own-{zlib.crc32(repr(self.files).encode()):08x}", files=self.files),)
+
+
+REASONING_PROMPT = "Think step by step, then answer."  # system turn of conversations that reason, in training and chat
 
 
 @dataclass(frozen=True)
@@ -509,6 +515,9 @@ def parse_cli_with(extra: Any, description: str, argv: list[str] | None = None) 
     import tyro
 
     words = list(sys.argv[1:] if argv is None else argv)
+    # a field named like a Python keyword carries an underscore, which the user may leave out: --from
+    keywords = {f"--{f.name[:-1]}": f"--{f.name}" for f in dataclasses.fields(extra or Config) if f.name[-1] == "_"}
+    words = [keywords.get(word, word) for word in words]
     preset = _take_option(words, "--preset") or "16gb"
     if preset not in PRESETS:
         fail(f"There is no preset {preset!r}. The presets are {', '.join(PRESETS)}.")

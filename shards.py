@@ -1,0 +1,575 @@
+"""The two formats on disk: text shards (Arrow) and token shards (.npy), their manifests and their checks.
+
+In: documents one at a time, or a finished folder. Out: shards and a manifest, or an array of token ids.
+Knows nothing of where text comes from, of the tokenizer or of the network.
+
+    manifest.json         written last and atomically; without it the folder is unfinished and is continued, not trusted
+    manifest.part.json    the same while the folder is unfinished: the units done so far and where to go on
+    *.part                a file being written; worthless after a kill, removed at the next start
+
+A unit is what is committed at once: one text shard of each split, or one token shard. It notes where in the source it
+began, so that a lost unit can be made again alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import UserError
+
+SCHEMA = 1  # version of the manifest
+MANIFEST = "manifest.json"
+DRAFT = "manifest.part.json"
+SPLITS = ("train", "validation")
+BATCH_BYTES = 4 << 20  # a record batch of a text shard is cut at this many bytes of text,
+BATCH_ROWS = 1024  # or at this many documents
+
+DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "your disk quota is used up",
+    errno.EACCES: "this user may not write there",
+    errno.EPERM: "this user may not write there",
+    errno.EROFS: "it is mounted read-only",
+    errno.ENOTDIR: "a file stands where a folder should be",
+    errno.EEXIST: "a file stands where a folder should be",
+}
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses inside the block into a `UserError` that says what and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "Make room and start the same command again: it goes on where it stopped."
+        else:
+            remedy = "Choose another folder with --runs, or mend its permissions."
+        raise UserError(f"Cannot write to {folder}: {DISK_ERRORS[error.errno]}. {remedy}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that after a kill or a power cut the file is the old one or the new one, whole."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """A short hash of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------- a folder of shards
+
+
+class ShardFolder:
+    """A folder of shards in the making: what is done, whether it is finished, and how to commit more.
+
+    Raises `UserError` where the folder was made with other settings than `settings`, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, kind: str, settings: dict[str, Any]) -> None:
+        self.folder, self.kind = Path(folder), kind
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.finished = (self.folder / MANIFEST).exists()
+        self.manifest = _load(self.folder / (MANIFEST if self.finished else DRAFT)) or self._fresh(settings)
+        self._require(settings)
+        for leftover in self.folder.glob("*.part"):
+            with writing(self.folder):
+                leftover.unlink()
+
+    def _fresh(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return {"schema": SCHEMA, "kind": self.kind, "settings": settings, "units": []}
+
+    def _require(self, settings: dict[str, Any]) -> None:
+        if self.manifest.get("schema") != SCHEMA or self.manifest.get("kind") != self.kind:
+            raise UserError(f"{self.folder} was made by another version of this program: remove it and start again.")
+        old = self.manifest["settings"]
+        differing = [
+            f"  {name}: made with {_short(old.get(name))}, asked for {_short(settings.get(name))}"
+            for name in {**old, **settings}
+            if old.get(name) != settings.get(name)
+        ]
+        if differing:
+            raise UserError(
+                f"{self.folder} was made with other settings:\n"
+                + "\n".join(differing)
+                + "\nRemove that folder to make it anew, or choose another --name to keep both."
+            )
+
+    @property
+    def units(self) -> list[dict[str, Any]]:
+        return self.manifest["units"]
+
+    def part(self, name: str) -> Path:
+        """Where to write file `name` until its unit is committed."""
+        return self.folder / (name + ".part")
+
+    def commit(self, unit: dict[str, Any]) -> None:
+        """Put the finished `.part` files of `unit["files"]` in place, then note the unit in the draft."""
+        self._place(unit, unit["files"])
+        self.units.append(unit)
+        self.save_draft()
+
+    def replace(self, unit: dict[str, Any], names: list[str]) -> None:
+        """Put files of a unit that was made again in place of the lost ones; they must be the same byte for byte."""
+        for name in names:
+            if checksum(self.part(name)) != unit["files"][name]["sha256"]:
+                raise UserError(
+                    f"{self.folder / name} was damaged, and making it again gave another content: its source has "
+                    f"changed since. Remove {self.folder} and make it anew."
+                )
+        self._place(unit, names)
+
+    def _place(self, unit: dict[str, Any], names: Any) -> None:
+        with writing(self.folder):
+            for name in names:
+                part = self.part(name)
+                with part.open("rb+") as file:
+                    os.fsync(file.fileno())
+                unit["files"][name].setdefault("size", part.stat().st_size)
+                if "sha256" not in unit["files"][name]:
+                    unit["files"][name]["sha256"] = checksum(part)
+                os.replace(part, self.folder / name)
+            sync_folder(self.folder)
+
+    def save_draft(self) -> None:
+        with writing(self.folder):
+            write_json(self.folder / DRAFT, self.manifest)
+
+    def finish(self, **facts: Any) -> dict[str, Any]:
+        """Write the manifest with `facts` and each split's totals; the folder is finished from here on."""
+        self.manifest = {**self.manifest, **facts, "splits": {split: self.totals(split) for split in SPLITS}}
+        self.manifest["units"] = self.manifest.pop("units")  # the long list last, for those who read the file
+        with writing(self.folder):
+            write_json(self.folder / MANIFEST, self.manifest)
+            (self.folder / DRAFT).unlink(missing_ok=True)
+        self.finished = True
+        return self.manifest
+
+    def totals(self, split: str) -> dict[str, int]:
+        """Documents, text bytes and tokens of one split so far."""
+        files = [f for unit in self.units for f in unit["files"].values() if f["split"] == split]
+        return {name: sum(f.get(name, 0) for f in files) for name in ("documents", "text_bytes", "tokens")}
+
+    def start_again(self, **facts: Any) -> None:
+        """Forget every unit, and keep `facts` in the draft for the next attempt."""
+        self.manifest = {**self.manifest, **facts, "units": []}
+        self.save_draft()
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read {path}: {error}. Remove the folder {path.parent} and make it anew.") from error
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def read_manifest(folder: Path, command: str) -> dict[str, Any]:
+    """The manifest of a finished folder; `command` is what makes it, for the error where it is missing."""
+    folder = Path(folder)
+    manifest = _load(folder / MANIFEST)
+    if manifest is None:
+        found = "is unfinished" if (folder / DRAFT).exists() else "holds no manifest.json"
+        if not folder.exists():
+            found = "does not exist"
+        raise UserError(f"No shards: {folder} {found}. Make them with `{command}`.")
+    if manifest.get("schema") != SCHEMA:
+        raise UserError(f"{folder} was made by another version of this program: remove it and run `{command}`.")
+    return manifest
+
+
+def damaged_files(folder: Path, manifest: dict[str, Any], *, full: bool = False) -> dict[str, str]:
+    """What is wrong with which shard: missing, another size, and with `full` another checksum."""
+    found = {}
+    for unit in manifest["units"]:
+        for name, facts in unit["files"].items():
+            path = Path(folder) / name
+            if not path.is_file():
+                found[name] = "is missing"
+            elif path.stat().st_size != facts["size"]:
+                found[name] = f"has {path.stat().st_size} bytes instead of {facts['size']}"
+            elif full and checksum(path) != facts["sha256"]:
+                found[name] = "has another checksum than when it was written"
+    return found
+
+
+def require_whole(folder: Path, manifest: dict[str, Any], command: str, *, full: bool = False) -> None:
+    """Raise a `UserError` that names every damaged shard of `folder`; `command` makes them again."""
+    found = damaged_files(folder, manifest, full=full)
+    if found:
+        lines = [f"  {Path(folder) / name} {what}" for name, what in found.items()]
+        raise UserError(
+            "Damaged shards:\n" + "\n".join(lines) + f"\n`{command}` makes these again and leaves the others alone."
+        )
+
+
+def file_names(manifest: dict[str, Any], split: str, ending: str) -> list[str]:
+    """Names of the shards of `split` that end in `ending`, in order."""
+    names = [n for unit in manifest["units"] for n, facts in unit["files"].items() if facts["split"] == split]
+    return sorted(name for name in names if name.endswith(ending))
+
+
+# -------------------------------------------------------------------------------------- text shards
+
+TEXT_COLUMNS = {
+    "text": {"text": "string"},
+    "chat": {"messages": [{"role": "string", "content": "string", "thinking": "string"}]},
+}
+
+
+class TextShardWriter:
+    """Write documents as Arrow shards, one file a split and unit; the caller says where a unit ends."""
+
+    def __init__(self, folder: ShardFolder) -> None:
+        self.folder = folder
+        self.number = len(folder.units)
+        self.n_bytes = 0
+        self._files: dict[str, _TextFile] = {}
+
+    def add(self, split: str, row: Any, n_bytes: int) -> None:
+        """Append one document: UTF-8 `bytes` of text, or the messages of a conversation."""
+        file = self._files.get(split)
+        if file is None:
+            name = f"{split}-{self.number:05}.arrow"
+            with writing(self.folder.folder):
+                file = self._files[split] = _TextFile(self.folder.part(name), self.folder.kind, name, split)
+        file.pending.append(row)
+        file.pending_bytes += n_bytes
+        self.n_bytes += n_bytes
+        if file.pending_bytes >= BATCH_BYTES or len(file.pending) >= BATCH_ROWS:
+            with writing(self.folder.folder):
+                file.flush()
+
+    def close(self) -> dict[str, dict[str, Any]]:
+        """Finish the files of this unit and start the next; returns name → facts, for the unit's record."""
+        with writing(self.folder.folder):
+            facts = {file.name: file.close() for file in self._files.values()}
+        self._files = {}
+        self.number += 1
+        self.n_bytes = 0
+        return dict(sorted(facts.items()))
+
+
+class _TextFile:
+    def __init__(self, path: Path, kind: str, name: str, split: str) -> None:
+        import pyarrow as pa
+        from datasets import Features
+        from datasets.arrow_writer import ArrowWriter
+
+        self.name, self.split, self.kind = name, split, kind
+        self.pending: list[Any] = []
+        self.pending_bytes = self.documents = self.text_bytes = 0
+        self.features = Features.from_dict(_feature_spec(TEXT_COLUMNS[kind]))
+        self.sink = pa.OSFile(str(path), "wb")
+        self.writer = ArrowWriter(features=self.features, stream=self.sink)
+
+    def flush(self) -> None:
+        import pyarrow as pa
+
+        if not self.pending:
+            return
+        if self.kind == "text":
+            offsets = np.zeros(len(self.pending) + 1, np.int32)
+            np.cumsum([len(row) for row in self.pending], out=offsets[1:])
+            buffers = pa.py_buffer(offsets), pa.py_buffer(b"".join(self.pending))
+            table = pa.table({"text": pa.StringArray.from_buffers(len(self.pending), *buffers)})
+        else:
+            table = pa.Table.from_pydict({"messages": self.pending}, schema=self.features.arrow_schema)
+        self.writer.write_table(table)
+        self.documents += len(self.pending)
+        self.text_bytes += self.pending_bytes
+        self.pending, self.pending_bytes = [], 0
+
+    def close(self) -> dict[str, Any]:
+        self.flush()
+        self.writer.finalize(close_stream=False)
+        self.sink.close()
+        return {"split": self.split, "documents": self.documents, "text_bytes": self.text_bytes}
+
+
+def _feature_spec(spec: Any) -> Any:
+    if isinstance(spec, str):
+        return {"dtype": spec, "_type": "Value"}
+    if isinstance(spec, list):
+        return [_feature_spec(spec[0])]
+    return {name: _feature_spec(kind) for name, kind in spec.items()}
+
+
+def unit_batches(folder: Path) -> Iterator[Any]:
+    """The record batches of both splits in a folder, finished or not."""
+    manifest = _load(folder / MANIFEST) or _load(folder / DRAFT) or {"units": []}
+    for unit in manifest["units"]:
+        for name in unit["files"]:
+            yield from _arrow_batches(folder / name)
+
+
+def _arrow_batches(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+
+    with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
+        yield from reader
+
+
+def read_text_batches(folder: Path, split: str, command: str, *, start: int = 0) -> Iterator[Any]:
+    """The record batches of a finished folder from document `start` on, in order, in constant memory."""
+    manifest = read_manifest(folder, command)
+    require_whole(folder, manifest, command)
+    for unit in manifest["units"]:
+        for name, facts in unit["files"].items():
+            if facts["split"] != split:
+                continue
+            if start >= facts["documents"]:
+                start -= facts["documents"]
+                continue
+            for batch in _arrow_batches(Path(folder) / name):
+                if start < batch.num_rows:
+                    yield batch.slice(start)
+                start = max(0, start - batch.num_rows)
+
+
+# ------------------------------------------------------------------------------------- token shards
+
+
+def token_dtype(vocab_size: int) -> Any:
+    """The smallest type that holds every id: `uint16` while the vocabulary fits."""
+    return np.uint16 if vocab_size <= 65_536 else np.uint32
+
+
+class TokenShardWriter:
+    """Write documents as token shards; each split goes on by itself after a kill, from `n_done(split)`.
+
+    shard_tokens: a shard closes before the document that would pass it; a longer document has a shard of its own.
+    masked: `add` takes a loss mask for every document.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        *,
+        vocab_size: int,
+        tokenizer_hash: str,
+        shard_tokens: int,
+        masked: bool = False,
+    ) -> None:
+        self._open: dict[str, _TokenFile] = {}
+        settings = {**settings, "tokenizer": tokenizer_hash, "shard_tokens": shard_tokens}
+        self.folder = ShardFolder(folder, "tokens", settings)
+        self.dtype, self.masked, self.shard_tokens = token_dtype(vocab_size), masked, shard_tokens
+        self.tokenizer_hash = tokenizer_hash
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder was complete already: nothing to add, nothing to finish."""
+        return self.folder.finished
+
+    def n_done(self, split: str) -> int:
+        """Documents of `split` that are safely written: go on with this one."""
+        return self.folder.totals(split)["documents"]
+
+    def add(self, split: str, ids: Any, text_bytes: int, mask: Any = None) -> None:
+        """Append one document: its ids, the bytes of text it stands for, and with `masked` 1 where loss counts."""
+        if self.masked != (mask is not None):
+            raise ValueError("a masked writer takes a mask for every document, another one takes none")
+        file = self._open.get(split)
+        if file is not None and file.n_tokens + len(ids) > self.shard_tokens:
+            self._commit(split)
+            file = None
+        if file is None:
+            number = sum(1 for unit in self.folder.units if unit["split"] == split)
+            with writing(self.folder.folder):
+                file = self._open[split] = _TokenFile(self.folder, split, number, self.dtype, masked=self.masked)
+        with writing(self.folder.folder):
+            file.add(ids, text_bytes, mask)
+
+    def _commit(self, split: str) -> None:
+        file = self._open.pop(split)
+        with writing(self.folder.folder):
+            files = file.close()
+        first = self.n_done(split)
+        self.folder.commit({"split": split, "first_document": first, "files": files})
+
+    def close_split(self, split: str) -> None:
+        """Commit what is open of `split`."""
+        if split in self._open:
+            self._commit(split)
+
+    def finish(self, **facts: Any) -> dict[str, Any]:
+        """Commit what is open and write the manifest; `facts` such as source and revision go into it."""
+        for split in SPLITS:
+            self.close_split(split)
+        return self.folder.finish(**facts, tokenizer=self.tokenizer_hash, masked=self.masked)
+
+    def close(self) -> None:
+        """Give up what is open; the next writer of this folder goes on at `n_done`."""
+        for file in self._open.values():
+            file.abandon()
+        self._open = {}
+
+    __del__ = close
+
+
+class _TokenFile:
+    """The .npy files of one shard while they grow; the header, of fixed size, is written again at the end."""
+
+    def __init__(self, folder: ShardFolder, split: str, number: int, dtype: Any, *, masked: bool) -> None:
+        self.split, self.stem, self.dtype = split, f"{split}-{number:05}", np.dtype(dtype)
+        self.n_tokens = self.text_bytes = 0
+        self.ends: list[int] = []
+        self.names = {"ids": f"{self.stem}.npy", "ends": f"{self.stem}.ends.npy"}
+        if masked:
+            self.names["mask"] = f"{self.stem}.mask.npy"
+        self.files = {part: folder.part(name).open("wb+") for part, name in self.names.items()}
+        self.dtypes = {"ids": self.dtype, "ends": np.dtype(np.int64), "mask": np.dtype(np.uint8)}
+        for part in self.files:
+            self._write_header(part, 0)
+
+    def _write_header(self, part: str, length: int) -> None:
+        file = self.files[part]
+        file.seek(0)
+        header = {"descr": self.dtypes[part].str, "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        if file.tell() != 128:
+            raise AssertionError("a .npy header of another length would overwrite tokens")
+
+    def add(self, ids: Any, text_bytes: int, mask: Any) -> None:
+        self.files["ids"].write(np.ascontiguousarray(ids, self.dtype).data)
+        if mask is not None:
+            if len(mask) != len(ids):
+                raise ValueError(f"{len(ids)} tokens, but a mask of {len(mask)}")
+            self.files["mask"].write(np.ascontiguousarray(mask, np.uint8).data)
+        self.n_tokens += len(ids)
+        self.text_bytes += text_bytes
+        self.ends.append(self.n_tokens)
+
+    def abandon(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def close(self) -> dict[str, dict[str, Any]]:
+        self.files["ends"].write(np.array(self.ends, np.int64).data)
+        lengths = {"ids": self.n_tokens, "ends": len(self.ends), "mask": self.n_tokens}
+        for part, file in self.files.items():
+            self._write_header(part, lengths[part])
+            file.close()
+        facts = {name: {"split": self.split} for name in self.names.values()}
+        facts[self.names["ids"]] |= {
+            "documents": len(self.ends),
+            "text_bytes": self.text_bytes,
+            "tokens": self.n_tokens,
+        }
+        return facts
+
+
+class TokenShards:
+    """One split of a folder of token shards, memory-mapped, read as one long row of ids.
+
+    n_tokens, n_documents, text_bytes: totals of the split. ends: exclusive end of every document, int64.
+    fingerprint: a hash of what determines the ids; tokenizer_hash: of the tokenizer that made them.
+    """
+
+    def __init__(self, folder: Path, split: str, command: str = "uv run train_tokenizer.py") -> None:
+        self.folder, self.split = Path(folder), split
+        self.manifest = read_manifest(self.folder, command)
+        require_whole(self.folder, self.manifest, command)
+        totals = self.manifest["splits"][split]
+        self.n_tokens, self.n_documents = totals["tokens"], totals["documents"]
+        self.text_bytes = totals["text_bytes"]
+        self.tokenizer_hash = self.manifest["tokenizer"]
+        side_files = (".ends.npy", ".mask.npy")
+        names = [n for n in file_names(self.manifest, split, ".npy") if not n.endswith(side_files)]
+        facts = {name: f for unit in self.manifest["units"] for name, f in unit["files"].items()}
+        self.fingerprint = fingerprint([split, self.tokenizer_hash, [facts[name]["sha256"] for name in names]])
+        self._names = names
+        self._starts = np.cumsum([0] + [facts[name]["tokens"] for name in names])
+        self._ids = [self._map(name) for name in names]
+        self._masks: list[np.ndarray] | None = None
+        self._ends: np.ndarray | None = None
+
+    def _map(self, name: str) -> np.ndarray:
+        return np.load(self.folder / name, mmap_mode="r")
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Exclusive end of every document in the split, counted from its first token; int64, ascending."""
+        if self._ends is None:
+            parts = [np.load(self.folder / n.replace(".npy", ".ends.npy")) for n in self._names]
+            shifted = [part + start for part, start in zip(parts, self._starts, strict=False)]
+            self._ends = np.concatenate(shifted) if shifted else np.zeros(0, np.int64)
+        return self._ends
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Ids [start, stop) as a new int64 array, over the borders of shards."""
+        return self._gather(self._ids, start, stop, np.int64)
+
+    def read_mask(self, start: int, stop: int) -> np.ndarray:
+        """1 where the token carries loss, else 0, as a new uint8 array; raises `ValueError` where there is no mask."""
+        if self._masks is None:
+            if not self.manifest["masked"]:
+                raise ValueError(f"{self.folder} holds no loss masks: it was not made from conversations")
+            self._masks = [self._map(name.replace(".npy", ".mask.npy")) for name in self._names]
+        return self._gather(self._masks, start, stop, np.uint8)
+
+    def _gather(self, arrays: list[np.ndarray], start: int, stop: int, dtype: Any) -> np.ndarray:
+        if not 0 <= start <= stop <= self.n_tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.n_tokens}")
+        out = np.empty(stop - start, dtype)
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        filled = 0
+        while filled < len(out):
+            offset = start + filled - self._starts[shard]
+            piece = arrays[shard][offset : offset + len(out) - filled]
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            shard += 1
+        return out
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes free where `folder` is, or would be."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
