@@ -8,7 +8,7 @@ Knows no optimizer, file, tokenizer or chat format.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -425,79 +425,139 @@ def attend_by_mask(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int 
 class KVCache:
     """Keys and values of B rows while decoding; a `Where`, like `Packed`.
 
+    All rows advance together, a column a token; a prompt shorter than its neighbours is padded in front:
+
+        column      0 1 2 3 4 5
+        row 0       a b c d e f      pad 0, position = column
+        row 1       . . g h i j      pad 2, position = column - 2
+
     Every attention call of a pass has a slot of its own, in call order (each call of an HRM module sees other states).
-    Whole-context calls keep `capacity` entries, windowed ones a ring of window + max_chunk - 1, so that a chunk of up
-    to `max_chunk` positions can be written before it is attended to. Rows may stand at different positions: each entry
-    knows its own, and an entry at -1 is empty.
+    A whole-context slot keeps every column up to `capacity`; a windowed one is a ring of `window` columns, so a single
+    new column overwrites exactly the one that left the window.
     """
 
-    def __init__(self, n_rows: int, capacity: int, *, max_chunk: int = 256, device: torch.device | str = "cpu") -> None:
-        self.n_rows, self.capacity, self.max_chunk = n_rows, capacity, max_chunk
-        self.device = torch.device(device)
-        self.slots: list[tuple[Tensor, Tensor]] = []  # k, v (B, G, C + 1, E) in call order; the last entry is a bin
-        self.entry_positions: dict[int, Tensor] = {}  # C -> (B, C + 1), for all slots of C entries
-        self.used = 0  # entries in use by the longest row
+    def __init__(
+        self, n_rows: int, capacity: int, *, pad: Sequence[int] | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.capacity, self.device = capacity, torch.device(device)
+        self.pad = torch.tensor(pad or [0] * n_rows, device=device)  # (B,)
+        self.longest_pad = max(pad or [0])
+        self.slots: list[tuple[Tensor, Tensor]] = []  # k, v (B, G, C, E) in call order
+        self.windows: list[int | None] = []  # of the slots
+        self.length = 0  # columns written
+        self.n_new = 0  # columns of the pass under way
 
-    def place(self, positions: Tensor) -> KVCache:
-        """Announce the next pass: positions (B, T) of its tokens; -1 marks padding, which leaves no trace."""
-        if positions.shape[1] > self.max_chunk:
-            raise ValueError(f"a chunk of {positions.shape[1]} positions is over max_chunk {self.max_chunk}")
-        self.positions = positions
-        self.used = max(self.used, int(positions.max()) + 1)
-        if self.used > self.capacity:
-            raise ValueError(f"position {self.used - 1} is beyond the cache's capacity {self.capacity}")
-        self._masks: dict[int, tuple[Tensor, Tensor]] = {}
+    def place(self, n_new: int) -> KVCache:
+        """Announce a pass over the next `n_new` columns; they count once `advance` is called."""
+        if self.length + n_new > self.capacity:
+            raise ValueError(f"{self.length} + {n_new} columns are beyond the cache's capacity {self.capacity}")
+        self.n_new = n_new
+        self.columns = torch.arange(self.length, self.length + n_new, device=self.device)
+        self._masks: dict[int | None, Tensor | None] = {}
         return self
+
+    def advance(self) -> None:
+        self.length += self.n_new
 
     def begin(self, config: ModelConfig, dtype: torch.dtype) -> None:
         self.next_slot = 0
-        self.rotary = rotary_table(self.positions.clamp(min=0).flatten(), config.head_dim, config.rope_base, dtype)
+        positions = (self.columns - self.pad[:, None]).clamp(min=0)  # (B, T)
+        self.rotary = rotary_table(positions.flatten(), config.head_dim, config.rope_base, dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        B, T = self.positions.shape
-        G, E = k.shape[1:]
-        n_entries = self.capacity if window is None else min(self.capacity, window + self.max_chunk - 1)
-        if self.next_slot == len(self.slots):
-            shape = (B, G, n_entries + 1, E)
-            self.slots.append(
-                (torch.zeros(shape, dtype=k.dtype, device=k.device), torch.zeros(shape, dtype=v.dtype, device=k.device))
-            )
-        keys, values = self.slots[self.next_slot]
-        self.next_slot += 1
-        entry, mask = self._entries_and_mask(n_entries, window)
-        row = torch.arange(B, device=k.device)[:, None]
-        keys[row, :, entry] = k.view(B, T, G, E)
-        values[row, :, entry] = v.view(B, T, G, E)
-        last = min(self.used, n_entries)
+        T, B = self.n_new, len(self.pad)
+        N, H, E = q.shape
+        G = k.shape[1]
+        k, v = (x.view(B, T, G, E).transpose(1, 2) for x in (k, v))  # (B, G, T, E)
+        keys, values = self._write(k, v, window)
         # the query heads that share a key/value head become its queries: (B, G, H/G · T, E)
-        q = q.view(B, T, G, -1, E).permute(0, 2, 3, 1, 4).reshape(B, G, -1, E)
-        mask = mask.repeat(1, q.shape[2] // T, 1)[:, None]
-        y = F.scaled_dot_product_attention(q, keys[:, :, :last], values[:, :, :last], attn_mask=mask)
-        return y.view(B, G, -1, T, E).permute(0, 3, 1, 2, 4).reshape(B * T, -1, E)
+        q = q.view(B, T, G, H // G, E).permute(0, 2, 3, 1, 4).reshape(B, G, -1, E)
+        mask = self._mask(window, keys.shape[2])
+        if mask is not None and T > 1:
+            mask = mask.repeat(1, 1, H // G, 1)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return y.view(B, G, H // G, T, E).permute(0, 3, 1, 2, 4).reshape(N, H, E)
 
-    def _entries_and_mask(self, n_entries: int, window: int | None) -> tuple[Tensor, Tensor]:
-        """Where this pass writes (B, T), and what each of its tokens may see (B, T, entries in use)."""
-        if n_entries not in self._masks:
-            empty = torch.full((self.n_rows, n_entries + 1), -1, device=self.device)
-            held = self.entry_positions.setdefault(n_entries, empty)
-            entry = torch.where(self.positions >= 0, self.positions % n_entries, n_entries)
-            held.scatter_(1, entry, self.positions)
-            held[:, n_entries] = -1
-            at, now = held[:, None, : min(self.used, n_entries)], self.positions[:, :, None]
-            seen = (at >= 0) & (at <= now)
-            if window is not None:
-                seen &= now - at < window
-            seen |= now < 0  # padding sees anything: a softmax over nothing would be NaN
-            self._masks[n_entries] = (entry, seen)
-        return self._masks[n_entries]
+    def _write(self, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """Put k and v (B, G, T, E) into the slot at hand; keys and values that this pass attends to.
+
+        One column, or a slot that keeps all, is read in place. A chunk over a ring is attended to beside the columns
+        that it overwrites: those of the ring first, in the ring's order, then the chunk's own.
+        """
+        B, G, T, E = k.shape
+        n_entries = self.capacity if window is None else min(window, self.capacity)
+        if self.next_slot == len(self.slots):
+            self.slots.append((k.new_empty(B, G, n_entries, E), v.new_empty(B, G, n_entries, E)))
+            self.windows.append(window)
+        slot = self.slots[self.next_slot]
+        self.next_slot += 1
+        end = self.length + T
+        if T > 1 and end > n_entries:
+            held = min(self.length, n_entries)
+            seen = [torch.cat([old[:, :, :held], new], dim=2) for old, new in zip(slot, (k, v), strict=True)]
+            kept = min(T, n_entries)
+            entry = torch.arange(end - kept, end, device=self.device) % n_entries
+            for old, new in zip(slot, (k, v), strict=True):
+                old[:, :, entry] = new[:, :, T - kept :]
+            return seen[0], seen[1]
+        entry = self.length % n_entries
+        for old, new in zip(slot, (k, v), strict=True):
+            old[:, :, entry : entry + T] = new
+        return slot[0][:, :, :end], slot[1][:, :, :end]  # a slice beyond a full ring is the ring
+
+    def _mask(self, window: int | None, n_keys: int) -> Tensor | None:
+        """(B or 1, 1, T, keys): may the query (third axis) attend to the key (fourth axis)? None where all may."""
+        if window is not None and window >= self.capacity:
+            window = None
+        if window not in self._masks:
+            self._masks[window] = self._make_mask(window, n_keys)
+        return self._masks[window]
+
+    def _make_mask(self, window: int | None, n_keys: int) -> Tensor | None:
+        T, end = self.n_new, self.length + self.n_new
+        in_view = 0 if window is None else max(0, end - window)  # the oldest column that one new column sees
+        if T == 1 and self.longest_pad <= in_view:
+            return None
+        if window is None or end <= window:
+            column = torch.arange(n_keys, device=self.device)
+        elif T == 1:
+            entry = torch.arange(window, device=self.device)
+            column = end - 1 - (end - 1 - entry) % window
+        else:
+            held = torch.arange(n_keys - T, device=self.device)
+            column = torch.cat([self.length - 1 - (self.length - 1 - held) % window, self.columns])
+        now = self.columns[:, None]
+        seen = column <= now  # (T, keys)
+        if window is not None:
+            seen = seen & (now - column < window)
+        if self.longest_pad:
+            # padding sees itself: a softmax over nothing would be NaN
+            seen = seen & ((column >= self.pad[:, None, None]) | (column == now))  # (B, T, keys)
+        return seen.view(-1, 1, T, n_keys)
+
+    def rewind(self, length: int) -> bool:
+        """Forget all columns from `length` on; False (and nothing done) where a ring has overwritten older ones."""
+        rings = [k.shape[2] for k, _ in self.slots if k.shape[2] < self.capacity]
+        if length < self.length and rings and self.length > min(rings):
+            return False
+        self.length = length
+        return True
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these, which take their order; a row given twice is copied."""
+        index = torch.tensor(rows, device=self.device)
+        self.slots = [(k[index], v[index]) for k, v in self.slots]
+        self.pad = self.pad[index]
+        self.longest_pad = int(self.pad.max())
 
     def n_bytes(self) -> int:
-        """Memory held by keys and values, in bytes."""
+        """Memory of the keys and values, in bytes, once all `capacity` columns are in use."""
         return sum(x.numel() * x.element_size() for slot in self.slots for x in slot)
 
 
 @torch.no_grad()
-def decode(model: Model, ids: Tensor, positions: Tensor, cache: KVCache, h_cycles: int | None = None) -> Tensor:
-    """Hidden states (B, T, D) of ids (B, T) at `positions` (B, T), which join the cache."""
-    hidden = model(ids.flatten(), cache.place(positions), h_cycles=h_cycles)
+def decode(model: Model, ids: Tensor, cache: KVCache, h_cycles: int | None = None) -> Tensor:
+    """Hidden states (B, T, D) of the next columns' ids (B, T), which join the cache."""
+    hidden = model(ids.flatten(), cache.place(ids.shape[1]), h_cycles=h_cycles)
+    cache.advance()
     return hidden.view(*ids.shape, -1)
