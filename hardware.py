@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import psutil
@@ -74,20 +75,21 @@ def describe(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
+@lru_cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Matrix-product FLOPs a second that model FLOPs utilisation is counted against.
 
-    A known card's data-sheet peak; otherwise the best of five measured products of 2048×2048 matrices in `dtype`.
+    A known card's data-sheet peak; otherwise the best of ten measured products of 1024×1024 matrices in `dtype`.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for card, tflops in sorted(PEAK_TFLOPS.items(), key=lambda item: -len(item[0])):
             if card in name:
                 return tflops * 1e12
-    n = 2048
+    n = 1024
     a = torch.randn(n, n, dtype=dtype, device=device)
     best = float("inf")
-    for _ in range(5):
+    for _ in range(10):
         start = time.perf_counter()
         float((a @ a)[0, 0])  # reading a value waits for the card
         best = min(best, time.perf_counter() - start)

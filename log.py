@@ -98,15 +98,11 @@ class RunLog:
         if self.path.exists():
             kept = [record for record in read_metrics(self.path) if record.get("step", 0) <= start]
             _replace(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = self.path.open("a", encoding="utf-8")
 
     def note(self, kind: str, step: int, **figures: Any) -> None:
         """Append one record to `metrics.jsonl`; `kind` says what it is: step, eval, sample, start."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

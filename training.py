@@ -201,7 +201,6 @@ def fit(job: Job, progress: Progress) -> Progress:
             if last or progress.step % loop.sample_every_steps == 0:
                 show_samples(job, progress, run_log)
     bar.close()
-    run_log.close()
     return progress
 
 

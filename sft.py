@@ -1,0 +1,200 @@
+"""Fine-tune on conversations, in two stages; loss on the assistant's tokens alone; continue where a run stopped.
+
+In: the base checkpoint (stage 1) or stage 1's (stage 2), runs/<preset>/text/chat/.
+Out: runs/<preset>/chat_tokens/, then runs/<preset>/sft1/ or sft2/ with step-*/ and metrics.jsonl.
+
+    uv run sft.py --preset 16gb             both stages, one after the other
+    uv run sft.py --preset 16gb --stage 2   one of them
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import checkpoint
+import config as settings
+import corpora
+import hardware
+import log
+from batches import ConversationBatches, held_out_conversations
+from config import ChatSource, Config, SFTConfig, UserError
+from conversation import Rendered, parse_answer, render
+from engine import Engine, Sampling
+from model import Model, build_model, compute_dtype
+from optim import build_optimizers
+from shards import SPLITS, TokenShards, TokenShardWriter
+from tokenizer import Tokenizer
+from training import Job, Progress, evaluate_loss, fit
+
+
+@dataclass(frozen=True)
+class Options:
+    """What only this script knows."""
+
+    stage: Literal[1, 2] | None = None  # the stage to train; None trains both in order
+    from_: str | None = None  # checkpoint folder to start from; None takes the stage before
+
+
+def main(config: Config, options: Options) -> None:
+    """Train the stages asked for, each from the one before it."""
+    for stage in (options.stage,) if options.stage else (1, 2):
+        first = stage == (options.stage or 1)
+        train_stage(config, stage, Path(options.from_) if options.from_ and first else None)
+
+
+def train_stage(config: Config, stage: int, start: Path | None) -> None:
+    """One stage of fine-tuning; continue if its folder holds a checkpoint."""
+    name = f"sft{stage}"
+    loop: SFTConfig = getattr(config, name)
+    folder = config.run_dir / name
+    if checkpoint.is_finished(folder):
+        log.say(f"fine-tuning stage {stage}: done, {checkpoint.newest(folder)}")
+        return
+    device = hardware.pick_device(config.device)
+    start = start or stage_before(config, stage)
+    before = checkpoint.load_for_inference(start)
+    tokenizer = before.tokenizer
+    folders = [write_chat_tokens(config, source, loop, tokenizer, name) for source in loop.sets()]
+    train, held_out = ([TokenShards(f, split, config.command("sft.py")) for f in folders] for split in SPLITS)
+    weights = [source.weight for source in loop.sets()]
+    batches = ConversationBatches(train, weights, loop, pad=tokenizer.pad, seed=config.seed)
+    model = build_model(before.config.model, seed=config.seed, device=device)
+    model.load_state_dict(before.model.state_dict())
+    model.dtype = compute_dtype(device)
+    optimizers = build_optimizers(model, config.optim, loop.lr, round(batches.n_steps * loop.warmup_share))
+    state = checkpoint.resume(folder, model, optimizers, config, name)
+    progress = Progress.of(state)
+    origin = {"from": str(start), "data": {shards.folder.name: shards.fingerprint for shards in train}}
+    if state and state["data"] != origin["data"]:
+        raise UserError(f"The conversations have changed since {folder} was trained. Remove {folder} to begin anew.")
+
+    def save(figures: dict[str, Any]) -> Path:
+        facts = {"stage": name, **figures, **origin}
+        return checkpoint.save(folder, model, optimizers, config, tokenizer, facts, loop.keep_checkpoints)
+
+    def evaluate() -> dict[str, float]:
+        return {f"loss {s.folder.name}": held_out_loss(model, s, loop, tokenizer) for s in held_out if s.n_documents}
+
+    def sample() -> list[tuple[str, str]]:
+        return answer_prompts(model, tokenizer, loop.prompts)
+
+    announce(stage, start, model, batches, device, folder, progress)
+    job = Job(
+        model=model,
+        optimizers=optimizers,
+        batches=batches,
+        loop=loop,
+        seed=config.seed,
+        folder=folder,
+        context=loop.context,
+        save=save,
+        evaluate=evaluate,
+        sample=sample,
+        command=config.command("sft.py") + f" --stage {stage}",
+    )
+    fit(job, progress)
+    log.say(f"fine-tuning stage {stage}: done in {log.duration(progress.seconds)}, {checkpoint.newest(folder)}")
+
+
+def stage_before(config: Config, stage: int) -> Path:
+    """The checkpoint this stage starts from; `UserError` with the command that makes it."""
+    name, script = ("base", "pretrain.py") if stage == 1 else ("sft1", "sft.py --stage 1")
+    folder = config.run_dir / name
+    if not checkpoint.is_finished(folder):
+        found = checkpoint.newest(folder)
+        state = f"only {found}, unfinished" if found else "no checkpoint"
+        command = config.command(script.split()[0]) + script.removeprefix(script.split()[0])
+        raise UserError(f"Stage {stage} starts from {folder}, which holds {state}. Make it with `{command}`.")
+    return checkpoint.newest(folder)
+
+
+# ------------------------------------------------------------------------------------------ chat tokens
+
+
+def write_chat_tokens(config: Config, source: ChatSource, loop: SFTConfig, tokenizer: Tokenizer, name: str) -> Path:
+    """Encode one set of conversations into token shards with loss masks, unless that is done; gives their folder."""
+    text = config.run_dir / "text" / "chat" / source.name
+    corpora.write_chat_shards(source, text, loop.validation_share)
+    folder = config.run_dir / "chat_tokens" / name / source.name
+    writer = TokenShardWriter(
+        folder,
+        {"text": text.name, "context": loop.context},
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_hash=tokenizer.hash,
+        shard_tokens=config.tokenizer.shard_tokens,
+        masked=True,
+    )
+    if writer.finished:
+        return folder
+    counts: Counter[str] = Counter()
+    for split in SPLITS:
+        for index, rendered in enumerate(fitting(text, split, loop.context, tokenizer, counts)):
+            if index >= writer.n_done(split):
+                n_bytes = int(tokenizer.token_bytes[rendered.ids].sum())
+                writer.add(split, rendered.ids, n_bytes, rendered.loss)
+    writer.finish(source=source.name, counts=dict(counts))
+    told = ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items()))
+    log.say(f"{source.name}: {told}; kept conversations lie in {folder}")
+    return folder
+
+
+def fitting(text: Path, split: str, context: int, tokenizer: Tokenizer, counts: Counter[str]) -> Iterator[Rendered]:
+    """Conversations that fit `context` tokens, the last exchanges left out where that makes them fit.
+
+    Nothing is cut within a turn: a first exchange too long for the context is dropped and counted.
+    """
+    for messages in corpora.read_conversations(text, split):
+        kept = messages
+        rendered = render(kept, tokenizer)
+        while len(rendered.ids) > context and kept:
+            kept = kept[:-1]
+            while kept and kept[-1]["role"] != "assistant":
+                kept = kept[:-1]
+            if kept:
+                rendered = render(kept, tokenizer)
+        if not kept or not any(rendered.loss):
+            counts["dropped: longer than the context or without an answer"] += 1
+            continue
+        counts["whole" if len(kept) == len(messages) else "shortened to whole turns"] += 1
+        yield rendered
+
+
+# ---------------------------------------------------------------------------------- figures and samples
+
+
+def held_out_loss(model: Model, shards: TokenShards, loop: SFTConfig, tokenizer: Tokenizer) -> float:
+    """Mean cross-entropy of the assistant's held-out tokens, in nats."""
+    batches = held_out_conversations(shards, context=loop.context, max_tokens=loop.eval_tokens, pad=tokenizer.pad)
+    nats, count = evaluate_loss(model, batches)
+    return nats / max(1, count)
+
+
+def answer_prompts(model: Model, tokenizer: Tokenizer, prompts: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The likeliest answer to each prompt, up to 120 tokens."""
+    ids = [render([{"role": "user", "content": prompt}], tokenizer, answer=True).ids for prompt in prompts]
+    answers = Engine(model).generate(
+        ids, max_tokens=120, stop_ids=[tokenizer.end], sampling=Sampling(temperature=0.0), seeds=[0] * len(ids)
+    )
+    return [(prompt, parse_answer(ids, tokenizer).content) for prompt, ids in zip(prompts, answers, strict=True)]
+
+
+def announce(
+    stage: int, start: Path, model: Model, batches: ConversationBatches, device: Any, folder: Path, progress: Progress
+) -> None:
+    """What is about to happen, on the console."""
+    filled, learnt = batches.fill()
+    log.say(f"stage       {stage} of fine-tuning, from {start}")
+    log.say(f"device      {hardware.describe(device)}, computing in {str(model.dtype).removeprefix('torch.')}")
+    log.say(f"tokens      {batches.n_steps} steps; {filled:.1%} of the tokens are no padding, {learnt:.1%} carry loss")
+    log.say(f"run folder  {folder}" + (f", going on from step {progress.step}" if progress.step else ""))
+
+
+if __name__ == "__main__":
+    try:
+        main(*settings.parse_cli_with(Options(), __doc__))
+    except UserError as error:
+        settings.fail(str(error))

@@ -1,0 +1,50 @@
+"""What several test files share: the project's root on the path, one thread, a tiny model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+
+from config import HRMConfig, ModelConfig  # noqa: E402
+
+
+@pytest.fixture
+def tiny() -> ModelConfig:
+    """A model of all the parts, small enough for exhaustive tests: windows, whole context, HRM head, GQA."""
+    return ModelConfig(
+        vocab_size=128,
+        n_layer=3,
+        d_model=32,
+        n_head=4,
+        n_kv_head=2,
+        d_ff=48,
+        context=32,
+        window=6,
+        pattern="SL",
+        hrm=HRMConfig(l_layer=1, h_layer=2, h_cycles=2, l_cycles=2),
+    )
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """The folder of real data that HEARTH_DATA names; tests that want it are skipped without it."""
+    given = os.environ.get("HEARTH_DATA")
+    if not given:
+        pytest.skip("set HEARTH_DATA to a folder of real text and conversations to run this")
+    return Path(given)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA card"))

@@ -1,0 +1,87 @@
+"""Presets, checks, JSON, command line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import config as settings
+from config import PRESETS, Config, DataConfig, HRMConfig, ModelConfig, PretrainConfig, SFTConfig, TextSource, UserError
+from model import Model
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_survives_json(name: str) -> None:
+    assert settings.from_json(Config, settings.to_json(PRESETS[name])) == PRESETS[name]
+
+
+def test_json_of_a_dense_model_keeps_the_head_off() -> None:
+    dense = ModelConfig(hrm=None)
+    assert settings.from_json(ModelConfig, settings.to_json(dense)) == dense
+
+
+def test_json_with_an_unknown_field_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match="flavour"):
+        settings.from_json(HRMConfig, '{"flavour": 1}')
+
+
+@pytest.mark.parametrize("name", ["16gb", "12gb", "24gb", "8gb"])
+def test_cards_make_the_same_model_of_about_146m_from_the_same_tokens(name: str) -> None:
+    preset = PRESETS[name]
+    with torch.device("meta"):
+        n = Model(preset.model).n_parameters()
+    assert 143e6 < n < 149e6
+    assert (preset.model.context, preset.model.vocab_size) == (4096, 32_768)
+    assert preset.model == PRESETS["16gb"].model
+    assert preset.pretrain.tokens_per_step == PRESETS["16gb"].pretrain.tokens_per_step
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        Config(
+            data=DataConfig(sources=(TextSource(),)),
+            model=ModelConfig(vocab_size=1000, n_head=5),
+            pretrain=PretrainConfig(steps=0),
+            sft1=SFTConfig(files=("x",), epochs=0),
+            sft2=SFTConfig(files=("x",)),
+        )
+    for word in ("data.sources", "vocab_size", "try 1024", "n_head 5", "pretrain.steps", "sft1.epochs"):
+        assert word in str(caught.value)
+
+
+def test_command_line_overrides_the_preset() -> None:
+    made = settings.parse_cli("", ["--preset", "demo", "--pretrain.lr", "1e-3", "--data.text_files", "a", "b"])
+    assert made.pretrain.lr == 1e-3
+    assert made.data.corpora()[0].files == ("a", "b")
+    assert made.model == PRESETS["demo"].model
+
+
+def test_the_head_can_be_switched_off_on_the_command_line() -> None:
+    assert settings.parse_cli("", ["--preset=demo", "--model.hrm", "None"]).model.hrm is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--preset", "dmeo"], "16gb, 12gb, 24gb, 8gb, demo"),
+        (["--preset"], "needs a value"),
+        (["--preset", "demo", "--pretrain.lrr", "1"], "--pretrain.lr"),
+        (["--preset", "demo", "--pretrain.steps", "many"], "--pretrain.steps"),
+        (["--preset", "demo", "--model.window", "0"], "model.window"),
+    ],
+)
+def test_a_mistake_exits_with_2_and_names_the_remedy(words: list[str], said: str, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        settings.parse_cli("", words)
+    assert caught.value.code == 2
+    told = capsys.readouterr()
+    assert said in told.out + told.err
+    assert "Traceback" not in told.out + told.err
+
+
+def test_help_shows_every_field_with_its_comment(capsys) -> None:
+    with pytest.raises(SystemExit):
+        settings.parse_cli("What it does.", ["--preset", "demo", "--help"])
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "attention reach of a short layer" in told
+    assert "peak learning rate" in told

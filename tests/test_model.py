@@ -1,0 +1,164 @@
+"""The network's invariants: what it may see, what it starts as, what learns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from config import PRESETS, ModelConfig
+from model import ChunkedCrossEntropy, Model, Packed, build_model, initialise, rotary_table, rotate
+
+
+def awake(config: ModelConfig, seed: int = 0) -> Model:
+    """A model whose zero-initialised projections have been given values, so that nothing is hidden behind zeros."""
+    model = build_model(config, seed=seed)
+    model.dtype = torch.float32
+    dice = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=dice)
+    return model
+
+
+def one_segment(n: int) -> Packed:
+    return Packed(torch.arange(n) == 0, n)
+
+
+def random_ids(n: int, config: ModelConfig, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, config.vocab_size, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("preset", ["16gb", "demo"])
+def test_initial_loss_is_ln_vocab(preset: str) -> None:
+    config = replace(PRESETS[preset].model, n_layer=2)
+    model = build_model(config, seed=0)
+    ids = random_ids(513, config)
+    with torch.no_grad():
+        hidden = model(ids[:-1], one_segment(512))
+        loss = float(model.loss(hidden, ids[1:], torch.full((512,), 1 / 512)))
+    assert abs(loss - math.log(config.vocab_size)) < 0.03 * math.log(config.vocab_size)
+
+
+@pytest.mark.parametrize("h_cycles", [1, 2, 4])
+def test_future_tokens_do_not_change_past_logits(tiny: ModelConfig, h_cycles: int) -> None:
+    model = awake(tiny)
+    ids = random_ids(24, tiny)
+    changed = ids.clone()
+    changed[15:] = random_ids(9, tiny, seed=9)
+    a, b = (model(x, one_segment(24), h_cycles=h_cycles) for x in (ids, changed))
+    assert torch.equal(a[:15], b[:15])
+    assert not torch.allclose(a[15:], b[15:])
+
+
+def test_other_documents_in_the_pack_change_nothing(tiny: ModelConfig) -> None:
+    model = awake(tiny)
+    ids, starts = random_ids(32, tiny), torch.zeros(32, dtype=torch.bool)
+    starts[[5, 19]] = True
+    packed = model(ids, Packed(starts, 16))  # rows end at 16: segments 0-4, 5-15, 16-18, 19-31
+    for first, end in ((0, 5), (5, 16), (16, 19), (19, 32)):
+        alone = model(ids[first:end], one_segment(end - first))
+        torch.testing.assert_close(packed[first:end], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_beyond_the_window_change_nothing(tiny: ModelConfig) -> None:
+    config = replace(tiny, n_layer=1, hrm=None, context=24)
+    model = Model(config)
+    model.trunk[0].window = 4
+    initialise(model, 0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1
+    ids = random_ids(24, config)
+    changed = ids.clone()
+    changed[10] = (ids[10] + 1) % config.vocab_size
+    differs = (model(ids, one_segment(24)) != model(changed, one_segment(24))).any(dim=1)
+    assert differs.nonzero().flatten().tolist() == [10, 11, 12, 13]
+
+
+def test_curriculum_row_is_the_same_as_a_shorter_sequence(tiny: ModelConfig) -> None:
+    model = awake(tiny)
+    ids = random_ids(32, tiny)
+    none = torch.zeros(32, dtype=torch.bool)
+    torch.testing.assert_close(
+        model(ids, Packed(none, 8))[8:16], model(ids[8:16], one_segment(8)), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_rotation_depends_on_distance_alone() -> None:
+    q, k = torch.randn(1, 2, 8), torch.randn(1, 2, 8)
+
+    def score(a: int, b: int) -> torch.Tensor:
+        tables = (rotary_table(torch.tensor([p]), 8, 10_000.0, torch.float32) for p in (a, b))
+        return (rotate(q, next(tables)) * rotate(k, next(tables))).sum()
+
+    torch.testing.assert_close(score(7, 3), score(1004, 1000), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(score(7, 3), score(7, 4))
+
+
+def test_head_starts_as_the_identity(tiny: ModelConfig) -> None:
+    model = build_model(tiny, seed=0)
+    ids, where = random_ids(16, tiny), one_segment(16)
+    assert torch.equal(model(ids, where), model.run_trunk(ids, where))
+
+
+def test_every_parameter_receives_gradient(tiny: ModelConfig) -> None:
+    model = awake(tiny)
+    ids = random_ids(33, tiny)
+    model.loss(model(ids[:-1], one_segment(32)), ids[1:], torch.ones(32)).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+@pytest.mark.parametrize("recompute", ["head", "all"])
+def test_recomputed_activations_give_the_same_gradients(tiny: ModelConfig, recompute: str) -> None:
+    gradients = []
+    for mode in ("none", recompute):
+        model = awake(tiny)
+        model.recompute = mode
+        ids = random_ids(33, tiny)
+        model.loss(model(ids[:-1], one_segment(32)), ids[1:], torch.ones(32)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_short_horizon_cuts_the_early_calls_only(tiny: ModelConfig) -> None:
+    model = awake(tiny)
+    ids, where = random_ids(16, tiny), one_segment(16)
+    full, cut = model(ids, where), model(ids, where, horizon=2)
+    assert torch.equal(full, cut)
+    gradients = []
+    for hidden in (full, cut):
+        model.zero_grad()
+        hidden.sum().backward()
+        gradients.append(model.head.call_embedding.grad.clone())
+    assert gradients[0][0].any()  # full: the first cycle learns
+    assert not gradients[1][0].any()  # horizon 2: only the last L and the last H call
+    assert gradients[1][-1, -2:].any(dim=-1).all()
+
+
+def test_chunked_loss_equals_the_whole_and_its_gradients(tiny: ModelConfig, monkeypatch) -> None:
+    monkeypatch.setattr("model.LOGITS_PER_CHUNK", 7 * 40)
+    hidden = torch.randn(30, 16, dtype=torch.float64, requires_grad=True)
+    embedding = torch.randn(40, 16, dtype=torch.float64, requires_grad=True)
+    targets, weights = torch.randint(0, 40, (30,)), torch.rand(30)
+    loss = 3 * ChunkedCrossEntropy.apply(hidden, embedding, targets, weights)
+    got = torch.autograd.grad(loss, (hidden, embedding))
+    nll = torch.nn.functional.cross_entropy(hidden @ embedding.T, targets, reduction="none")
+    reference = 3 * (nll * weights).sum()
+    torch.testing.assert_close(loss, reference, check_dtype=False, atol=1e-4, rtol=1e-5)
+    for a, b in zip(got, torch.autograd.grad(reference, (hidden, embedding)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_flops_count_every_pass(tiny: ModelConfig) -> None:
+    dense = Model(replace(tiny, hrm=None))
+    n = sum(p.numel() for block in dense.trunk for p in block.parameters()) + dense.embedding.numel()
+    windows = [block.window for block in dense.trunk]
+    assert windows == [6, None, None]  # the pattern SL over 3 blocks, the last one long
+    seen = sum(sum(min(t + 1, w or 32) for t in range(32)) / 32 for w in windows)
+    assert dense.flops_per_token(32) == pytest.approx(6 * n + 12 * 32 * seen)
+    deep = Model(tiny)
+    assert len(deep.block_passes()) == 3 + 2 * (2 * 1 + 2)
