@@ -40,6 +40,17 @@ def newest(folder: Path) -> Path | None:
     return found[-1].parent if found else None
 
 
+def furthest(config: Config) -> Path:
+    """The newest checkpoint of the furthest stage of a run; `UserError` says how to make one."""
+    for stage in ("sft2", "sft1", "base"):
+        if (found := newest(config.run_dir / stage)) is not None:
+            return found
+    raise UserError(
+        f"No checkpoint in {config.run_dir}: looked for sft2, sft1, base. "
+        f"Make one with `{config.command('run_pipeline.py')}`."
+    )
+
+
 def is_finished(folder: Path) -> bool:
     """Whether the stage that writes into `folder` has reached its last step."""
     last = newest(folder)
