@@ -53,6 +53,7 @@ class ChatSource:
     files: tuple[str, ...] = ()  # local files, folders or globs; the layout is recognised by the columns
     demo: str | None = None  # part of the built-in world: alpaca, dolly, messages or math
     max_rows: int | None = None  # stop after this many conversations; None takes all
+    max_chars: int | None = None  # longest reasoning taken, in characters; the worked solution stands in for a longer
     weight: float = 1.0  # how often each conversation is seen an epoch, relative to the other sets
 
 
@@ -376,6 +377,7 @@ class Config:
 
 # ------------------------------------------------------------------------------------------- presets
 
+# No `revision` is pinned here: the first start takes the newest commit, writes it into the manifest, and sticks to it.
 FINEWEB = TextSource(
     name="fineweb-edu",
     hub="HuggingFaceFW/fineweb-edu",
@@ -389,7 +391,7 @@ WEB_MATH = TextSource(
 ALPACA = ChatSource(name="alpaca", hub="yahma/alpaca-cleaned")
 DOLLY = ChatSource(name="dolly", hub="databricks/databricks-dolly-15k")
 ULTRACHAT = ChatSource(name="ultrachat", hub="HuggingFaceH4/ultrachat_200k", split="train_sft")
-OPENR1 = ChatSource(name="openr1-math", hub="open-r1/OpenR1-Math-220k", hub_config="default")
+OPENR1 = ChatSource(name="openr1-math", hub="open-r1/OpenR1-Math-220k", hub_config="default", max_chars=11_000)
 
 
 def _card(name: str, **pretrain: Any) -> Config:

@@ -4,52 +4,103 @@ In: the hub, your own files, or the built-in demo world. Out: Arrow shards under
 Continues what was interrupted, skips what is finished, makes damaged shards again.
 
     uv run create_shard.py --preset 16gb
+    uv run create_shard.py --preset 16gb --plan          sizes, disk and hours, before anything is made
     uv run create_shard.py --name mine --data.text_files books/ notes.jsonl
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import config as settings
-import corpora
 import log
-from config import ChatSource, Config, UserError
+from config import ChatSource, Config, TextSource, UserError
+from corpora import CHAT_UNIT_BYTES, PROBE_BYTES, Estimate, estimate, write_chat_shards, write_text_shards
+from shards import disk_free
+
+BYTES_PER_TOKEN = 4.3  # of English text, before a tokenizer is there to ask
 
 
-def main(config: Config) -> None:
+@dataclass(frozen=True)
+class Options:
+    """What this script alone can be told."""
+
+    plan: bool = False  # print sizes, disk and hours of what would be made, and make nothing
+    verify: bool = False  # look for damaged shards by their checksum, not by their size alone
+
+
+def main(options: Options, config: Config) -> None:
     """Make the text shards of every corpus and every set of conversations."""
     text = config.run_dir / "text"
+    if options.plan:
+        print_plan(config)
+        return
     before: list[Path] = []
     for source in config.data.corpora():
-        report(source.name, corpora.write_text_shards(source, text / source.name, config.data, before))
-        before.append(text / source.name)
+        folder = text / source.name
+        report(source.name, write_text_shards(source, folder, config.data, before, verify=options.verify))
+        before.append(folder)
     for source, share in chat_sets(config):
-        report(source.name, corpora.write_chat_shards(source, text / "chat" / source.name, share))
+        folder = text / "chat" / source.name
+        minutes = config.data.retry_minutes
+        report(source.name, write_chat_shards(source, folder, share, retry_minutes=minutes, verify=options.verify))
     log.say(f"Text shards are in {text}. Next: {config.command('train_tokenizer.py')}")
 
 
 def chat_sets(config: Config) -> list[tuple[ChatSource, float]]:
     """Every set of conversations of both stages, each once, with the share that is held out."""
-    sets = {
-        source.name: (source, stage.validation_share) for stage in (config.sft1, config.sft2) for source in stage.sets()
-    }
-    return list(sets.values())
+    stages = (config.sft1, config.sft2)
+    return list({source.name: (source, s.validation_share) for s in stages for source in s.sets()}.values())
 
 
 def report(name: str, manifest: dict[str, Any]) -> None:
     """One line on what a folder holds."""
     train, held_out = manifest["splits"]["train"], manifest["splits"]["validation"]
-    dropped = ", ".join(f"{n} {reason}" for reason, n in manifest["dropped"].items()) or "none"
+    dropped = ", ".join(f"{n} × {reason}" for reason, n in manifest["dropped"].items()) or "nothing"
     log.say(
         f"{name}: {train['documents']} documents, {log.size(train['text_bytes'])}; "
-        f"held out {held_out['documents']}; dropped: {dropped}"
+        f"held out {held_out['documents']}; dropped {dropped}"
     )
+
+
+# ------------------------------------------------------------------------------------------------ plan
+
+
+def print_plan(config: Config) -> None:
+    """Each corpus with its text, documents, shards, disk, tokens and hours, from a look at its beginning."""
+    log.say(f"{'':<20}{'text':>10}{'documents':>11}{'shards':>8}{'tokens':>8}{'disk':>10}{'time':>8}")
+    total = Estimate(0, 0, 0)
+    for source in (*config.data.corpora(), *(source for source, _ in chat_sets(config))):
+        found = estimate(source, config.data)
+        unit = config.data.shard_mb * 10**6 if isinstance(source, TextSource) else CHAT_UNIT_BYTES
+        plan_line(source.name, found, math.ceil(found.text_bytes / unit))
+        total = Estimate(*(a + b for a, b in zip(astuple(total), astuple(found), strict=True)))
+    plan_line("together", total, None)
+    free = disk_free(config.run_dir)
+    verdict = "enough" if free > 1.1 * disk_needed(total) else "NOT ENOUGH: make room, or choose a disk with --runs"
+    log.say(f"{log.size(free)} free at {config.run_dir.absolute()}: {verdict}")
+    log.say(f"Estimated from the first {log.size(PROBE_BYTES)} of each source, at {BYTES_PER_TOKEN} bytes a token.")
+
+
+def plan_line(name: str, found: Estimate, shards: int | None) -> None:
+    """One row of the plan."""
+    tokens, disk = log.count(found.text_bytes / BYTES_PER_TOKEN), log.size(disk_needed(found))
+    cells = f"{log.size(found.text_bytes):>10}{log.count(found.documents):>11}{shards or '':>8}{tokens:>8}{disk:>10}"
+    log.say(f"{name:<20}{cells}{log.duration(found.seconds):>8}")
+
+
+def disk_needed(found: Estimate) -> float:
+    """Bytes of the text shards and of the token shards made from them, two bytes a token."""
+    return found.text_bytes * (1 + 2 / BYTES_PER_TOKEN)
 
 
 if __name__ == "__main__":
     try:
-        main(settings.parse_cli(__doc__))
+        main(*settings.parse_cli_with(Options(), __doc__)[::-1])
     except UserError as error:
         settings.fail(str(error))
+    except KeyboardInterrupt:
+        settings.fail("stopped; the same command goes on from here.")

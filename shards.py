@@ -16,15 +16,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+import log
 from config import UserError
 
 SCHEMA = 1  # version of the manifest
@@ -33,6 +37,7 @@ DRAFT = "manifest.part.json"
 SPLITS = ("train", "validation")
 BATCH_BYTES = 4 << 20  # a record batch of a text shard is cut at this many bytes of text,
 BATCH_ROWS = 1024  # or at this many documents
+BATCHES_AHEAD = 2  # record batches that may wait to be written
 
 DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
@@ -60,15 +65,20 @@ def writing(folder: Path) -> Iterator[None]:
         raise UserError(f"Cannot write to {folder}: {DISK_ERRORS[error.errno]}. {remedy}") from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that after a kill or a power cut the file is the old one or the new one, whole."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that after a kill or a power cut it is the old one or the new one, whole."""
     temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    with writing(path.parent):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def sync_folder(folder: Path) -> None:
@@ -87,6 +97,13 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def finish_file(file: BinaryIO) -> None:
+    """Close a file so that its content survives a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
 def fingerprint(value: Any) -> str:
     """A short hash of anything JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
@@ -98,18 +115,22 @@ def fingerprint(value: Any) -> str:
 class ShardFolder:
     """A folder of shards in the making: what is done, whether it is finished, and how to commit more.
 
+    damaged: what is wrong with which file, by size, and with `verify` by checksum.
     Raises `UserError` where the folder was made with other settings than `settings`, or cannot be written.
     """
 
-    def __init__(self, folder: Path, kind: str, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, kind: str, settings: dict[str, Any], *, verify: bool = False) -> None:
         self.folder, self.kind = Path(folder), kind
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.finished = (self.folder / MANIFEST).exists()
         self.manifest = _load(self.folder / (MANIFEST if self.finished else DRAFT)) or self._fresh(settings)
         self._require(settings)
-        for leftover in self.folder.glob("*.part"):
-            with writing(self.folder):
+        self.damaged = damaged_files(self.folder, self.manifest, full=verify)
+        for name, what in self.damaged.items():
+            log.say(f"{self.folder / name} {what}: making it again")
+        with writing(self.folder):
+            for leftover in self.folder.glob("*.part"):
                 leftover.unlink()
 
     def _fresh(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -140,44 +161,54 @@ class ShardFolder:
         return self.folder / (name + ".part")
 
     def commit(self, unit: dict[str, Any]) -> None:
-        """Put the finished `.part` files of `unit["files"]` in place, then note the unit in the draft."""
+        """Put the finished `.part` files of `unit["files"]` in place, then note the unit in the draft.
+
+        Each file's facts hold its `size` and `sha256`, and it is on the disk already: see `finish_file`.
+        """
         self._place(unit, unit["files"])
         self.units.append(unit)
         self.save_draft()
 
-    def replace(self, unit: dict[str, Any], names: list[str]) -> None:
-        """Put files of a unit that was made again in place of the lost ones; they must be the same byte for byte."""
+    def is_damaged(self, unit: dict[str, Any]) -> bool:
+        return any(name in self.damaged for name in unit["files"])
+
+    def replace(self, unit: dict[str, Any], made: dict[str, dict[str, Any]]) -> None:
+        """Put what was made again in place of the damaged files of a unit; it must be the same byte for byte."""
+        names = [name for name in unit["files"] if name in self.damaged]
         for name in names:
-            if checksum(self.part(name)) != unit["files"][name]["sha256"]:
+            if made.get(name, {}).get("sha256") != unit["files"][name]["sha256"]:
                 raise UserError(
                     f"{self.folder / name} was damaged, and making it again gave another content: its source has "
                     f"changed since. Remove {self.folder} and make it anew."
                 )
         self._place(unit, names)
+        for name in names:
+            del self.damaged[name]
+        for name in set(made) - set(names):
+            self.part(name).unlink()
 
-    def _place(self, unit: dict[str, Any], names: Any) -> None:
+    def require_mended(self) -> None:
+        if self.damaged:
+            raise UserError(
+                f"{', '.join(self.damaged)} in {self.folder} could not be made again: its source has changed since. "
+                f"Remove {self.folder} and make it anew."
+            )
+
+    def _place(self, unit: dict[str, Any], names: Iterable[str]) -> None:
         with writing(self.folder):
             for name in names:
-                part = self.part(name)
-                with part.open("rb+") as file:
-                    os.fsync(file.fileno())
-                unit["files"][name].setdefault("size", part.stat().st_size)
-                if "sha256" not in unit["files"][name]:
-                    unit["files"][name]["sha256"] = checksum(part)
-                os.replace(part, self.folder / name)
+                os.replace(self.part(name), self.folder / name)
             sync_folder(self.folder)
 
     def save_draft(self) -> None:
-        with writing(self.folder):
-            write_json(self.folder / DRAFT, self.manifest)
+        write_json(self.folder / DRAFT, self.manifest)
 
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Write the manifest with `facts` and each split's totals; the folder is finished from here on."""
         self.manifest = {**self.manifest, **facts, "splits": {split: self.totals(split) for split in SPLITS}}
         self.manifest["units"] = self.manifest.pop("units")  # the long list last, for those who read the file
-        with writing(self.folder):
-            write_json(self.folder / MANIFEST, self.manifest)
-            (self.folder / DRAFT).unlink(missing_ok=True)
+        write_json(self.folder / MANIFEST, self.manifest)
+        (self.folder / DRAFT).unlink(missing_ok=True)
         self.finished = True
         return self.manifest
 
@@ -260,13 +291,19 @@ TEXT_COLUMNS = {
 
 
 class TextShardWriter:
-    """Write documents as Arrow shards, one file a split and unit; the caller says where a unit ends."""
+    """Write documents as Arrow shards, one file a split and unit; the caller says where a unit ends.
 
-    def __init__(self, folder: ShardFolder) -> None:
+    Record batches are cut where their documents say, never where time does, so the bytes repeat. They are written and
+    hashed in a thread of their own, at most `BATCHES_AHEAD` behind.
+    """
+
+    def __init__(self, folder: ShardFolder, number: int | None = None) -> None:
         self.folder = folder
-        self.number = len(folder.units)
+        self.number = len(folder.units) if number is None else number
         self.n_bytes = 0
         self._files: dict[str, _TextFile] = {}
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[Future] = deque()
 
     def add(self, split: str, row: Any, n_bytes: int) -> None:
         """Append one document: UTF-8 `bytes` of text, or the messages of a conversation."""
@@ -279,54 +316,99 @@ class TextShardWriter:
         file.pending_bytes += n_bytes
         self.n_bytes += n_bytes
         if file.pending_bytes >= BATCH_BYTES or len(file.pending) >= BATCH_ROWS:
-            with writing(self.folder.folder):
-                file.flush()
+            self._submit(file.write, file.take())
 
-    def close(self) -> dict[str, dict[str, Any]]:
-        """Finish the files of this unit and start the next; returns name → facts, for the unit's record."""
+    def _submit(self, job: Callable[..., None], *arguments: Any, ahead: int = BATCHES_AHEAD) -> None:
+        self._waiting.append(self._thread.submit(job, *arguments))
         with writing(self.folder.folder):
-            facts = {file.name: file.close() for file in self._files.values()}
+            while len(self._waiting) > ahead:
+                self._waiting.popleft().result()
+
+    def finish_unit(self) -> dict[str, dict[str, Any]]:
+        """Finish the files of this unit and start the next; returns name → facts, for the unit's record."""
+        for file in self._files.values():
+            self._submit(file.write, file.take())
+            self._submit(file.finish, ahead=0)
+        facts = {name: file.facts() for file in self._files.values() for name in [file.name]}
         self._files = {}
         self.number += 1
         self.n_bytes = 0
         return dict(sorted(facts.items()))
 
+    def close(self) -> None:
+        """Give up what is unfinished and remove it."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        for file in self._files.values():
+            file.abandon()
+        self._files = {}
+
 
 class _TextFile:
+    """One Arrow file while it grows: size and checksum are taken of the bytes as they pass."""
+
     def __init__(self, path: Path, kind: str, name: str, split: str) -> None:
-        import pyarrow as pa
         from datasets import Features
         from datasets.arrow_writer import ArrowWriter
 
-        self.name, self.split, self.kind = name, split, kind
+        self.path, self.name, self.split, self.kind = path, name, split, kind
         self.pending: list[Any] = []
         self.pending_bytes = self.documents = self.text_bytes = 0
         self.features = Features.from_dict(_feature_spec(TEXT_COLUMNS[kind]))
-        self.sink = pa.OSFile(str(path), "wb")
+        self.sink = _HashingFile(path)
         self.writer = ArrowWriter(features=self.features, stream=self.sink)
 
-    def flush(self) -> None:
+    def take(self) -> tuple[list[Any], int]:
+        """The documents that wait to be written, and their bytes."""
+        taken = self.pending, self.pending_bytes
+        self.pending, self.pending_bytes = [], 0
+        return taken
+
+    def write(self, taken: tuple[list[Any], int]) -> None:
         import pyarrow as pa
 
-        if not self.pending:
+        rows, n_bytes = taken
+        if not rows:
             return
         if self.kind == "text":
-            offsets = np.zeros(len(self.pending) + 1, np.int32)
-            np.cumsum([len(row) for row in self.pending], out=offsets[1:])
-            buffers = pa.py_buffer(offsets), pa.py_buffer(b"".join(self.pending))
-            table = pa.table({"text": pa.StringArray.from_buffers(len(self.pending), *buffers)})
+            offsets = np.zeros(len(rows) + 1, np.int32)
+            np.cumsum([len(row) for row in rows], out=offsets[1:])
+            buffers = pa.py_buffer(offsets), pa.py_buffer(b"".join(rows))
+            table = pa.table({"text": pa.StringArray.from_buffers(len(rows), *buffers)})
         else:
-            table = pa.Table.from_pydict({"messages": self.pending}, schema=self.features.arrow_schema)
+            table = pa.Table.from_pydict({"messages": rows}, schema=self.features.arrow_schema)
         self.writer.write_table(table)
-        self.documents += len(self.pending)
-        self.text_bytes += self.pending_bytes
-        self.pending, self.pending_bytes = [], 0
+        self.documents += len(rows)
+        self.text_bytes += n_bytes
 
-    def close(self) -> dict[str, Any]:
-        self.flush()
+    def finish(self) -> None:
         self.writer.finalize(close_stream=False)
-        self.sink.close()
-        return {"split": self.split, "documents": self.documents, "text_bytes": self.text_bytes}
+        finish_file(self.sink.file)
+
+    def facts(self) -> dict[str, Any]:
+        counts = {"split": self.split, "documents": self.documents, "text_bytes": self.text_bytes}
+        return counts | {"size": self.sink.size, "sha256": self.sink.sha256.hexdigest()}
+
+    def abandon(self) -> None:
+        self.writer.close()
+        with contextlib.suppress(OSError):
+            self.sink.file.close()
+        self.path.unlink(missing_ok=True)
+
+
+class _HashingFile(io.RawIOBase):
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb", buffering=1 << 20)
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.file.write(data)
+        self.sha256.update(data)
+        self.size += memoryview(data).nbytes
+        return memoryview(data).nbytes
 
 
 def _feature_spec(spec: Any) -> Any:
@@ -337,10 +419,10 @@ def _feature_spec(spec: Any) -> Any:
     return {name: _feature_spec(kind) for name, kind in spec.items()}
 
 
-def unit_batches(folder: Path) -> Iterator[Any]:
-    """The record batches of both splits in a folder, finished or not."""
+def unit_batches(folder: Path, n_units: int | None = None) -> Iterator[Any]:
+    """The record batches of both splits in the first units of a folder, finished or not."""
     manifest = _load(folder / MANIFEST) or _load(folder / DRAFT) or {"units": []}
-    for unit in manifest["units"]:
+    for unit in manifest["units"][:n_units]:
         for name in unit["files"]:
             yield from _arrow_batches(folder / name)
 
@@ -369,6 +451,34 @@ def read_text_batches(folder: Path, split: str, command: str, *, start: int = 0)
                 start = max(0, start - batch.num_rows)
 
 
+def data_sheet(manifest: dict[str, Any]) -> str:
+    """What a corpus is, for a person: the README.md of its folder."""
+    splits, source = manifest["splits"], manifest["source"]
+    documents = sum(split["documents"] for split in splits.values())
+    n_bytes = sum(split["text_bytes"] for split in splits.values())
+    tokens = sum(split["tokens"] for split in splits.values())
+    facts = {
+        "source": ", ".join(f"{name} {value}" for name, value in source.items() if value is not None),
+        "revision": manifest["revision"] or "none",
+        "licence": manifest["licence"],
+        "documents": f"{documents:,}, of which {splits['validation']['documents']:,} held out",
+        "text": f"{n_bytes:,} bytes, {n_bytes / max(1, documents):,.0f} a document",
+        "tokens": f"{tokens:,}, {n_bytes / tokens:.2f} bytes each" if tokens else "not encoded yet",
+    }
+    lines = [f"# {manifest['name']}", "", "| | |", "|---|---|", *(f"| {name} | {v} |" for name, v in facts.items())]
+    lines += ["", "## Length of the documents", "", "```"]
+    most = max(manifest["lengths"].values(), default=1)
+    for bits, n in manifest["lengths"].items():
+        up_to = log.size(2 ** int(bits))
+        lines.append(f"below {up_to:>9}  {n:>9,}  {'#' * -(-40 * n // most)}")
+    lines += ["```", "", "## What was dropped", ""]
+    lines += [f"- {n:,} × {reason}" for reason, n in manifest["dropped"].items()] or ["Nothing."]
+    lines += ["", "Examples with file and row are in `dropped.jsonl`.", "", "## Ten documents, drawn by hash", ""]
+    for _, begin in manifest["samples"]:
+        lines.append("- " + " ".join(begin.split())[:240].replace("|", "\\|"))
+    return "\n".join(lines) + "\n"
+
+
 # ------------------------------------------------------------------------------------- token shards
 
 
@@ -378,10 +488,12 @@ def token_dtype(vocab_size: int) -> Any:
 
 
 class TokenShardWriter:
-    """Write documents as token shards; each split goes on by itself after a kill, from `n_done(split)`.
+    """Write documents as token shards; after a kill each split goes on by itself, from document `n_done(split)`.
 
     shard_tokens: a shard closes before the document that would pass it; a longer document has a shard of its own.
     masked: `add` takes a loss mask for every document.
+    verify: look for damage by checksum, not by size alone. Damaged shards are made again from the documents added
+    from `n_done(split)` on; those that lie in whole shards are passed over (`wants` says which).
     """
 
     def __init__(
@@ -393,43 +505,71 @@ class TokenShardWriter:
         tokenizer_hash: str,
         shard_tokens: int,
         masked: bool = False,
+        verify: bool = False,
     ) -> None:
         self._open: dict[str, _TokenFile] = {}
         settings = {**settings, "tokenizer": tokenizer_hash, "shard_tokens": shard_tokens}
-        self.folder = ShardFolder(folder, "tokens", settings)
+        self.folder = ShardFolder(folder, "tokens", settings, verify=verify)
         self.dtype, self.masked, self.shard_tokens = token_dtype(vocab_size), masked, shard_tokens
         self.tokenizer_hash = tokenizer_hash
+        self._next = {split: self.n_done(split) for split in SPLITS}
 
     @property
     def finished(self) -> bool:
-        """Whether the folder was complete already: nothing to add, nothing to finish."""
-        return self.folder.finished
+        """Whether the folder is complete and whole: nothing to add, nothing to finish."""
+        return self.folder.finished and not self.folder.damaged
 
     def n_done(self, split: str) -> int:
         """Documents of `split` that are safely written: go on with this one."""
-        return self.folder.totals(split)["documents"]
+        broken = [unit["first_document"] for unit in self._units(split) if self.folder.is_damaged(unit)]
+        return min(broken, default=self.folder.totals(split)["documents"])
+
+    def wants(self, split: str, document: int) -> bool:
+        """False for a document that lies in a whole shard: `add` would pass over it."""
+        unit = self._unit_of(split, document)
+        return unit is None or self.folder.is_damaged(unit)
+
+    def _units(self, split: str) -> list[dict[str, Any]]:
+        return [unit for unit in self.folder.units if unit["split"] == split]
+
+    def _unit_of(self, split: str, document: int) -> dict[str, Any] | None:
+        for unit in self._units(split):
+            if unit["first_document"] <= document < unit["first_document"] + unit["documents"]:
+                return unit
+        return None
+
+    def skip(self, split: str, documents: int) -> None:
+        """Pass over that many documents, none of which the writer `wants`."""
+        self._next[split] += documents
 
     def add(self, split: str, ids: Any, text_bytes: int, mask: Any = None) -> None:
         """Append one document: its ids, the bytes of text it stands for, and with `masked` 1 where loss counts."""
         if self.masked != (mask is not None):
             raise ValueError("a masked writer takes a mask for every document, another one takes none")
+        document = self._next[split]
+        self._next[split] += 1
+        remade = self._unit_of(split, document)
+        if remade is not None and not self.folder.is_damaged(remade):
+            return
         file = self._open.get(split)
-        if file is not None and file.n_tokens + len(ids) > self.shard_tokens:
+        if file is not None and remade is None and file.n_tokens + len(ids) > self.shard_tokens and file.ends:
             self._commit(split)
             file = None
-        if file is None:
-            number = sum(1 for unit in self.folder.units if unit["split"] == split)
-            with writing(self.folder.folder):
-                file = self._open[split] = _TokenFile(self.folder, split, number, self.dtype, masked=self.masked)
         with writing(self.folder.folder):
+            if file is None:
+                number = self._units(split).index(remade) if remade else len(self._units(split))
+                file = self._open[split] = _TokenFile(self.folder, split, number, self.dtype, masked=self.masked)
             file.add(ids, text_bytes, mask)
+        if remade is not None and document + 1 == remade["first_document"] + remade["documents"]:
+            with writing(self.folder.folder):
+                self.folder.replace(remade, self._open.pop(split).finish())
 
     def _commit(self, split: str) -> None:
         file = self._open.pop(split)
+        first = self.folder.totals(split)["documents"]
         with writing(self.folder.folder):
-            files = file.close()
-        first = self.n_done(split)
-        self.folder.commit({"split": split, "first_document": first, "files": files})
+            files = file.finish()
+        self.folder.commit({"split": split, "first_document": first, "documents": len(file.ends), "files": files})
 
     def close_split(self, split: str) -> None:
         """Commit what is open of `split`."""
@@ -440,28 +580,37 @@ class TokenShardWriter:
         """Commit what is open and write the manifest; `facts` such as source and revision go into it."""
         for split in SPLITS:
             self.close_split(split)
+        self.folder.require_mended()
         return self.folder.finish(**facts, tokenizer=self.tokenizer_hash, masked=self.masked)
 
     def close(self) -> None:
-        """Give up what is open; the next writer of this folder goes on at `n_done`."""
+        """Give up what is open and remove it; the next writer of this folder goes on at `n_done`."""
         for file in self._open.values():
             file.abandon()
         self._open = {}
 
-    __del__ = close
+    def __enter__(self) -> TokenShardWriter:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        for file in self._open.values():  # without removing: another writer may have the folder by now
+            file.close()
 
 
 class _TokenFile:
     """The .npy files of one shard while they grow; the header, of fixed size, is written again at the end."""
 
     def __init__(self, folder: ShardFolder, split: str, number: int, dtype: Any, *, masked: bool) -> None:
-        self.split, self.stem, self.dtype = split, f"{split}-{number:05}", np.dtype(dtype)
+        self.folder, self.split, self.stem, self.dtype = folder, split, f"{split}-{number:05}", np.dtype(dtype)
         self.n_tokens = self.text_bytes = 0
         self.ends: list[int] = []
         self.names = {"ids": f"{self.stem}.npy", "ends": f"{self.stem}.ends.npy"}
         if masked:
             self.names["mask"] = f"{self.stem}.mask.npy"
-        self.files = {part: folder.part(name).open("wb+") for part, name in self.names.items()}
+        self.files = {part: folder.part(name).open("wb+", 1 << 20) for part, name in self.names.items()}
         self.dtypes = {"ids": self.dtype, "ends": np.dtype(np.int64), "mask": np.dtype(np.uint8)}
         for part in self.files:
             self._write_header(part, 0)
@@ -484,23 +633,28 @@ class _TokenFile:
         self.text_bytes += text_bytes
         self.ends.append(self.n_tokens)
 
-    def abandon(self) -> None:
-        for file in self.files.values():
-            file.close()
-
-    def close(self) -> dict[str, dict[str, Any]]:
+    def finish(self) -> dict[str, dict[str, Any]]:
         self.files["ends"].write(np.array(self.ends, np.int64).data)
         lengths = {"ids": self.n_tokens, "ends": len(self.ends), "mask": self.n_tokens}
+        facts = {}
         for part, file in self.files.items():
             self._write_header(part, lengths[part])
-            file.close()
-        facts = {name: {"split": self.split} for name in self.names.values()}
-        facts[self.names["ids"]] |= {
-            "documents": len(self.ends),
-            "text_bytes": self.text_bytes,
-            "tokens": self.n_tokens,
-        }
+            finish_file(file)
+            path = self.folder.part(self.names[part])
+            facts[self.names[part]] = {"split": self.split, "size": path.stat().st_size, "sha256": checksum(path)}
+        counts = {"documents": len(self.ends), "text_bytes": self.text_bytes, "tokens": self.n_tokens}
+        facts[self.names["ids"]] |= counts
         return facts
+
+    def close(self) -> None:
+        for file in self.files.values():
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def abandon(self) -> None:
+        self.close()
+        for name in self.names.values():
+            self.folder.part(name).unlink(missing_ok=True)
 
 
 class TokenShards:
