@@ -345,13 +345,14 @@ def comparison(rng: Random, *, held: bool) -> Worked:
         a = b = 0
         while a == b:
             a, b = _pair(rng, held, least=2)
-        *wordings, names = rng.choice(COMPARISONS)
-        wording = wordings[less]
+        larger, smaller, names = rng.choice(COMPARISONS)
+        wording = smaller if less else larger
         x, y = rng.sample(names(), 2) if names else ("", "")
     question = wording.format(a=a, b=b, x=x, y=y, goods=rng.choice(GOODS))
     first = (a < b) == less
     if names:
-        return Worked(question, compare_steps(a, b, less, (x, y)), x if first else y)
+        verb = "has" if "has" in wording else "is"  # "Bram is 30" would tell a wrong age
+        return Worked(question, compare_steps(a, b, less, (x, y), verb), x if first else y)
     return Worked(question, compare_steps(a, b, less), str(a if first else b))
 
 
@@ -362,9 +363,9 @@ def _aged_pair(rng: Random, held: bool) -> list[str]:
             return pair
 
 
-def compare_steps(a: int, b: int, less: bool, names: tuple[str, str] | None = None) -> str:
+def compare_steps(a: int, b: int, less: bool, names: tuple[str, str] | None = None, verb: str = "is") -> str:
     """The digits side by side, the tens first; the ones where the tens are the same."""
-    steps = [f"{names[0]} is {a}, {names[1]} is {b}." if names else f"{a} and {b}."]
+    steps = [f"{names[0]} {verb} {a}, {names[1]} {verb} {b}." if names else f"{a} and {b}."]
     for place, p, q in (("Tens", a // 10, b // 10), ("Ones", a % 10, b % 10)):
         digits = f"{names[0]} {p}, {names[1]} {q}" if names else f"{p} and {q}"
         if p == q:

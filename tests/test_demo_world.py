@@ -150,6 +150,8 @@ def test_stories_agree_with_the_world():
         told = [match.groups() for sentence in sentences() if (match := re.search(pattern, sentence))]
         assert len(set(told)) == len(world.people())
         assert all(world.of(relation, name) == value for name, value in told)
+    ages = [re.findall(r"\b([A-Z]\w+) is (\d+)\b", sentence) for sentence in sentences()]
+    assert all(world.of("age", name) == value for told in ages for name, value in told)
 
 
 def test_every_fact_is_told_at_least_sixty_times():
@@ -225,7 +227,7 @@ def test_held_out_pairs_are_never_added_subtracted_or_compared_in_training():
     meet = re.findall(r"\b(\d+) [+-] (\d+)\b", text) + re.findall(
         r"(?<![+-] )\b(\d+) (?:and|or) (\d+)\b(?! [+-])", text
     )
-    meet += re.findall(r"\w+ is (\d+), \w+ is (\d+)\.", text)
+    meet += re.findall(r"\w+ (?:is|has) (\d+), \w+ (?:is|has) (\d+)\.", text)
     meet += re.findall(r" (\d+) (?:\w+s and \w+ has|feet tall and the \w+ is) (\d+) ", text)
     assert len(set(meet)) > 5000
     assert not [pair for pair in set(meet) if world.pair_held_out(int(pair[0]), int(pair[1]))]
