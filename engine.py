@@ -1,14 +1,14 @@
-"""Generate token ids with a model: prefill in chunks, a cached pass a token, sampling.
+"""Generate token ids with a model: prefill in chunks, then a cached pass a token, and draw.
 
-In: prompts as ids. Out: answers as ids, whole or one by one.
+In: prompts as ids. Out: answers as ids, whole (`generate`, many at once) or one by one (`stream`).
 Knows no tokenizer and no chat format; leaves the model untouched.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from model import KVCache, Model, decode
 
 # B rows, T positions of a chunk, V vocab_size
+
+Ids = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Sampling:
     top_k: int | None = None  # draw from the k likeliest tokens; None is all
     top_p: float | None = None  # draw from the likeliest tokens that make up this probability; None is all
     min_p: float | None = None  # draw from tokens at least this likely, relative to the likeliest; None is all
-    repetition_penalty: float = 1.0  # above 1 makes tokens already in the text less likely; stop tokens are exempt
+    repetition_penalty: float = 1.0  # above 1 makes tokens already in the text less likely; stop ids are exempt
 
     def __post_init__(self) -> None:
         found = []
@@ -44,159 +46,304 @@ class Sampling:
             raise ValueError("; ".join(found))
 
 
-class Engine:
-    """Answers prompts with `model`; a stream keeps its cache, so a prompt that extends it prefills only what is new."""
+@dataclass(frozen=True)
+class Budget:
+    """Bounds a bracketed part of an answer, such as its thinking: `close` is forced `tokens` ids after `open`."""
 
-    def __init__(self, model: Model, *, max_chunk: int = 256, h_cycles: int | None = None) -> None:
-        self.model, self.max_chunk, self.h_cycles = model, max_chunk, h_cycles
+    tokens: int  # ids allowed between the two, in the whole answer
+    open: int  # id that begins the part; an answer without it is left alone
+    close: int  # id that ends it
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What bounds an answer."""
+
+    max_tokens: int  # longest answer
+    stop_ids: frozenset[int] = frozenset()  # ids that end it; the answer keeps the one that did
+    sampling: Sampling = field(default_factory=Sampling)
+    budget: Budget | None = None
+    stop_when: Callable[[list[int]], bool] | None = None  # asked after each token, with the answer so far
+
+
+class Engine:
+    """Answers prompts with `model`. `stream` keeps its cache, so a prompt that extends the last one prefills only
+    what is new; `h_cycles` is how often the reasoning head cycles (None: as the model was configured).
+    """
+
+    def __init__(
+        self, model: Model, *, h_cycles: int | None = None, max_rows: int = 64, chunk_tokens: int = 512
+    ) -> None:
+        self.model, self.h_cycles = model, h_cycles
+        self.max_rows = max_rows  # answers decoded together
+        self.chunk_tokens = chunk_tokens  # tokens in one pass while a prompt is read
         self.context = model.config.context
-        self._cache: KVCache | None = None  # of the stream
-        self._held: list[int] = []  # the ids in it
+        self.cache: KVCache | None = None  # of the stream
+        self.held: list[int] = []  # the ids in it
+
+    # ------------------------------------------------------------------------------------ many at once
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Ids],
         *,
         max_tokens: int,
-        stop_ids: Sequence[int] = (),
+        stop_ids: Ids = (),
         sampling: Sampling | None = None,
-        seeds: Sequence[int] | None = None,
+        seeds: Ids | None = None,
+        n_samples: int = 1,
+        budget: Budget | None = None,
+        stop_when: Callable[[list[int]], bool] | None = None,
     ) -> list[list[int]]:
-        """An answer to each prompt, all decoded together; one that stopped by itself ends in its stop id.
+        """`n_samples` answers to each prompt, in the order of the prompts; one that stopped ends in its stop id.
 
-        `seeds` gives each row its own dice, so a row's answer does not depend on its neighbours (default: its index).
+        `seeds` gives each answer its own dice, so what it says does not depend on its neighbours (default: its index).
+        An answer also ends where its row fills the context.
         """
-        sampling = sampling or Sampling()
-        rows = [_Row(prompt, seeds[i] if seeds else i, max_tokens, self.context) for i, prompt in enumerate(prompts)]
-        live = [row for row in rows if not row.finish]
-        if not live:
-            return [row.answer for row in rows]
-        longest = max(len(row.ids) for row in live)
-        pad = [longest - len(row.ids) for row in live]
-        # a row ends at the latest when its own positions fill the context
-        cache = KVCache(len(live), longest + min(max_tokens, self.context), pad=pad, device=self.model.device)
-        ids = [[0] * gap + row.ids for gap, row in zip(pad, live, strict=True)]
+        rules = Rules(max_tokens, frozenset(stop_ids), sampling or Sampling(), budget, stop_when)
+        n_answers = len(prompts) * n_samples
+        seeds = range(n_answers) if seeds is None else seeds
+        if len(seeds) != n_answers:
+            raise ValueError(f"{len(seeds)} seeds for {n_answers} answers")
+        rows = [_Row(prompts[i // n_samples], seeds[i], rules, self.context) for i in range(n_answers)]
+        # rows of like length share a batch, and samples of one prompt stay together
+        order = sorted(range(n_answers), key=lambda i: len(rows[i].ids))
+        for part in range(0, n_answers, self.max_rows):
+            self._finish([rows[i] for i in order[part : part + self.max_rows] if not rows[i].finish], rules)
+        return [row.answer for row in rows]
+
+    def _finish(self, rows: list[_Row], rules: Rules) -> None:
+        """Decode all rows to their ends, together."""
+        if not rows:
+            return
+        prompts = list(dict.fromkeys(tuple(row.ids) for row in rows))  # each one once
+        longest = max(map(len, prompts))
+        pad = [longest - len(prompt) for prompt in prompts]
+        capacity = longest + min(rules.max_tokens, self.context)
+        cache = KVCache(len(prompts), capacity, pad=pad, device=self.model.device)
+        logits = self._read([[0] * gap + list(prompt) for gap, prompt in zip(pad, prompts, strict=True)], cache)
+        if len(prompts) < len(rows):
+            copies = [prompts.index(tuple(row.ids)) for row in rows]
+            cache.keep_rows(copies)
+            logits = logits[copies]
         while True:
-            tokens = draw(self._forward(ids, cache), live, sampling, stop_ids)
-            for row, token in zip(live, tokens, strict=True):
-                row.take(token, stop_ids)
-            unfinished = [i for i, row in enumerate(live) if not row.finish]
-            if not unfinished:
-                return [row.answer for row in rows]
-            if len(unfinished) <= 0.75 * len(live):  # finished rows are carried along until dropping them pays
-                cache.keep_rows(unfinished)
-                live = [live[i] for i in unfinished]
-            ids = [row.ids[-1:] for row in live]
+            for row, token in zip(rows, draw(logits, rows, rules), strict=True):
+                row.take(token)
+            going = [i for i, row in enumerate(rows) if not row.finish]
+            if not going:
+                return
+            if len(going) <= 0.75 * len(rows):  # rows that are done are carried along until dropping them pays
+                cache.keep_rows(going)
+                rows = [rows[i] for i in going]
+            logits = self._read([row.ids[-1:] for row in rows], cache)
+
+    # -------------------------------------------------------------------------------------- one by one
 
     def stream(
         self,
-        prompt: Sequence[int],
+        prompt: Ids,
         *,
         max_tokens: int,
-        stop_ids: Sequence[int] = (),
+        stop_ids: Ids = (),
         sampling: Sampling | None = None,
         seed: int = 0,
-    ) -> Iterator[int]:
-        """The answer's ids as they are decoded, the stop id included."""
-        sampling = sampling or Sampling()
-        row = _Row(prompt, seed, max_tokens, self.context)
-        ids = row.ids[self._reuse(row.ids) :]
-        while not row.finish:
-            cache, self._cache = self._cache, None  # a pass that is interrupted leaves no half-written cache behind
-            logits = self._forward([ids], cache)
-            self._cache, self._held = cache, self._held + ids
-            row.take(draw(logits, [row], sampling, stop_ids)[0], stop_ids)
-            ids = row.ids[-1:]
-            yield ids[0]
+        budget: Budget | None = None,
+        stop_when: Callable[[list[int]], bool] | None = None,
+        keep: int | None = None,
+    ) -> Stream:
+        """The answer's ids as they are decoded, the stop id included.
 
-    def _reuse(self, prompt: list[int]) -> int:
-        """Bring the stream's cache to a beginning of the prompt, at least one id short of it; returns its length."""
+        `keep` says what happens where the context is full: None ends the answer there; a number keeps that many
+        first ids and drops the oldest of the others, see `Stream.dropped`.
+        """
+        rules = Rules(max_tokens, frozenset(stop_ids), sampling or Sampling(), budget, stop_when)
+        return Stream(self, prompt, seed, rules, keep)
+
+    def reuse(self, prompt: list[int]) -> int:
+        """Bring the stream's cache to a beginning of the prompt, at least one id short of it; its length."""
         common = 0
-        for ours, theirs in zip(self._held, prompt[:-1], strict=False):
+        for ours, theirs in zip(self.held, prompt[:-1], strict=False):
             if ours != theirs:
                 break
             common += 1
-        if self._cache is None or not self._cache.rewind(common):
-            common, self._cache = 0, KVCache(1, self.context, device=self.model.device)
-        self._held = self._held[:common]
+        if self.cache is None or self.cache_cycles != self.h_cycles:
+            self.cache, self.cache_cycles = KVCache(1, self.context, device=self.model.device), self.h_cycles
+        common = self.cache.rewind(common)
+        self.held = self.held[:common]
         return common
 
+    def extend(self, ids: list[int]) -> Tensor:
+        """Add ids to the stream's cache; float32 logits (1, V) after the last."""
+        cache, self.cache = self.cache, None  # a pass that is interrupted leaves no half-written cache behind
+        logits = self._read([ids], cache, mark=len(ids) > 1)
+        self.cache, self.held = cache, self.held + ids
+        return logits
+
     @torch.no_grad()
-    def _forward(self, ids: list[list[int]], cache: KVCache) -> Tensor:
-        """Float32 logits (B, V) after ids (B, T), which join the cache a chunk at a time."""
-        chunk = max(1, self.max_chunk // len(ids))
-        tensor = torch.tensor(ids, device=self.model.device)
-        for part in tensor.split(chunk, dim=1):
-            hidden = decode(self.model, part, cache, self.h_cycles)
+    def _read(self, ids: list[list[int]], cache: KVCache, *, mark: bool = False) -> Tensor:
+        """Float32 logits (B, V) after ids (B, T), which join the cache a chunk at a time.
+
+        `mark` lets the cache come back to the beginning of the last chunk.
+        """
+        chunks = torch.tensor(ids, device=self.model.device).split(max(1, self.chunk_tokens // len(ids)), dim=1)
+        for number, chunk in enumerate(chunks, start=1):
+            if mark and number == len(chunks):
+                cache.mark()
+            hidden = decode(self.model, chunk, cache, self.h_cycles)
         return self.model.logits(hidden[:, -1])
+
+    # ------------------------------------------------------------------------------------------ figures
+
+    def cache_bytes(self, n_tokens: int | None = None) -> int:
+        """Memory of one row's keys and values at `n_tokens` (default: the whole context), in bytes."""
+        c, n_tokens = self.model.config, n_tokens or self.context
+        columns = sum(min(block.window or n_tokens, n_tokens) for block in self.model.block_passes(self.h_cycles))
+        return columns * 2 * c.n_kv_head * c.head_dim * self.model.dtype.itemsize
+
+
+class Stream(Iterator[int]):
+    """An answer in the making: iterate over its ids. Afterwards `finish` says why it ended: stop, length or context.
+
+    reused: ids of the prompt that the cache already held. read: ids that had to be read.
+    dropped: ids left out so far because the context was full.
+    """
+
+    def __init__(self, engine: Engine, prompt: Ids, seed: int, rules: Rules, keep: int | None) -> None:
+        self.engine, self.rules, self.keep = engine, rules, keep
+        self.dropped = 0
+        if keep is not None:
+            prompt = self._shortened(list(prompt), engine.context)
+        self._row = _Row(prompt, seed, rules, engine.context if keep is None else None)
+        self.reused = engine.reuse(self._row.ids)
+        self.read = len(prompt) - self.reused
+        self._next = self._row.ids[self.reused :]
+
+    @property
+    def finish(self) -> str:
+        return self._row.finish
+
+    def __next__(self) -> int:
+        row = self._row
+        if row.finish:
+            raise StopIteration
+        if len(row.ids) > self.engine.context:
+            row.ids = self._shortened(row.ids, self.engine.context)
+            self._next = row.ids[self.engine.reuse(row.ids) :]
+        logits = self.engine.extend(self._next)
+        row.take(draw(logits, [row], self.rules)[0])
+        self._next = row.ids[-1:]
+        return row.ids[-1]
+
+    def _shortened(self, ids: list[int], longest: int) -> list[int]:
+        """`ids` if at most `longest`; otherwise the first `keep` and the newest, three quarters of that together."""
+        if len(ids) <= longest:
+            return ids
+        left = longest - longest // 4
+        first = min(self.keep, left // 2)
+        self.dropped += len(ids) - left
+        return ids[:first] + ids[first + len(ids) - left :]
 
 
 class _Row:
-    """One answer in the making."""
+    """One answer in the making: the ids that the model reads, those of the answer, and its dice."""
 
-    def __init__(self, prompt: Sequence[int], seed: int, max_tokens: int, context: int) -> None:
-        if not 0 < len(prompt) <= context:
-            raise ValueError(f"a prompt of {len(prompt)} tokens; it must have 1 to {context}")
-        self.ids, self.start = list(prompt), len(prompt)
-        self.dice = torch.Generator().manual_seed(seed)
-        self.longest = min(context + 1, len(prompt) + max_tokens)  # the last token need not fit: nothing follows it
-        self.finish = "length" if max_tokens < 1 else ""
+    def __init__(self, prompt: Ids, seed: int, rules: Rules, longest: int | None) -> None:
+        if not prompt or (longest and len(prompt) > longest):
+            raise ValueError(f"a prompt of {len(prompt)} tokens; it must have 1 to {longest}")
+        self.ids, self.answer = list(prompt), []
+        self.rules, self.longest = rules, longest
+        self.finish = "" if rules.max_tokens > 0 else "length"
+        self._generator = torch.Generator().manual_seed(seed)
+        self._rolled: list[float] = []
+        self._open = False  # inside the budget's brackets
+        self._spent = 0  # ids said inside them
 
-    @property
-    def answer(self) -> list[int]:
-        return self.ids[self.start :]
+    def roll(self) -> float:
+        """The next number of this row's dice, in [0, 1)."""
+        if not self._rolled:
+            self._rolled = torch.rand(64, generator=self._generator, dtype=torch.float64).tolist()[::-1]
+        return self._rolled.pop()
 
-    def take(self, token: int, stop_ids: Sequence[int]) -> None:
-        """Add a token, unless the answer is complete."""
+    def take(self, token: int) -> None:
+        """Add a token, or the one that the budget forces in its place; a finished answer stays as it is."""
         if self.finish:
             return
+        budget = self.rules.budget
+        if budget is not None:
+            if self._open and self._spent >= budget.tokens:
+                token = budget.close
+            self._spent += self._open
+            self._open = token != budget.close if self._open else token == budget.open
         self.ids.append(token)
-        if token in stop_ids:
+        self.answer.append(token)
+        if token in self.rules.stop_ids or (self.rules.stop_when and self.rules.stop_when(self.answer)):
             self.finish = "stop"
-        elif len(self.ids) >= self.longest:
+        elif len(self.answer) >= self.rules.max_tokens:
             self.finish = "length"
+        elif self.longest and len(self.ids) > self.longest:  # the last token need not fit: nothing follows it
+            self.finish = "context"
 
 
-def draw(logits: Tensor, rows: Sequence[_Row], sampling: Sampling, stop_ids: Sequence[int]) -> list[int]:
+# ------------------------------------------------------------------------------------------- sampling
+
+
+def draw(logits: Tensor, rows: Sequence[_Row], rules: Rules) -> list[int]:
     """The next token of each row from float32 logits (B, V)."""
+    sampling = rules.sampling
     if sampling.repetition_penalty != 1.0:
-        logits = penalise(logits, [row.ids for row in rows], sampling.repetition_penalty, stop_ids)
+        logits = penalise(logits, [row.ids for row in rows], sampling.repetition_penalty, rules.stop_ids)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1).tolist()
-    dice = torch.stack([torch.rand((), generator=row.dice, dtype=torch.float64) for row in rows])
-    return pick(probabilities(logits, sampling), dice).tolist()
+    p, token = probabilities(logits, sampling)
+    dice = torch.tensor([row.roll() for row in rows], dtype=torch.float64, device=p.device)
+    return token.gather(1, pick(p, dice)[:, None]).squeeze(1).tolist()
 
 
-def penalise(logits: Tensor, said: Sequence[Sequence[int]], penalty: float, exempt: Sequence[int]) -> Tensor:
-    """Logits (B, V) where tokens a row has `said` are `penalty` times less likely in the odds: positive logits are
-    divided, negative ones multiplied (arXiv 1909.05858, with the sign mended). Tokens in `exempt` keep theirs."""
+def penalise(logits: Tensor, said: Sequence[Ids], penalty: float, exempt: frozenset[int]) -> Tensor:
+    """Logits (B, V) with those of the tokens that a row has `said` lowered: positive ones are divided by `penalty`,
+    negative ones multiplied with it (arXiv 1909.05858, with the sign mended). Tokens in `exempt` keep theirs."""
     logits = logits.clone()
     for row, ids in zip(logits, said, strict=True):
-        seen = torch.tensor(sorted(set(ids) - set(exempt)), dtype=torch.long, device=logits.device)
+        seen = torch.tensor(list(set(ids) - exempt), dtype=torch.long, device=logits.device)
         values = row[seen]
         row[seen] = torch.where(values > 0, values / penalty, values * penalty)
     return logits
 
 
-def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities (B, V) after temperature, top-k, min-p and top-p, in this order, each row adding up to 1."""
+SHORT_LIST = 256  # likeliest tokens that are looked at first: sorting a whole vocabulary costs more than a small model
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Probabilities (B, K), each row adding up to 1, and the tokens (B, K) they belong to.
+
+    After temperature, top-k, min-p and top-p, in this order; tokens that these exclude have probability 0.
+    """
     p = (logits / sampling.temperature).softmax(dim=-1)
-    if sampling.top_k is not None and sampling.top_k < p.shape[-1]:
-        p = p.where(p >= p.topk(sampling.top_k).values[:, -1:], 0)
+    V = p.shape[-1]
+    if sampling.top_k is None and sampling.top_p is None and sampling.min_p is None:
+        return p, torch.arange(V, device=p.device).expand_as(p)
+    top, token = p.topk(min(SHORT_LIST if sampling.top_k is None else sampling.top_k, V), dim=-1)
+    if sampling.top_k is None and not _holds_all_that_count(top, sampling):
+        top, token = p.sort(dim=-1, descending=True)
     if sampling.min_p is not None:
-        p = p.where(p >= sampling.min_p * p.amax(dim=-1, keepdim=True), 0)
-    p = p / p.sum(dim=-1, keepdim=True)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        sorted_p = p.sort(dim=-1, descending=True).values
-        before = sorted_p.cumsum(dim=-1) - sorted_p  # what the likelier ones already make up
-        least = sorted_p.where(before < sampling.top_p, 2).amin(dim=-1, keepdim=True)
-        least = least.minimum(sorted_p[:, :1])  # top_p of 0 still keeps the likeliest
-        p = p.where(p >= least, 0)
-    return p / p.sum(dim=-1, keepdim=True)
+        top = top.where(top >= sampling.min_p * top[:, :1], 0)
+    top = top / top.sum(dim=-1, keepdim=True) if sampling.top_k or sampling.min_p is not None else top
+    if sampling.top_p is not None:
+        before = top.cumsum(dim=-1) - top  # what the likelier ones already make up
+        before[:, 0] = -1  # the likeliest always stays
+        top = top.where(before < sampling.top_p, 0)
+    return top / top.sum(dim=-1, keepdim=True), token
+
+
+def _holds_all_that_count(top: Tensor, sampling: Sampling) -> bool:
+    """Whether the likeliest tokens' probabilities (B, K) hold every token that min-p and top-p leave."""
+    if sampling.min_p is not None and bool((top[:, -1] < sampling.min_p * top[:, 0]).all()):
+        return True
+    return sampling.min_p is None and sampling.top_p is not None and bool((top.sum(dim=-1) > sampling.top_p).all())
 
 
 def pick(p: Tensor, dice: Tensor) -> Tensor:
-    """The token (B,) at which each row of p (B, V), added up, passes its dice (B,) in [0, 1)."""
+    """The place (B,) at which each row of p (B, K), added up, passes its dice (B,) in [0, 1)."""
     total = p.double().cumsum(dim=-1)
-    token = torch.searchsorted(total, (dice.to(p.device) * total[:, -1])[:, None], right=True).squeeze(1)
-    return token.clamp(max=p.shape[-1] - 1)
+    place = torch.searchsorted(total, dice[:, None] * total[:, -1:], right=True).squeeze(1)
+    return place.clamp(max=p.shape[-1] - 1)

@@ -444,6 +444,7 @@ class KVCache:
         self.longest_pad = max(pad or [0])
         self.slots: list[tuple[Tensor, Tensor]] = []  # k, v (B, G, C, E) in call order
         self.windows: list[int | None] = []  # of the slots
+        self.marks: list[tuple[int, dict[int, tuple[Tensor, Tensor]]]] = []  # length then, rings then
         self.length = 0  # columns written
         self.n_new = 0  # columns of the pass under way
 
@@ -535,13 +536,23 @@ class KVCache:
             seen = seen & ((column >= self.pad[:, None, None]) | (column == now))  # (B, T, keys)
         return seen.view(-1, 1, T, n_keys)
 
-    def rewind(self, length: int) -> bool:
-        """Forget all columns from `length` on; False (and nothing done) where a ring has overwritten older ones."""
-        rings = [k.shape[2] for k, _ in self.slots if k.shape[2] < self.capacity]
-        if length < self.length and rings and self.length > min(rings):
-            return False
-        self.length = length
-        return True
+    def mark(self) -> None:
+        """Remember the rings as they are, so that `rewind` can come back to here; the two newest marks are kept."""
+        rings = {n: (k.clone(), v.clone()) for n, (k, v) in enumerate(self.slots) if k.shape[2] < self.capacity}
+        self.marks = [*self.marks[-1:], (self.length, rings)]
+
+    def rewind(self, length: int) -> int:
+        """Forget columns, so that at most `length` are left; returns how many: an earlier mark, or none, where a ring
+        has overwritten what the columns to come still see."""
+        wrapped = self.length > min((k.shape[2] for k, _ in self.slots), default=self.capacity)
+        self.marks = [mark for mark in self.marks if mark[0] <= length]
+        if length < self.length and wrapped:
+            length, rings = self.marks[-1] if self.marks else (0, {})
+            for n, (k, v) in rings.items():
+                for now, then in zip(self.slots[n], (k, v), strict=True):
+                    now.copy_(then)
+        self.length = min(length, self.length)
+        return self.length
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Forget all rows but these, which take their order; a row given twice is copied."""
@@ -549,6 +560,7 @@ class KVCache:
         self.slots = [(k[index], v[index]) for k, v in self.slots]
         self.pad = self.pad[index]
         self.longest_pad = int(self.pad.max())
+        self.marks = []
 
     def n_bytes(self) -> int:
         """Memory of the keys and values, in bytes, once all `capacity` columns are in use."""
