@@ -579,7 +579,7 @@ def unfit(data: bytes, config: DataConfig) -> Bad | None:
     """Why a document is no use for training, None where it is."""
     if b"\0" in data:
         return Bad("NUL bytes")
-    if len(data) < 4 * config.min_chars and len(data.decode().strip()) < config.min_chars:
+    if len(data.strip()) < 4 * config.min_chars and len(data.decode().strip()) < config.min_chars:
         return Bad("too short")
     head = data[:4096]
     odd = len(head) - len(head.translate(None, CONTROL))

@@ -389,9 +389,9 @@ class _TextFile:
         return counts | {"size": self.sink.size, "sha256": self.sink.sha256.hexdigest()}
 
     def abandon(self) -> None:
-        self.writer.close()
-        with contextlib.suppress(OSError):
-            self.sink.file.close()
+        for close in (self.writer.close, self.sink.file.close):
+            with contextlib.suppress(OSError):  # a full disk says so once more
+                close()
         self.path.unlink(missing_ok=True)
 
 
@@ -513,6 +513,7 @@ class TokenShardWriter:
         self.dtype, self.masked, self.shard_tokens = token_dtype(vocab_size), masked, shard_tokens
         self.tokenizer_hash = tokenizer_hash
         self._next = {split: self.n_done(split) for split in SPLITS}
+        self._n_in_units = {split: self.folder.totals(split)["documents"] for split in SPLITS}
 
     @property
     def finished(self) -> bool:
@@ -533,6 +534,8 @@ class TokenShardWriter:
         return [unit for unit in self.folder.units if unit["split"] == split]
 
     def _unit_of(self, split: str, document: int) -> dict[str, Any] | None:
+        if document >= self._n_in_units[split]:
+            return None
         for unit in self._units(split):
             if unit["first_document"] <= document < unit["first_document"] + unit["documents"]:
                 return unit
@@ -570,6 +573,7 @@ class TokenShardWriter:
         with writing(self.folder.folder):
             files = file.finish()
         self.folder.commit({"split": split, "first_document": first, "documents": len(file.ends), "files": files})
+        self._n_in_units[split] += len(file.ends)
 
     def close_split(self, split: str) -> None:
         """Commit what is open of `split`."""

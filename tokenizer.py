@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ SPECIAL_TOKENS = (BOS, SYSTEM, USER, ASSISTANT, END, THINK, END_THINK, PAD, *SPA
 FILE = "tokenizer.json"
 UNUSED = "<|unused_{}|>"  # fills the vocabulary where the corpus was too small to
 N_BYTES = 256
+PIECE_CHARS = 1 << 16  # longer texts are encoded in pieces
+LINE_START = re.compile(r"\n(?=[^\W_])")  # a line end before a letter or digit
 
 # Words with one sign or space before them, digits one by one, runs of signs, line ends, other blanks.
 PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -109,9 +112,11 @@ class Tokenizer:
         return self._backend.encode(clean(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
-        batch = [clean(text) for text in texts]
-        return [e.ids for e in self._backend.encode_batch_fast(batch, add_special_tokens=False)]
+        """`encode` of each text, on all cores; a long text is worked on in pieces, which bounds the memory it takes."""
+        pieces = [list(_cut(clean(text))) for text in texts]
+        flat = [piece for text in pieces for piece in text]
+        encoded = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
+        return [[i for _ in text for i in next(encoded).ids] if len(text) > 1 else next(encoded).ids for text in pieces]
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """The ids of any byte string; `decode_bytes` gives it back."""
@@ -143,6 +148,10 @@ class Tokenizer:
             pieces[i] = bytes(self._to_byte[char] for char in token) if token not in self.special else token.encode()
         return pieces
 
+    def byte_id(self, byte: int) -> int:
+        """The id of a single byte."""
+        return self._byte_ids[byte]
+
     @cached_property
     def _byte_ids(self) -> list[int]:
         return [self._backend.token_to_id(char) for _, char in sorted(_byte_chars().items())]
@@ -166,6 +175,20 @@ def clean(text: str) -> str:
 
 def clean_batch(texts: str | list[str]) -> str | list[str]:
     return clean(texts) if isinstance(texts, str) else [clean(text) for text in texts]
+
+
+def _cut(text: str) -> Iterator[str]:
+    """`text` in pieces of about `PIECE_CHARS`, cut before a line that begins with a letter: no token crosses there.
+
+    A stretch of 16 times that without such a place is cut hard.
+    """
+    start = 0
+    while len(text) - start > 2 * PIECE_CHARS:
+        match = LINE_START.search(text, start + PIECE_CHARS, start + 16 * PIECE_CHARS)
+        stop = match.end() if match else min(len(text), start + 16 * PIECE_CHARS)
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 def _valid_pieces(data: bytes) -> Iterable[str | bytes]:

@@ -1,17 +1,25 @@
 """Train the tokenizer on the text shards and encode every corpus with it: the second stage.
 
 In: runs/<preset>/text/. Out: runs/<preset>/tokenizer/ and token shards under runs/<preset>/tokens/.
-Continues what was interrupted, skips what is finished.
+Continues what was interrupted, skips what is finished, makes damaged shards again.
 
     uv run train_tokenizer.py --preset 16gb
+    uv run train_tokenizer.py --preset 16gb --gpt2 FOLDER        compare with GPT-2's vocab.json and merges.txt
 """
 
 from __future__ import annotations
 
+import os
+import sys
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 
 import config as settings
 import log
@@ -20,80 +28,287 @@ from config import Config, TextSource, UserError
 from shards import SPLITS, TokenShardWriter
 from tokenizer import FILE, Tokenizer
 
+BATCH_CHARS = 1 << 20  # text encoded in one call
+REPORT_BYTES = 2_000_000  # held-out text of each corpus that the report measures
+TRAINING_MEMORY = (500e6, 3.0)  # bytes that training takes: at least, and for each byte of the sample
 
-def main(config: Config) -> None:
+
+@dataclass(frozen=True)
+class Options:
+    """What this script alone can be told."""
+
+    verify: bool = False  # look for damaged shards by their checksum, not by their size alone
+    gpt2: str | None = None  # folder with GPT-2's vocab.json and merges.txt, to compare with; None leaves it out
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One corpus of the run: its text shards, and where its token shards go."""
+
+    source: TextSource
+    text: Path
+    tokens: Path
+    manifest: dict[str, Any]  # of its text shards
+    command: str  # that makes its text shards
+
+    def batches(self, split: str, start: int = 0) -> Iterator[list[str]]:
+        """Its documents from document `start` on, some at a time."""
+        for batch in shards.read_text_batches(self.text, split, self.command, start=start):
+            yield batch.column(0).to_pylist()
+
+    def text_bytes(self, split: str) -> int:
+        return self.manifest["splits"][split]["text_bytes"]
+
+
+def main(options: Options, config: Config) -> None:
     """Train the tokenizer where there is none, then encode what is not encoded yet."""
-    command = config.command("create_shard.py")
-    corpora = {source.name: config.run_dir / "text" / source.name for source in config.data.corpora()}
-    manifests = {name: shards.read_manifest(folder, command) for name, folder in corpora.items()}
-    tokenizer = get_tokenizer(config, corpora, manifests, command)
-    for name, folder in corpora.items():
-        encode_corpus(tokenizer, name, folder, config.run_dir / "tokens" / name, config, command)
+    corpora = [open_corpus(source, config, verify=options.verify) for source in config.data.corpora()]
+    tokenizer = get_tokenizer(config, corpora)
+    report(tokenizer, corpora, config.run_dir / "tokenizer", options.gpt2)
+    for corpus in corpora:
+        encode_corpus(tokenizer, corpus, config.tokenizer.shard_tokens, verify=options.verify)
     log.say(f"Token shards are in {config.run_dir / 'tokens'}. Next: {config.command('pretrain.py')}")
 
 
-def get_tokenizer(config: Config, corpora: dict[str, Path], manifests: dict, command: str) -> Tokenizer:
+def open_corpus(source: TextSource, config: Config, *, verify: bool) -> Corpus:
+    """The text shards of one corpus, checked."""
+    folder, command = config.run_dir / "text" / source.name, config.command("create_shard.py")
+    manifest = shards.read_manifest(folder, command)
+    shards.require_whole(folder, manifest, command + (" --verify" if verify else ""), full=verify)
+    return Corpus(source, folder, config.run_dir / "tokens" / source.name, manifest, command)
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+def get_tokenizer(config: Config, corpora: list[Corpus]) -> Tokenizer:
     """The tokenizer of this run: loaded where it exists, trained on a weighted sample of the corpora otherwise."""
-    folder = config.run_dir / "tokenizer"
-    if (folder / FILE).exists():
-        return Tokenizer.load(folder)
-    log.say(f"training a tokenizer of {config.model.vocab_size} entries")
-    texts = sample_texts(config, corpora, manifests, command)
-    tokenizer = Tokenizer.train(texts, config.model.vocab_size)
-    tokenizer.save(folder)
-    log.say(f"tokenizer: {tokenizer.n_entries} entries, in {folder}")
+    folder = shards.ShardFolder(config.run_dir / "tokenizer", "tokenizer", tokenizer_settings(config, corpora))
+    if folder.finished and (folder.folder / FILE).exists():
+        return Tokenizer.load(folder.folder, config.command("train_tokenizer.py"))
+    shares = sample_shares(config, corpora)
+    n_bytes = sum(share * corpus.text_bytes("train") for share, corpus in zip(shares, corpora, strict=True))
+    require_memory(n_bytes)
+    log.say(f"training a tokenizer of {config.model.vocab_size} entries on {log.size(n_bytes)} of text")
+    texts = sample_texts(corpora, shares, config.seed)
+    tokenizer = Tokenizer.train(texts, config.model.vocab_size, progress=sys.stderr.isatty())
+    with shards.writing(folder.folder):
+        tokenizer.save(folder.folder)
+    folder.finish(hash=tokenizer.hash, entries=tokenizer.n_entries, sample_bytes=round(n_bytes))
     return tokenizer
 
 
-def sample_texts(config: Config, corpora: dict[str, Path], manifests: dict, command: str) -> Iterator[list[str]]:
-    """Training text of all corpora by weight, `tokenizer.sample_mb` in all, spread evenly over each corpus."""
-    for source in config.data.corpora():
-        share = sample_share(source, config, manifests)
-        draw = np.random.default_rng(config.seed)
-        for batch in shards.read_text_batches(corpora[source.name], "train", command):
-            texts = batch.column(0).to_pylist()
-            yield [text for text, u in zip(texts, draw.random(len(texts)), strict=True) if u < share]
+def tokenizer_settings(config: Config, corpora: list[Corpus]) -> dict[str, Any]:
+    """What decides every entry of the tokenizer."""
+    texts = {c.source.name: [c.source.weight, text_fingerprint(c)] for c in corpora}
+    return {
+        "vocab_size": config.model.vocab_size,
+        "sample_mb": config.tokenizer.sample_mb,
+        "seed": config.seed,
+        "corpora": texts,
+    }
 
 
-def sample_share(source: TextSource, config: Config, manifests: dict) -> float:
-    """The share of a corpus' documents that is drawn for the sample."""
-    total = sum(other.weight for other in config.data.corpora())
-    wanted = config.tokenizer.sample_mb * 1e6 * (source.weight / total if total else 0)
-    return min(1.0, wanted / max(1, manifests[source.name]["splits"]["train"]["text_bytes"]))
+def text_fingerprint(corpus: Corpus) -> str:
+    """A hash of the text shards of a corpus."""
+    return shards.fingerprint([[f["sha256"] for f in unit["files"].values()] for unit in corpus.manifest["units"]])
 
 
-def encode_corpus(tokenizer: Tokenizer, name: str, text: Path, tokens: Path, config: Config, command: str) -> None:
+def sample_shares(config: Config, corpora: list[Corpus]) -> list[float]:
+    """The share of each corpus' documents that is drawn: by weight, `tokenizer.sample_mb` in all.
+
+    What a corpus is too small to give is asked of the others.
+    """
+    wanted = dict.fromkeys(range(len(corpora)), 0.0)
+    left, open_ones = config.tokenizer.sample_mb * 1e6, {i for i, c in enumerate(corpora) if c.source.weight > 0}
+    while left > 1 and open_ones:
+        total = sum(corpora[i].source.weight for i in open_ones)
+        for i in sorted(open_ones):
+            wanted[i] += left * corpora[i].source.weight / total
+        full = {i for i in open_ones if wanted[i] >= corpora[i].text_bytes("train")}
+        left = sum(wanted[i] - corpora[i].text_bytes("train") for i in full)
+        wanted |= {i: float(corpora[i].text_bytes("train")) for i in full}
+        open_ones -= full
+        if not full:
+            break
+    return [wanted[i] / max(1, corpus.text_bytes("train")) for i, corpus in enumerate(corpora)]
+
+
+def sample_texts(corpora: list[Corpus], shares: list[float], seed: int) -> Iterator[list[str]]:
+    """Training text of all corpora, spread evenly over each."""
+    for corpus, share in zip(corpora, shares, strict=True):
+        if share <= 0:
+            continue
+        draw = np.random.default_rng(seed)
+        with log.progress(corpus.text_bytes("train"), "B", f"reading {corpus.source.name}") as bar:
+            for texts in corpus.batches("train"):
+                yield [text for text, u in zip(texts, draw.random(len(texts)), strict=True) if u < share]
+                bar.update(sum(map(len, texts)))
+
+
+def require_memory(sample_bytes: float) -> None:
+    """Refuse to start what this machine's memory cannot hold, and say what it can."""
+    least, per_byte = TRAINING_MEMORY
+    free = free_memory()
+    if least + per_byte * sample_bytes > free:
+        fits = max(1, int((free - least) / per_byte / 1e6))
+        raise UserError(
+            f"Training the tokenizer on {log.size(sample_bytes)} of text takes about "
+            f"{log.size(least + per_byte * sample_bytes)} of memory, and {log.size(free)} are free. "
+            f"Close other programs, or draw a smaller sample: --tokenizer.sample_mb {fits}."
+        )
+
+
+def free_memory() -> float:
+    """Bytes of memory that this process may still take, by the system and by the limit of its control group."""
+    free = float(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no such group, or no limit in it
+        return free
+    return min(free, limit - used)
+
+
+# ------------------------------------------------------------------------------------------- encoding
+
+
+def encode_corpus(tokenizer: Tokenizer, corpus: Corpus, shard_tokens: int, *, verify: bool) -> None:
     """Encode one corpus into token shards, every document opened by the token `<|bos|>`."""
-    manifest = shards.read_manifest(text, command)
-    writer = TokenShardWriter(
-        tokens,
-        {"text": shards.fingerprint([unit["files"] for unit in manifest["units"]])},
+    with TokenShardWriter(
+        corpus.tokens,
+        {"text": text_fingerprint(corpus)},
         vocab_size=tokenizer.vocab_size,
         tokenizer_hash=tokenizer.hash,
-        shard_tokens=config.tokenizer.shard_tokens,
-    )
-    if not writer.finished:
-        for split in reversed(SPLITS):
-            total = manifest["splits"][split]["text_bytes"]
-            with log.progress(total, "B", f"{name} {split}", start=writer.folder.totals(split)["text_bytes"]) as bar:
-                for batch in shards.read_text_batches(text, split, command, start=writer.n_done(split)):
-                    texts = batch.column(0).to_pylist()
-                    for document, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                        n_bytes = len(document.encode())
-                        writer.add(split, np.array([tokenizer.bos, *ids], writer.dtype), n_bytes)
-                        bar.update(n_bytes)
-            writer.close_split(split)
-        facts = {key: manifest.get(key) for key in ("name", "source", "revision")}
-        writer.finish(**facts)
-    splits = shards.read_manifest(tokens, command)["splits"]
-    log.say(
-        f"{name}: {log.count(splits['train']['tokens'])} tokens to train on, "
-        f"{log.count(splits['validation']['tokens'])} held out"
-    )
+        shard_tokens=shard_tokens,
+        verify=verify,
+    ) as writer:
+        if not writer.finished:
+            for split in reversed(SPLITS):
+                encode_split(tokenizer, corpus, split, writer)
+                writer.close_split(split)
+            writer.finish(**{key: corpus.manifest.get(key) for key in ("name", "source", "revision", "licence")})
+        splits = writer.folder.manifest["splits"]
+    sheet = shards.data_sheet({**corpus.manifest, "splits": splits})
+    for folder in (corpus.text, corpus.tokens):
+        shards.write_text(folder / "README.md", sheet)
+    held_out = log.count(splits["validation"]["tokens"])
+    log.say(f"{corpus.source.name}: {log.count(splits['train']['tokens'])} tokens to train on, {held_out} held out")
+
+
+def encode_split(tokenizer: Tokenizer, corpus: Corpus, split: str, writer: TokenShardWriter) -> None:
+    """Encode what `writer` still wants of one split."""
+    first = writer.n_done(split)
+    title = f"encoding {corpus.source.name}, {split}"
+    with log.progress(corpus.text_bytes(split), "B", title, start=writer.folder.totals(split)["text_bytes"]) as bar:
+        wanted = wanted_texts(corpus.batches(split, first), split, first, writer)
+        for n_skipped, n_bytes, encoded in encode_ahead(tokenizer, wanted, writer.dtype):
+            writer.skip(split, n_skipped)
+            for ids, n in zip(encoded, n_bytes, strict=True):
+                writer.add(split, ids, n)
+            bar.update(sum(n_bytes))
+
+
+def wanted_texts(
+    batches: Iterator[list[str]], split: str, document: int, writer: TokenShardWriter
+) -> Iterator[tuple[int, list[str]]]:
+    """(how many documents to skip, the next texts to encode): about `BATCH_CHARS` at a time."""
+    for texts in batches:
+        skipped, batch, n_chars = 0, [], 0
+        for text in texts:
+            if writer.wants(split, document):
+                batch.append(text)
+                n_chars += len(text)
+            elif batch:
+                yield skipped, batch
+                skipped, batch, n_chars = 1, [], 0
+            else:
+                skipped += 1
+            document += 1
+            if n_chars >= BATCH_CHARS:
+                yield skipped, batch
+                skipped, batch, n_chars = 0, [], 0
+        yield skipped, batch
+
+
+def encode_ahead(
+    tokenizer: Tokenizer, batches: Iterator[tuple[int, list[str]]], dtype: Any
+) -> Iterator[tuple[int, list[int], list[np.ndarray]]]:
+    """Encode batches in order, several under way at once so that no core waits for the end of a batch."""
+
+    def encode(skipped: int, texts: list[str]) -> tuple[int, list[int], list[np.ndarray]]:
+        ids = [np.array([tokenizer.bos, *ids], dtype) for ids in tokenizer.encode_batch(texts)]
+        return skipped, [len(text) if text.isascii() else len(text.encode()) for text in texts], ids
+
+    n_ahead = 2 + (os.cpu_count() or 1) // 2
+    under_way: deque[Future] = deque()
+    with ThreadPoolExecutor(n_ahead) as pool:
+        for skipped, texts in batches:
+            under_way.append(pool.submit(encode, skipped, texts))
+            if len(under_way) > n_ahead:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
+# --------------------------------------------------------------------------------------------- report
+
+
+def report(tokenizer: Tokenizer, corpora: list[Corpus], folder: Path, gpt2: str | None) -> None:
+    """Bytes a token on held-out text of each corpus, on the console and in the tokenizer's README.md."""
+    other = load_gpt2(Path(gpt2)) if gpt2 else None
+    head = ["held-out text", "bytes a token", "lone bytes", *(["GPT-2"] if other else [])]
+    rows = [head]
+    for corpus in corpora:
+        text = held_out_text(corpus)
+        ids = np.array([i for ids in tokenizer.encode_batch(text) for i in ids])
+        n_bytes = sum(len(t.encode()) for t in text)
+        row = [corpus.source.name, f"{n_bytes / max(1, len(ids)):.3f}", f"{lone_bytes(tokenizer, ids):.3%}"]
+        if other:
+            row.append(f"{n_bytes / max(1, sum(len(e.ids) for e in other.encode_batch(text))):.3f}")
+        rows.append(row)
+    log.say(f"tokenizer: {tokenizer.n_entries} entries of {tokenizer.vocab_size}, in {folder}")
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    for row in rows:
+        log.say("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    table = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows[1:]]]
+    notes = "Lone bytes: the share of tokens that stand for one byte of a longer character."
+    title = f"# Tokenizer {tokenizer.hash}\n\n{tokenizer.n_entries} entries of {tokenizer.vocab_size}.\n\n"
+    shards.write_text(folder / "README.md", title + "\n".join(table) + f"\n\n{notes}\n")
+
+
+def held_out_text(corpus: Corpus) -> list[str]:
+    """The first `REPORT_BYTES` of a corpus' held-out documents, about."""
+    found, n_chars = [], 0
+    for texts in corpus.batches("validation"):
+        for text in texts:
+            if n_chars < REPORT_BYTES:
+                found.append(text)
+                n_chars += len(text)
+    return found
+
+
+def lone_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> float:
+    """The share of `ids` that stand for one byte of a longer character."""
+    lone = [tokenizer.byte_id(byte) for byte in range(128, 256)]
+    return float(np.isin(ids, lone).mean()) if len(ids) else 0.0
+
+
+def load_gpt2(folder: Path) -> Any:
+    """GPT-2's tokenizer from its vocab.json and merges.txt."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    for names in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):  # as the hub, as OpenAI names them
+        files = [folder / name for name in names]
+        if all(path.is_file() for path in files):
+            return ByteLevelBPETokenizer(*map(str, files))
+    raise UserError(f"No GPT-2 vocabulary: {folder} holds no vocab.json with merges.txt.")
 
 
 if __name__ == "__main__":
     try:
-        main(settings.parse_cli(__doc__))
+        main(*settings.parse_cli_with(Options(), __doc__)[::-1])
     except UserError as error:
         settings.fail(str(error))
+    except KeyboardInterrupt:
+        settings.fail("stopped; the same command goes on from here.")
