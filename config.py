@@ -329,6 +329,24 @@ class ChatConfig:
     seed: int | None = None  # of the draws; None differs each time
 
 
+@dataclass(frozen=True)
+class ReportConfig:
+    """The report in the run's folder: index.html and report.md."""
+
+    draw: bool = True  # draw it after each evaluation and each stage
+    price_per_kwh: float = 0.30  # price of a kilowatt-hour, in `currency`
+    currency: str = "EUR"  # of the price
+    watts: float | None = None  # power drawn while training, where the card does not tell; None leaves the cost out
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.price_per_kwh < 0:
+            found.append(f"report.price_per_kwh is {self.price_per_kwh}, must not be negative")
+        if self.watts is not None and self.watts <= 0:
+            found.append(f"report.watts is {self.watts}, must be above 0 or None")
+        return found
+
+
 # --------------------------------------------------------------------------------------------- whole
 
 
@@ -349,6 +367,7 @@ class Config:
     sft1: SFTConfig = field(default_factory=SFTConfig)
     sft2: SFTConfig = field(default_factory=SFTConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
         found = [
@@ -359,6 +378,7 @@ class Config:
             *self.pretrain.problems(self.model.context),
             *self.sft1.problems("sft1", self.model.context),
             *self.sft2.problems("sft2", self.model.context),
+            *self.report.problems(),
         ]
         if found:
             raise UserError("This configuration cannot work:\n" + "\n".join(f"  - {problem}" for problem in found))

@@ -164,6 +164,7 @@ class Job:
     sample: Callable[[], list[tuple[str, str]]]  # prompts and what the model makes of them
     command: str  # that goes on with this run
     unit: str = "bpb"  # what `evaluate` gives
+    after_evaluation: Callable[[], None] = lambda: None  # such as drawing the report
 
 
 def fit(job: Job, progress: Progress) -> Progress:
@@ -172,7 +173,7 @@ def fit(job: Job, progress: Progress) -> Progress:
     micro_tokens = loop.micro_batch_tokens or fit_micro_batch(job)
     peak = hardware.peak_flops(model.device, model.dtype)
     run_log = log.RunLog(job.folder, progress.step)
-    run_log.note("start", progress.step, micro_batch_tokens=micro_tokens, peak_flops=peak)
+    run_log.note("start", progress.step, micro_batch_tokens=micro_tokens, peak_flops=peak, **facts(job))
     clock = Clock(loop.save_every_minutes)
     bar = log.progress(steps, "step", job.folder.name, progress.step)
     with StopSignal() as stop:
@@ -200,8 +201,21 @@ def fit(job: Job, progress: Progress) -> Progress:
                 report(job, progress.step, run_log)
             if last or progress.step % loop.sample_every_steps == 0:
                 show_samples(job, progress, run_log)
+            if evaluating:
+                job.after_evaluation()
     bar.close()
     return progress
+
+
+def facts(job: Job) -> dict[str, Any]:
+    """What stays the same over a start of a run: its length, its model's size, its machine."""
+    return {
+        "steps": job.batches.n_steps,
+        "parameters": job.model.n_parameters(),
+        "device": hardware.describe(job.model.device),
+        "dtype": str(job.model.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+    }
 
 
 def train_step(job: Job, progress: Progress, micro_tokens: int) -> tuple[dict[str, Any], int]:
@@ -288,6 +302,7 @@ def fit_micro_batch(job: Job) -> int:
 def add_speed(figures: dict[str, Any], job: Job, progress: Progress, typical: float, peak: float) -> None:
     """Tokens a second, model FLOPs utilisation, memory and time left, from the median step time in seconds."""
     rate = job.loop.tokens_per_step / typical
+    figures["seconds"] = progress.seconds
     figures["tokens_per_second"] = rate
     figures["mfu"] = rate * job.model.flops_per_token(job.context) / peak
     figures["memory_gb"] = hardware.memory_in_use(job.model.device)
