@@ -364,17 +364,16 @@ def _aged_pair(rng: Random, held: bool) -> list[str]:
 
 
 def compare_steps(a: int, b: int, less: bool, names: tuple[str, str] | None = None, verb: str = "is") -> str:
-    """The digits side by side, the tens first; the ones where the tens are the same."""
-    steps = [f"{names[0]} {verb} {a}, {names[1]} {verb} {b}." if names else f"{a} and {b}."]
+    """The digits side by side, the tens first; the ones where the tens are the same; then which of the two is asked."""
+    left, right = names or (str(a), str(b))
+    steps = [f"{left} {verb} {a}, {right} {verb} {b}." if names else f"{a} and {b}."]
     for place, p, q in (("Tens", a // 10, b // 10), ("Ones", a % 10, b % 10)):
-        digits = f"{names[0]} {p}, {names[1]} {q}" if names else f"{p} and {q}"
         if p == q:
-            steps.append(f"{place}: {digits}, same.")
+            steps.append(f"{place}: {p} same as {q}.")
             continue
-        first = (p < q) == less
-        word = "less" if less else "more"
-        winner = f"{names[not first]} has {word}" if names else f"{p if first else q} is {word}"
-        steps.append(f"{place}: {digits}, {winner}. So {names[not first] if names else (a if first else b)}.")
+        first, second = ("less", "more") if p < q else ("more", "less")
+        asked = left if (p < q) == less else right
+        steps.append(f"{place}: {p} {first} than {q}. {left} {first}, {right} {second}. So {asked}.")
         break
     return " ".join(steps)
 
