@@ -127,7 +127,15 @@ def resume(folder: Path, model: Model, optimizers: Optimizers, config: Config, s
 
 
 # what may change between two starts of one run without changing what it computes
-_FREE = {"micro_batch_tokens", "save_every_minutes", "keep_checkpoints", "prompts", "log_every_steps"}
+_FREE = {
+    "micro_batch_tokens",
+    "save_every_minutes",
+    "keep_checkpoints",
+    "log_every_steps",
+    "prompts",
+    "probe_prompts",
+    "probe_tokens",
+}
 
 
 def _differences(old: Any, new: Any, path: str) -> list[str]:

@@ -291,6 +291,8 @@ class SFTConfig(LoopConfig):
     epochs: float = 3.0  # passes over the conversations
     validation_share: float = 0.02  # share of the conversations held out, chosen by a hash
     prompts: tuple[str, ...] = ("Who are you?", "What is 12 + 7?")  # questions that samples answer
+    probe_prompts: int = 24  # held-out questions answered at each evaluation, to see stopping, looping, reasoning
+    probe_tokens: int = 160  # longest answer to one of them, in tokens
 
     def problems(self, where: str, model_context: int) -> list[str]:
         found = self.loop_problems(where)
@@ -431,7 +433,7 @@ DEMO = Config(
     tokenizer=TokenizerConfig(sample_mb=4),
     model=ModelConfig(
         vocab_size=1024,
-        n_layer=3,
+        n_layer=2,
         d_model=128,
         n_head=4,
         n_kv_head=2,
@@ -443,15 +445,15 @@ DEMO = Config(
     ),
     optim=OptimConfig(momentum_warmup_steps=50),
     pretrain=PretrainConfig(
-        steps=500,
-        lr=6e-3,
-        tokens_per_step=4096,
-        micro_batch_tokens=4096,
+        steps=700,
+        lr=1.2e-2,
+        tokens_per_step=2048,
+        micro_batch_tokens=2048,
         stages=(Stage(128, 0.6), Stage(256, 0.25), Stage(512, 0.15)),
-        eval_every_steps=100,
+        eval_every_steps=175,
         log_every_steps=25,
         eval_tokens=16_384,
-        sample_every_steps=250,
+        sample_every_steps=350,
         save_every_minutes=1.0,
         prompts=("Once", "What is", "The"),
     ),
@@ -459,26 +461,26 @@ DEMO = Config(
         sources=(ChatSource(name="alpaca", demo="alpaca"), ChatSource(name="dolly", demo="dolly")),
         context=256,
         epochs=1.0,
-        lr=3e-3,
-        tokens_per_step=4096,
-        micro_batch_tokens=4096,
-        eval_every_steps=50,
+        lr=4e-3,
+        tokens_per_step=2048,
+        micro_batch_tokens=2048,
+        eval_every_steps=100,
         log_every_steps=25,
         eval_tokens=16_384,
-        sample_every_steps=100,
+        sample_every_steps=1000,
         save_every_minutes=1.0,
     ),
     sft2=SFTConfig(
         sources=(ChatSource(name="messages", demo="messages"), ChatSource(name="math", demo="math")),
         context=512,
-        epochs=1.0,
-        lr=3e-3,
-        tokens_per_step=4096,
-        micro_batch_tokens=4096,
-        eval_every_steps=50,
+        epochs=2.0,
+        lr=4e-3,
+        tokens_per_step=2048,
+        micro_batch_tokens=2048,
+        eval_every_steps=100,
         log_every_steps=25,
         eval_tokens=16_384,
-        sample_every_steps=100,
+        sample_every_steps=1000,
         save_every_minutes=1.0,
     ),
     chat=ChatConfig(temperature=0.0, top_p=None, max_tokens=200),

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import checkpoint
 import config as settings
@@ -76,8 +76,11 @@ def train_stage(config: Config, stage: int, start: Path | None) -> None:
         facts = {"stage": name, **figures, **origin}
         return checkpoint.save(folder, model, optimizers, config, tokenizer, facts, loop.keep_checkpoints)
 
+    asked = probe_prompts(config, loop, tokenizer)
+
     def evaluate() -> dict[str, float]:
-        return {f"loss {s.folder.name}": held_out_loss(model, s, loop, tokenizer) for s in held_out if s.n_documents}
+        losses = {f"loss {s.folder.name}": held_out_loss(model, s, loop, tokenizer) for s in held_out if s.n_documents}
+        return losses | probe(model, tokenizer, asked, loop.probe_tokens)
 
     def sample() -> list[tuple[str, str]]:
         return answer_prompts(model, tokenizer, loop.prompts)
@@ -171,6 +174,52 @@ def held_out_loss(model: Model, shards: TokenShards, loop: SFTConfig, tokenizer:
     batches = held_out_conversations(shards, context=loop.context, max_tokens=loop.eval_tokens, pad=tokenizer.pad)
     nats, count = evaluate_loss(model, batches)
     return nats / max(1, count)
+
+
+class ProbePrompt(NamedTuple):
+    """The beginning of a held-out conversation, up to the assistant's first turn, and whether that one reasons."""
+
+    ids: list[int]
+    reasons: bool
+
+
+def probe_prompts(config: Config, loop: SFTConfig, tokenizer: Tokenizer) -> list[ProbePrompt]:
+    """Fixed prompts from the held-out conversations, the same number of each set."""
+    found: list[ProbePrompt] = []
+    for source in loop.sets():
+        mine: list[ProbePrompt] = []
+        for messages in corpora.read_conversations(config.run_dir / "text" / "chat" / source.name, "validation"):
+            first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
+            if first == 0 or len(mine) == loop.probe_prompts // len(loop.sets()):
+                continue
+            ids = render(messages[:first], tokenizer, answer=True).ids
+            if len(ids) + loop.probe_tokens <= loop.context:
+                mine.append(ProbePrompt(ids, messages[first].get("thinking") is not None))
+        found += mine
+    return found
+
+
+def probe(model: Model, tokenizer: Tokenizer, prompts: list[ProbePrompt], max_tokens: int) -> dict[str, float]:
+    """Shares of greedy answers that stop by themselves, that loop, and that reason exactly when asked to.
+
+    An answer loops when some 8 tokens in a row stand in it three times: what users of small models complain of most.
+    """
+    if not prompts:
+        return {}
+    ids = [prompt.ids for prompt in prompts]
+    answers = Engine(model).generate(ids, max_tokens=max_tokens, stop_ids=[tokenizer.end])
+    stops = [answer[-1:] == [tokenizer.end] for answer in answers]
+    reasons = [
+        (answer[:1] == [tokenizer.think]) == prompt.reasons for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    loops = [is_looping(answer) for answer in answers]
+    return {name: sum(marks) / len(marks) for name, marks in (("stops", stops), ("loops", loops), ("reasons", reasons))}
+
+
+def is_looping(ids: list[int], length: int = 8, times: int = 3) -> bool:
+    """Whether some `length` tokens in a row occur `times` times."""
+    runs = Counter(tuple(ids[i : i + length]) for i in range(len(ids) - length + 1))
+    return max(runs.values(), default=0) >= times
 
 
 def answer_prompts(model: Model, tokenizer: Tokenizer, prompts: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -1,0 +1,149 @@
+"""The stages as a person runs them: in order, twice, killed, and with the mistakes people make."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import stages
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return stages.write_inputs(tmp_path_factory.mktemp("input"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path:
+    """A folder in which the whole road was walked without a break."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    for script in stages.SCRIPTS:
+        output = folder / "output"
+        assert stages.run(script, [*words, "--runs", str(folder)], output) == 0, output.read_text()
+    return folder
+
+
+def test_the_road_makes_every_folder_of_the_plan(unbroken: Path) -> None:
+    made = {path.name for path in (unbroken / "demo").iterdir()}
+    assert {"text", "tokenizer", "tokens", "chat_tokens", "base", "sft1", "sft2"} <= made
+
+
+def test_started_again_every_stage_says_that_it_is_done(unbroken: Path, words: list[str], tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (unbroken / "demo").rglob("*.safetensors")}
+    for script in ("pretrain.py", "sft.py"):
+        assert stages.run(script, [*words, "--runs", str(unbroken)], tmp_path / "output") == 0
+    assert (tmp_path / "output").read_text().count("done") == 3
+    assert before == {path: path.stat().st_mtime_ns for path in (unbroken / "demo").rglob("*.safetensors")}
+
+
+def test_two_runs_with_one_seed_give_identical_checkpoints(unbroken: Path, words: list[str], tmp_path: Path) -> None:
+    for script in stages.SCRIPTS:
+        assert stages.run(script, [*words, "--runs", str(tmp_path)], tmp_path / "output") == 0
+    for stage in ("base", "sft1", "sft2"):
+        assert stages.weights(tmp_path / "demo", stage) == stages.weights(unbroken / "demo", stage)
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "sft.py"])
+def test_a_stage_killed_at_random_moments_ends_like_an_unbroken_one(
+    script: str, unbroken: Path, words: list[str], tmp_path: Path
+) -> None:
+    """Twenty SIGKILLs, or as many as there is work for; what each leaves behind is what the next start finds."""
+    run, dice = tmp_path / "demo", random.Random(script)
+    kept = ("text", "tokenizer", "tokens") + (("base",) if script == "sft.py" else ())
+    for name in kept:
+        shutil.copytree(unbroken / "demo" / name, run / name)
+    killed = 0
+    while killed < 20:
+        process = stages.start(script, [*words, "--runs", str(tmp_path)], tmp_path / "output")
+        process.join(dice.uniform(0.3, 1.6))
+        if process.exitcode is not None:
+            assert process.exitcode == 0, (tmp_path / "output").read_text()
+            break
+        process.kill()
+        process.join()
+        killed += 1
+    assert stages.run(script, [*words, "--runs", str(tmp_path)], tmp_path / "output") == 0
+    assert killed > 0
+    for stage in ("base",) if script == "pretrain.py" else ("sft1", "sft2"):
+        assert stages.weights(run, stage) == stages.weights(unbroken / "demo", stage)
+    metrics = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+    numbers = [record["step"] for record in metrics if record["kind"] == "step"]
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(unbroken: Path, words: list[str], tmp_path: Path) -> None:
+    for name in ("tokenizer", "tokens"):
+        shutil.copytree(unbroken / "demo" / name, tmp_path / "demo" / name)
+    longer = [*words, "--runs", str(tmp_path), "--pretrain.steps", "3000"]
+    process = stages.start("pretrain.py", longer, tmp_path / "output")
+    output = tmp_path / "output"
+    while "step " not in (output.read_text() if output.exists() else ""):
+        assert process.is_alive(), output.read_text()
+        time.sleep(0.05)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 0
+    assert "Go on with: uv run pretrain.py --preset demo" in output.read_text()
+
+
+# ------------------------------------------------------------------------------- what users get wrong
+
+
+def mistake(script: str, words: list[str], tmp_path: Path, code: int = 2) -> str:
+    output = tmp_path / "said"
+    output.unlink(missing_ok=True)
+    assert stages.run(script, words, output) == code, output.read_text()
+    said = output.read_text()
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("script", "remedy"),
+    [
+        ("train_tokenizer.py", "create_shard.py --preset demo"),
+        ("pretrain.py", "train_tokenizer.py --preset demo"),
+        ("sft.py", "pretrain.py --preset demo"),
+        ("chat_inference.py", "run_pipeline.py --preset demo"),
+        ("score.py", "run_pipeline.py --preset demo"),
+    ],
+)
+def test_a_stage_without_its_input_names_the_command_that_makes_it(script: str, remedy: str, tmp_path: Path) -> None:
+    assert f"uv run {remedy}" in mistake(script, ["--preset", "demo", "--runs", str(tmp_path)], tmp_path)
+
+
+def test_a_corpus_smaller_than_one_batch_is_refused(unbroken: Path, words: list[str], tmp_path: Path) -> None:
+    for name in ("tokenizer", "tokens"):
+        shutil.copytree(unbroken / "demo" / name, tmp_path / "demo" / name)
+    big = [*words, "--runs", str(tmp_path), "--pretrain.tokens_per_step", "1048576"]
+    assert "--pretrain.tokens_per_step" in mistake("pretrain.py", big, tmp_path)
+
+
+def test_shards_of_another_tokenizer_are_refused(unbroken: Path, words: list[str], tmp_path: Path) -> None:
+    for name in ("tokenizer", "tokens"):
+        shutil.copytree(unbroken / "demo" / name, tmp_path / "demo" / name)
+    path = tmp_path / "demo" / "tokenizer" / "tokenizer.json"
+    facts = json.loads(path.read_text())
+    facts["model"]["merges"] = facts["model"]["merges"][:-1]
+    path.write_text(json.dumps(facts))
+    assert "another tokenizer" in mistake("pretrain.py", [*words, "--runs", str(tmp_path)], tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    said = mistake("create_shard.py", [*words, "--runs", str(tmp_path / "file")], tmp_path)
+    assert str(tmp_path / "file") in said
+
+
+def test_a_card_that_torch_cannot_use_is_an_error_with_its_remedy(
+    unbroken: Path, words: list[str], tmp_path: Path
+) -> None:
+    for name in ("tokenizer", "tokens"):
+        shutil.copytree(unbroken / "demo" / name, tmp_path / "demo" / name)
+    said = mistake("pretrain.py", [*words, "--runs", str(tmp_path), "--device", "cuda"], tmp_path)
+    assert "--device cpu" in said
+    assert "driver" in said or "CUDA build" in said
