@@ -19,6 +19,7 @@ import config as settings
 import log
 from config import ChatSource, Config, TextSource, UserError
 from corpora import CHAT_UNIT_BYTES, PROBE_BYTES, Estimate, estimate, write_chat_shards, write_text_shards
+from report import refresh
 from shards import disk_free
 
 BYTES_PER_TOKEN = 4.3  # of English text, before a tokenizer is there to ask
@@ -47,6 +48,7 @@ def main(options: Options, config: Config) -> None:
         folder = text / "chat" / source.name
         minutes = config.data.retry_minutes
         report(source.name, write_chat_shards(source, folder, share, retry_minutes=minutes, verify=options.verify))
+    refresh(config)
     log.say(f"Text shards are in {text}. Next: {config.command('train_tokenizer.py')}")
 
 

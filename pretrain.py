@@ -11,16 +11,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-from engine import Engine, Sampling
-
 import checkpoint
 import config as settings
 import hardware
 import log
 from batches import PretrainingBatches, validation_batches
 from config import Config, UserError
+from engine import Engine, Sampling
 from model import Model, build_model, compute_dtype
 from optim import build_optimizers
+from report import Reporter, refresh
 from shards import TokenShards
 from tokenizer import Tokenizer
 from training import Job, Progress, evaluate_loss, fit
@@ -81,8 +81,10 @@ def main(config: Config) -> None:
         evaluate=evaluate,
         sample=sample,
         command=config.command("pretrain.py"),
+        after_evaluation=Reporter(config).refresh,
     )
     fit(job, progress)
+    refresh(config)
     log.say(f"pretraining: done in {log.duration(progress.seconds)}, {checkpoint.newest(folder)}")
 
 
@@ -149,6 +151,7 @@ def announce(config: Config, model: Model, batches: Any, device: Any, folder: Pa
     log.say(f"curriculum  {curriculum}")
     log.say(f"passes      {passes}")
     log.say(f"run folder  {folder}" + (f", going on from step {progress.step}" if progress.step else ""))
+    log.say(f"report      {config.run_dir / 'report' / 'index.html'}")
 
 
 if __name__ == "__main__":

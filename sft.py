@@ -26,6 +26,7 @@ from conversation import Rendered, parse_answer, render
 from engine import Engine, Sampling
 from model import Model, build_model, compute_dtype
 from optim import build_optimizers
+from report import Reporter, refresh
 from shards import SPLITS, TokenShards, TokenShardWriter
 from tokenizer import Tokenizer
 from training import Job, Progress, evaluate_loss, fit
@@ -98,8 +99,10 @@ def train_stage(config: Config, stage: int, start: Path | None) -> None:
         evaluate=evaluate,
         sample=sample,
         command=config.command("sft.py") + f" --stage {stage}",
+        after_evaluation=Reporter(config).refresh,
     )
     fit(job, progress)
+    refresh(config)
     log.say(f"fine-tuning stage {stage}: done in {log.duration(progress.seconds)}, {checkpoint.newest(folder)}")
 
 

@@ -25,6 +25,7 @@ import config as settings
 import log
 import shards
 from config import Config, TextSource, UserError
+from report import refresh
 from shards import SPLITS, TokenShardWriter
 from tokenizer import FILE, Tokenizer
 
@@ -67,6 +68,7 @@ def main(options: Options, config: Config) -> None:
     report(tokenizer, corpora, config.run_dir / "tokenizer", options.gpt2)
     for corpus in corpora:
         encode_corpus(tokenizer, corpus, config.tokenizer.shard_tokens, verify=options.verify)
+    refresh(config)
     log.say(f"Token shards are in {config.run_dir / 'tokens'}. Next: {config.command('pretrain.py')}")
 
 

@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"config", "log"},
-    {"model", "tokenizer", "shards", "optim", "hardware", "demo_world"},
+    {"model", "tokenizer", "shards", "optim", "hardware", "demo_world", "page"},
     {"corpora", "conversation", "batches", "checkpoint", "engine"},
-    {"training"},
+    {"training", "report"},
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - set(FLOOR)
