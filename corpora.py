@@ -1186,7 +1186,7 @@ class Tally:
         self.dropped: Counter[str] = Counter()
         self.examples: list[dict[str, Any]] = []
         self.lengths: Counter[str] = Counter()
-        self.samples: list[tuple[int, str]] = []
+        self.samples: list[list[Any]] = []  # rank and beginning
         self.lowest = 2**64
 
     def drop(self, rows: Rows, i: int, bad: Bad, item: Any) -> None:
@@ -1203,7 +1203,7 @@ class Tally:
         rank = document.key * 0x9E3779B97F4A7C15 % 2**64  # another order than that which decides the split
         if len(self.samples) < SAMPLES or rank < self.samples[-1][0]:
             begin = document.text[:600].decode(errors="ignore")
-            self.samples = sorted([*self.samples, (rank, begin)])[:SAMPLES]
+            self.samples = sorted([*self.samples, [rank, begin]])[:SAMPLES]
 
     def facts(self) -> dict[str, Any]:
         return {

@@ -1,7 +1,7 @@
 """A hub on loopback: serves folders as data sets over the hub's protocol, and misbehaves on demand.
 
 In: a folder holding owner/name/… for each data set, and a list of faults. Out: an address for HF_ENDPOINT.
-A fault is spent on the first request it matches: 429 or 503 with a Retry-After, a stall, or an answer broken off in its middle.
+A fault is spent on the first request it matches: 429 or 503 with a Retry-After, a stall, or an answer broken off.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ class Hub:
     def __init__(self, folder: Path, faults: list[Fault] | None = None, stall_seconds: float = 30) -> None:
         self.folder, self.faults, self.stall_seconds = Path(folder), list(faults or []), stall_seconds
         self.requests: list[str] = []
+        self.old_revisions: set[str] = set()  # commits that it still serves, with today's files
         self.bytes_sent = 0
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self._server.daemon_threads = True
         self.stopped = threading.Event()
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> Hub:
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -130,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(found + folders, body)
         info = {
             "id": repo,
-            "sha": self.hub.revision(repo),
+            "sha": rest[1] if rest[:1] == ["revision"] and rest[1] != "main" else self.hub.revision(repo),
             "private": False,
             "gated": False,
             "disabled": False,
@@ -156,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, repo: str, revision: str, name: str, body: bool, *, broken: bool) -> None:
         path = self.hub.folder / repo / name
-        if not path.is_file() or revision not in ("main", self.hub.revision(repo)):
+        if not path.is_file() or revision not in {"main", self.hub.revision(repo), *self.hub.old_revisions}:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
         data = path.read_bytes()
         headers = {

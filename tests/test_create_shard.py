@@ -1,0 +1,471 @@
+"""Bringing corpora into shards: no document lost or twice, whatever happens on the way."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import stages
+from hub_server import Fault, Hub, write_set
+
+import create_shard
+import shards
+from config import PRESETS, ChatSource, Config, TextSource, UserError
+
+WORDS = "river stone light house green seven apple morning paper winter music garden table window".split()  # noqa: SIM905
+
+
+def make_texts(n: int, seed: int = 0) -> list[str]:
+    draw = random.Random(seed)
+    return [f"{seed} {i}: " + " ".join(draw.choices(WORDS, k=draw.randint(20, 400))) for i in range(n)]
+
+
+TEXTS = make_texts(1500)  # 2.1 MB: three shards at a megabyte each
+TALKS = [{"instruction": f"What comes after {i}?", "input": "", "output": f"{i + 1} does."} for i in range(300)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two files of text with a duplicate, a null and a bad line among them, and one of conversations."""
+    folder = tmp_path_factory.mktemp("input")
+    lines = [json.dumps({"text": text}) for text in TEXTS]
+    lines[100:100] = ["{broken", '{"text": null}', lines[7]]
+    (folder / "text").mkdir()
+    (folder / "text/a.jsonl").write_text("\n".join(lines[:800]))
+    (folder / "text/b.jsonl").write_text("\n".join(lines[800:]))
+    (folder / "chat.jsonl").write_text("\n".join(json.dumps(row) for row in TALKS))
+    return folder
+
+
+def configured(runs: Path, files: Path, **data: object) -> Config:
+    demo = PRESETS["demo"]
+    chat = (ChatSource(name="talks", files=(str(files / "chat.jsonl"),)),)
+    settings = {"text_files": (str(files / "text"),), "shard_mb": 1} | data
+    return replace(
+        demo,
+        runs=str(runs),
+        data=replace(demo.data, **settings),
+        sft1=replace(demo.sft1, sources=chat),
+        sft2=replace(demo.sft2, sources=chat),
+    )
+
+
+def make(config: Config, *, verify: bool = False) -> Path:
+    create_shard.main(create_shard.Options(verify=verify), config)
+    return config.run_dir / "text"
+
+
+def texts_of(folder: Path, split: str) -> list[str]:
+    return [text for batch in shards.read_text_batches(folder, split, "x") for text in batch.column(0).to_pylist()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def made(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards of an unbroken run."""
+    return make(configured(tmp_path_factory.mktemp("unbroken"), files))
+
+
+def copy(made: Path, to: Path) -> Path:
+    """A finished run under `to` as its runs folder."""
+    shutil.copytree(made, to / "demo" / "text")
+    return to / "demo" / "text"
+
+
+# ------------------------------------------------------------------------------------ what comes out
+
+
+def test_every_document_is_there_once(made: Path) -> None:
+    out = texts_of(made / "own", "train") + texts_of(made / "own", "validation")
+    assert Counter(out) == Counter(TEXTS)
+    assert len(list((made / "own").glob("train-*.arrow"))) >= 2
+
+
+def test_dropped_documents_are_counted_with_file_and_row(made: Path) -> None:
+    manifest = json.loads((made / "own/manifest.json").read_text())
+    assert manifest["dropped"] == {"not JSON": 1, "null": 1, "duplicate": 1}
+    examples = [json.loads(line) for line in (made / "own/dropped.jsonl").read_text().splitlines()]
+    assert [(Path(e["file"]).name, e["row"], e["reason"]) for e in examples] == [
+        ("a.jsonl", 100, "not JSON"),
+        ("a.jsonl", 101, "null"),
+        ("a.jsonl", 102, "duplicate"),
+    ]
+
+
+def test_conversations_are_there_once(made: Path) -> None:
+    import corpora
+
+    found = [m for split in shards.SPLITS for m in corpora.read_conversations(made / "chat/talks", split)]
+    assert sorted(m[0]["content"] for m in found) == sorted(row["instruction"] for row in TALKS)
+    assert all([m["role"] for m in talk] == ["user", "assistant"] for talk in found)
+
+
+def test_shards_open_memory_mapped_in_datasets(made: Path) -> None:
+    from datasets import Dataset
+
+    dataset = Dataset.from_file(str(made / "own/train-00000.arrow"))
+    assert dataset[0]["text"] == texts_of(made / "own", "train")[0]
+
+
+def test_validation_documents_stay_the_same_and_never_train(files: Path, made: Path, tmp_path: Path) -> None:
+    held_out = set(texts_of(made / "own", "validation"))
+    assert 0 < len(held_out) < 0.1 * len(TEXTS)
+    turned = (str(files / "text/b.jsonl"), str(files / "text/a.jsonl"))
+    other = make(configured(tmp_path, files, text_files=turned, shard_mb=3))
+    assert set(texts_of(other / "own", "validation")) == held_out
+    for folder in (made, other):
+        assert not held_out & set(texts_of(folder / "own", "train"))
+
+
+def test_duplicates_are_dropped_across_corpora(files: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}) for text in [*TEXTS[:50], *make_texts(60, 5)]]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    sources = (
+        TextSource(name="first", files=(str(files / "text"),)),
+        TextSource(name="second", files=(str(tmp_path / "c.jsonl"),)),
+    )
+    text = make(configured(tmp_path, files, text_files=(), sources=sources))
+    second = texts_of(text / "second", "train") + texts_of(text / "second", "validation")
+    assert Counter(second) == Counter(make_texts(60, 5))
+
+
+def test_budget_of_bytes_stops_at_the_document_that_reaches_it(files: Path, tmp_path: Path) -> None:
+    sources = (TextSource(name="some", files=(str(files / "text"),), max_bytes=300_000),)
+    text = make(configured(tmp_path, files, text_files=(), sources=sources)) / "some"
+    out = Counter(texts_of(text, "train") + texts_of(text, "validation"))
+    n = len(out)
+    assert out == Counter(TEXTS[:n])
+    assert sum(map(len, TEXTS[: n - 1])) < 300_000 <= sum(map(len, TEXTS[:n]))
+
+
+def test_corpus_without_held_out_documents_holds_out_the_lowest_hash(files: Path, tmp_path: Path) -> None:
+    few = make_texts(5, 9)
+    for name, texts in (("a", few), ("b", few[::-1])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        config = configured(tmp_path / name, files, text_files=(str(tmp_path / f"{name}.jsonl"),))
+        text = make(replace(config, data=replace(config.data, validation_share=1e-6))) / "own"
+        assert len(texts_of(text, "validation")) == 1
+        assert sorted(texts_of(text, "train") + texts_of(text, "validation")) == sorted(few)
+    assert texts_of(text, "validation") == texts_of(tmp_path / "a/demo/text/own", "validation")
+
+
+def test_near_duplicates_are_dropped_as_an_option(files: Path, tmp_path: Path) -> None:
+    pytest.importorskip("datasketch", reason="needs the extra near-duplicates")
+    draw = random.Random(0)
+    texts = [" ".join(f"w{draw.randint(0, 5000)}" for _ in range(200)) for _ in range(30)]
+    near = [text.replace(" ", " changed ", 1) for text in texts]
+    (tmp_path / "n.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts + near))
+    text = make(configured(tmp_path, files, text_files=(str(tmp_path / "n.jsonl"),), near_duplicates=0.7)) / "own"
+    assert json.loads((text / "manifest.json").read_text())["dropped"]["near-duplicate"] >= 28
+
+
+def test_data_sheet_tells_source_licence_counts_and_losses(made: Path) -> None:
+    sheet = (made / "own/README.md").read_text()
+    for part in ("2 files", "licence", "1,500", "1 × duplicate", "Length of the documents", "#"):
+        assert part in sheet
+    assert sheet.count("\n- ") == 3 + 10
+
+
+def test_plan_prints_sizes_and_makes_nothing(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    create_shard.main(create_shard.Options(plan=True), configured(tmp_path / "runs", files))
+    out = capsys.readouterr().out
+    assert "2.1 MB" in out
+    assert "1.5k" in out
+    assert "free" in out
+    assert not (tmp_path / "runs").exists()
+
+
+# ----------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "empty file"),
+        ("{}\n", "column|cannot tell"),
+        ('{"text": null}\n', "1 × null"),
+        ('{"text": "one document, long enough to be kept by the rule on length"}\n', "single document"),
+    ],
+)
+def test_corpus_without_usable_text_is_a_users_error(files: Path, tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "x.jsonl").write_text(content)
+    config = configured(tmp_path, files, text_files=(str(tmp_path / "x.jsonl"),))
+    for _ in range(2):  # the second start finds what the first left behind
+        with pytest.raises(UserError, match=message):
+            make(config)
+
+
+def test_other_settings_are_refused_with_old_new_and_remedy(files: Path, made: Path, tmp_path: Path) -> None:
+    copy(made, tmp_path)
+    with pytest.raises(UserError, match=r"min_chars: made with 8, asked for 99[\s\S]*Remove that folder.*--name"):
+        make(configured(tmp_path, files, min_chars=99))
+
+
+def test_run_folder_that_is_a_file_is_a_users_error(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(UserError, match="Cannot write"):
+        make(configured(tmp_path / "runs", files))
+
+
+def test_script_prints_mistakes_without_traceback(tmp_path: Path) -> None:
+    words = ["--preset", "demo", "--runs", str(tmp_path), "--data.text_files", str(tmp_path / "none.txt")]
+    assert stages.run("create_shard.py", words, tmp_path / "out") == 2
+    assert "error: There is no file" in (tmp_path / "out").read_text()
+    assert "Traceback" not in (tmp_path / "out").read_text()
+
+
+def test_neither_script_imports_torch() -> None:
+    code = "import sys, create_shard, train_tokenizer; print({'torch', 'datasets'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=stages.ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+# --------------------------------------------------------------------------------- damage and mending
+
+
+def test_finished_shards_are_left_alone(files: Path, made: Path, tmp_path: Path) -> None:
+    text = copy(made, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in text.rglob("*")}
+    make(configured(tmp_path, files))
+    assert {path: path.stat().st_mtime_ns for path in text.rglob("*")} == before
+
+
+@pytest.mark.parametrize("harm", ["cut", "remove", "flip"])
+@pytest.mark.parametrize("name", ["own/train-00001", "own/validation-00000", "chat/talks/train-00000"])
+def test_only_the_damaged_shard_is_made_again(files: Path, made: Path, tmp_path: Path, harm: str, name: str) -> None:
+    text, name = copy(made, tmp_path), f"{name}.arrow"
+    before = {path: path.stat().st_mtime_ns for path in text.rglob("*") if path.is_file()}
+    data = bytearray((text / name).read_bytes())
+    if harm == "remove":
+        (text / name).unlink()
+    elif harm == "cut":
+        (text / name).write_bytes(data[:-100])
+    else:
+        data[len(data) // 2] ^= 1
+        (text / name).write_bytes(data)
+    make(configured(tmp_path, files), verify=harm == "flip")
+    assert contents(text) == contents(made)
+    changed = {path for path in before if path.stat().st_mtime_ns != before[path]}
+    assert changed <= {text / name}
+
+
+def test_damage_that_the_source_cannot_mend_is_a_users_error(files: Path, made: Path, tmp_path: Path) -> None:
+    text = copy(made, tmp_path / "runs")
+    manifest = json.loads((text / "own/manifest.json").read_text())
+    manifest["units"][0]["files"]["train-00000.arrow"]["sha256"] = "0" * 64
+    (text / "own/manifest.json").write_text(json.dumps(manifest))
+    (text / "own/train-00000.arrow").unlink()
+    with pytest.raises(UserError, match=r"train-00000\.arrow was damaged.*its source has changed"):
+        make(configured(tmp_path / "runs", files))
+
+
+# ---------------------------------------------------------------------------------- kills, full disks
+
+
+def words_for(config: Config, files: Path) -> list[str]:
+    options = {
+        "--preset": "demo",
+        "--runs": config.runs,
+        "--data.shard_mb": "1",
+        "--data.text_files": str(files / "text"),
+        "--sft1.files": str(files / "chat.jsonl"),
+        "--sft2.files": str(files / "chat.jsonl"),
+    }
+    return [word for option in options.items() for word in option]
+
+
+def kill_and_compare(script: str, words: list[str], made: Path, unbroken: Path, n_kills: int, output: Path) -> None:
+    """Kill `script` at `n_kills` random moments, finishing and comparing whenever it came through."""
+    draw = random.Random(time.time_ns())
+    started = time.monotonic()
+    assert stages.run(script, words, output) == 0, output.read_text()[-2000:]
+    seconds = time.monotonic() - started
+    expected = contents(unbroken)
+    assert contents(made) == expected
+    shutil.rmtree(made)
+    kills = 0
+    while kills < n_kills:
+        process = stages.start(script, words, output)
+        process.join(draw.uniform(0, 1.1 * seconds))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+        else:
+            assert process.exitcode == 0, output.read_text()[-2000:]
+            assert contents(made) == expected
+            shutil.rmtree(made)
+    assert stages.run(script, words, output) == 0, output.read_text()[-2000:]
+    assert contents(made) == expected
+
+
+@pytest.mark.parametrize("n_kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(files: Path, tmp_path: Path, n_kills: int) -> None:
+    unbroken, broken = (configured(tmp_path / name, files) for name in ("unbroken", "broken"))
+    assert stages.run("create_shard.py", words_for(unbroken, files), tmp_path / "out") == 0
+    text = broken.run_dir / "text"
+    kill_and_compare(
+        "create_shard.py", words_for(broken, files), text, unbroken.run_dir / "text", n_kills, tmp_path / "out"
+    )
+
+
+def test_interrupt_ends_in_one_line(files: Path, tmp_path: Path) -> None:
+    config = configured(tmp_path, files)
+    process = stages.start("create_shard.py", words_for(config, files), tmp_path / "out")
+    while process.exitcode is None and not (config.run_dir / "text").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode in (0, 2)
+    assert "Traceback" not in (tmp_path / "out").read_text()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of three megabytes in memory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this user may not mount a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_full_disk_is_said_and_the_run_goes_on_after_making_room(files: Path, made: Path, small_disk: Path) -> None:
+    config = configured(small_disk, files)
+    for megabytes in (2.4, 1.5, 1.05):  # hardly any room at all, then more and more
+        (small_disk / "filler").write_bytes(bytes(int(megabytes * 1e6)))
+        with pytest.raises(UserError, match=r"disk is full.*it goes on"):
+            make(config)
+        (small_disk / "filler").unlink()
+    text = make(config)
+    assert contents(text) == contents(made)
+
+
+# ------------------------------------------------------------------------------------------- the hub
+
+CARD = """---
+license: odc-by
+configs:
+- config_name: default
+  data_files: [{split: train, path: data/*}]
+- config_name: sample
+  data_files: [{split: train, path: sample/*}]
+---
+"""
+
+
+@pytest.fixture
+def hub_folder(files: Path, tmp_path: Path) -> Path:
+    """A data set of two parquet files with many row groups, and a set of conversations."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def parquet(texts: list[str]) -> bytes:
+        sink = io.BytesIO()
+        pq.write_table(pa.table({"id": list(map(str, range(len(texts)))), "text": texts}), sink, row_group_size=100)
+        return sink.getvalue()
+
+    parts = {"sample/0.parquet": parquet(TEXTS[:700]), "sample/1.parquet": parquet(TEXTS[700:]), "data/x.txt": b"no"}
+    write_set(tmp_path / "hub", "somebody/books", parts, CARD)
+    write_set(tmp_path / "hub", "somebody/talks", {"talks.jsonl": files / "chat.jsonl"}, "---\nlicense: mit\n---\n")
+    return tmp_path / "hub"
+
+
+RUN_ON_HUB = """
+import sys, time
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # the hub's own client waits long between its attempts
+from dataclasses import replace
+from pathlib import Path
+import corpora, config
+corpora.HUB_BLOCK = 1 << 16
+folder, minutes, name = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+data = config.DataConfig(shard_mb=1, text_files=("x",), min_chars=8, validation_share=0.02, retry_minutes=minutes)
+try:
+    corpora.write_text_shards(config.TextSource(name="own", hub=name, hub_config="sample"), folder / "own", data)
+    talks = config.ChatSource(name="talks", hub="somebody/talks")
+    corpora.write_chat_shards(talks, folder / "chat/talks", 0.02, retry_minutes=minutes)
+except config.UserError as error:
+    config.fail(str(error))
+"""
+
+
+def run_on_hub(hub: Hub, folder: Path, minutes: float = 1, name: str = "somebody/books") -> subprocess.CompletedProcess:
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+        "HF_HUB_ETAG_TIMEOUT": "1",
+        "PYTHONPATH": str(stages.ROOT),
+    }
+    command = [sys.executable, "-c", RUN_ON_HUB, str(folder), str(minutes), name]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def arrow_files(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(folder).items() if name.endswith(".arrow")}
+
+
+def test_hub_gives_the_same_shards_as_files_through_every_fault(hub_folder: Path, made: Path, tmp_path: Path) -> None:
+    faults = [
+        Fault("503", "/api/datasets/somebody/books"),
+        Fault("429", "0.parquet", after=1),
+        Fault("break", "0.parquet", after=3),
+        Fault("stall", "1.parquet", after=2),
+        Fault("break", "1.parquet", after=2, times=2),
+        Fault("503", "talks.jsonl"),
+    ]
+    with Hub(hub_folder, faults, stall_seconds=3) as hub:
+        result = run_on_hub(hub, tmp_path / "out")
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert not any(fault.times for fault in hub.faults), hub.faults
+    assert arrow_files(tmp_path / "out") == arrow_files(made)
+    manifest = json.loads((tmp_path / "out/own/manifest.json").read_text())
+    assert manifest["licence"] == "odc-by"
+    assert manifest["revision"] == Hub(hub_folder).revision("somebody/books")
+
+
+def test_network_that_stays_away_is_given_up_and_a_later_start_goes_on(
+    hub_folder: Path, made: Path, tmp_path: Path
+) -> None:
+    with Hub(hub_folder, [Fault("break", "1.parquet", after=2, times=10**6)]) as hub:
+        result = run_on_hub(hub, tmp_path / "out", minutes=0.02)
+        assert result.returncode == 2, result.stdout + result.stderr
+        assert "start the same command again to go on" in result.stderr
+        assert "Traceback" not in result.stderr
+        first = hub.bytes_sent
+    (hub_folder / "somebody/books/new.txt").write_text("a newer commit")
+    with Hub(hub_folder) as hub:
+        hub.old_revisions.add(json.loads((tmp_path / "out/own/manifest.part.json").read_text())["revision"])
+        result = run_on_hub(hub, tmp_path / "out")
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "going on after" in result.stdout
+        assert not [r for r in hub.requests if "0.parquet" in r and "resolve" in r], "the first file was read again"
+    assert first > 0
+    assert arrow_files(tmp_path / "out") == arrow_files(made)
+
+
+def test_data_set_that_does_not_exist_fails_at_once(hub_folder: Path, tmp_path: Path) -> None:
+    with Hub(hub_folder) as hub:
+        result = run_on_hub(hub, tmp_path / "out", name="somebody/nothing")
+    assert result.returncode == 2
+    assert "no data set somebody/nothing" in result.stderr
+    assert "Traceback" not in result.stderr
