@@ -8,8 +8,8 @@ Knows no optimizer, file, tokenizer or chat format.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class Model(nn.Module):
     def run_trunk(self, ids: Tensor, where: Where) -> Tensor:
         """Hidden states (N, D) before the head, for ids (N,)."""
         where.begin(self.config, self.dtype)
-        x = rms_norm(F.embedding(ids, self.embedding)).to(self.dtype)
+        x = rms_norm(look_up(ids, self.embedding)).to(self.dtype)
         for block in self.trunk:
             x = checkpoint(block, x, where, use_reentrant=False) if self.recompute == "all" else block(x, where)
         return x
@@ -65,7 +65,7 @@ class Model(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits (…, V) for hidden states (…, D)."""
-        return F.linear(self.output(hidden), self.embedding.to(hidden.dtype)).float()
+        return project(self.output(hidden), self.embedding).float()
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Sum of `weights` (N,) times the cross-entropy of `targets` (N,), in nats, never holding all logits."""
@@ -210,6 +210,7 @@ class Block(nn.Module):
         self.k = nn.Parameter(torch.empty(config.n_kv_head * E, D))
         self.v = nn.Parameter(torch.empty(config.n_kv_head * E, D))
         self.o = nn.Parameter(torch.empty(D, config.n_head * E))
+        self.heat = nn.Parameter(torch.empty(config.n_head))  # how sharply each head attends, learnt
         self.gate = nn.Parameter(torch.empty(config.d_ff, D))
         self.up = nn.Parameter(torch.empty(config.d_ff, D))
         self.down = nn.Parameter(torch.empty(D, config.d_ff))
@@ -222,7 +223,8 @@ class Block(nn.Module):
         H, G, E = self.n_head, self.n_kv_head, self.head_dim
         heads = project(x, self.q, self.k, self.v).view(-1, H + 2 * G, E)  # (N, H + 2G, E)
         qk = rotate(rms_norm(heads[:, : H + G]), where.rotary)  # (N, H + G, E)
-        y = where.attend(qk[:, :H], qk[:, H:], heads[:, H + G :], self.window)  # (N, H, E)
+        q = qk[:, :H] * self.heat[:, None].to(x.dtype)
+        y = where.attend(q, qk[:, H:], heads[:, H + G :], self.window)  # (N, H, E)
         return project(y.reshape(-1, H * E), self.o)
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -232,8 +234,15 @@ class Block(nn.Module):
 
 def project(x: Tensor, *weights: Tensor) -> Tensor:
     """x (N, D) times the weights (·, D) laid one under the other, in x's dtype: one product for several matrices."""
+    if not isinstance(weights[0], Tensor):  # see `for_decoding`
+        return weights[0](x)
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     return F.linear(x, weight.to(x.dtype))
+
+
+def look_up(ids: Tensor, table: Tensor) -> Tensor:
+    """Rows (N, D) of the table for ids (N,)."""
+    return F.embedding(ids, table) if isinstance(table, Tensor) else table[ids]
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -299,12 +308,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 # ------------------------------------------------------------------------------------- initialisation
 
 
+LARGEST_SCORE = 15.0  # attention logit of a query and a key that point the same way, at the start
+
+
 @torch.no_grad()
 def initialise(model: Model, seed: int) -> Model:
     """All initial weights, drawn on the CPU in a fixed order, so that every device starts alike.
 
     Matrices are LeCun-normal, those that write into the residual stream zero, so each block and the head start as
-    the identity. The embedding's 2/√D makes the initial loss ln(V) within a percent under the tied output.
+    the identity. The embedding's 2/√D makes the initial loss ln(V) within a percent under the tied output. QK-norm
+    alone bounds scores by √E, too little for a narrow head to single out one token of hundreds: `heat` sets the bound.
     """
     dice = torch.Generator().manual_seed(seed)
     D = model.config.d_model
@@ -314,6 +327,8 @@ def initialise(model: Model, seed: int) -> Model:
             weight.zero_()
         elif kind in ("output_gain", "gains"):
             weight.fill_(1.0)
+        elif kind == "heat":
+            weight.fill_(LARGEST_SCORE / math.sqrt(model.config.head_dim))
         else:
             scale = {"embedding": 2 / math.sqrt(D), "fast_start": 1.0}.get(kind, 1 / math.sqrt(weight.shape[-1]))
             weight.copy_(torch.randn(weight.shape, generator=dice) * scale)
@@ -443,7 +458,6 @@ class KVCache:
         self.pad = torch.tensor(pad or [0] * n_rows, device=device)  # (B,)
         self.longest_pad = max(pad or [0])
         self.slots: list[tuple[Tensor, Tensor]] = []  # k, v (B, G, C, E) in call order
-        self.windows: list[int | None] = []  # of the slots
         self.marks: list[tuple[int, dict[int, tuple[Tensor, Tensor]]]] = []  # length then, rings then
         self.length = 0  # columns written
         self.n_new = 0  # columns of the pass under way
@@ -461,7 +475,7 @@ class KVCache:
         self.length += self.n_new
 
     def begin(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        self.next_slot = 0
+        self.next_slot, self.dtype = 0, dtype
         positions = (self.columns - self.pad[:, None]).clamp(min=0)  # (B, T)
         self.rotary = rotary_table(positions.flatten(), config.head_dim, config.rope_base, dtype)
 
@@ -479,19 +493,26 @@ class KVCache:
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return y.view(B, G, H // G, T, E).permute(0, 3, 1, 2, 4).reshape(N, H, E)
 
+    def n_entries(self, window: int | None) -> int:
+        """Columns that a slot holds."""
+        return self.capacity if window is None else min(window, self.capacity)
+
+    def slot(self, n_kv_head: int, head_dim: int, window: int | None) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, C, E) of the attention call at hand."""
+        if self.next_slot == len(self.slots):
+            shape = (len(self.pad), n_kv_head, self.n_entries(window), head_dim)
+            self.slots.append(tuple(torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
+        self.next_slot += 1
+        return self.slots[self.next_slot - 1]
+
     def _write(self, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
         """Put k and v (B, G, T, E) into the slot at hand; keys and values that this pass attends to.
 
         One column, or a slot that keeps all, is read in place. A chunk over a ring is attended to beside the columns
         that it overwrites: those of the ring first, in the ring's order, then the chunk's own.
         """
-        B, G, T, E = k.shape
-        n_entries = self.capacity if window is None else min(window, self.capacity)
-        if self.next_slot == len(self.slots):
-            self.slots.append((k.new_empty(B, G, n_entries, E), v.new_empty(B, G, n_entries, E)))
-            self.windows.append(window)
-        slot = self.slots[self.next_slot]
-        self.next_slot += 1
+        T, n_entries = self.n_new, self.n_entries(window)
+        slot = self.slot(k.shape[1], k.shape[3], window)
         end = self.length + T
         if T > 1 and end > n_entries:
             held = min(self.length, n_entries)
@@ -573,3 +594,25 @@ def decode(model: Model, ids: Tensor, cache: KVCache, h_cycles: int | None = Non
     hidden = model(ids.flatten(), cache.place(ids.shape[1]), h_cycles=h_cycles)
     cache.advance()
     return hidden.view(*ids.shape, -1)
+
+
+MATRICES = {Block: (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)), HRMHead: (("out",),), Model: (("embedding",),)}
+
+
+def for_decoding(model: Model, make: Callable[[Tensor], Any]) -> Model:
+    """A copy of `model` that can only decode: `make` turns each weight matrix into what is called with x instead.
+
+    Matrices that read the same x are laid one under the other. Gains and other vectors are shared with the model.
+    """
+    with torch.device("meta"):
+        copy = Model(model.config)
+    for ours, theirs in zip(copy.modules(), model.modules(), strict=True):
+        for name, weight in theirs.named_parameters(recurse=False):
+            setattr(ours, name, nn.Parameter(weight.detach(), requires_grad=False))
+        for group in MATRICES.get(type(theirs), ()):
+            matrix = make(torch.cat([getattr(theirs, name).detach() for name in group]))
+            for name in group:
+                delattr(ours, name)
+                setattr(ours, name, matrix if name == group[0] else None)
+    copy.dtype = model.dtype
+    return copy
