@@ -565,13 +565,14 @@ class TokenShardWriter:
             file.add(ids, text_bytes, mask)
         if remade is not None and document + 1 == remade["first_document"] + remade["documents"]:
             with writing(self.folder.folder):
-                self.folder.replace(remade, self._open.pop(split).finish())
+                self.folder.replace(remade, file.finish())
+            del self._open[split]
 
     def _commit(self, split: str) -> None:
-        file = self._open.pop(split)
-        first = self.folder.totals(split)["documents"]
+        file, first = self._open[split], self.folder.totals(split)["documents"]
         with writing(self.folder.folder):
             files = file.finish()
+        del self._open[split]
         self.folder.commit({"split": split, "first_document": first, "documents": len(file.ends), "files": files})
         self._n_in_units[split] += len(file.ends)
 
