@@ -1,0 +1,138 @@
+"""Fine-tuning: packed losses are those of conversations alone; what is too long; the probes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import corpora
+import sft
+import training
+from batches import ConversationBatches
+from config import ChatSource, ModelConfig, SFTConfig
+from conversation import render
+from model import Model, Packed, build_model
+from shards import TokenShards, TokenShardWriter
+from tokenizer import Tokenizer
+
+
+def talk(*turns: tuple[str, str], thinking: str | None = None) -> list[dict]:
+    messages = [{"role": role, "content": content, "thinking": None} for role, content in turns]
+    if thinking:
+        messages[-1]["thinking"] = thinking
+    return messages
+
+
+TALKS = [
+    talk(("user", "what is two and two"), ("assistant", "four")),
+    talk(("system", "think"), ("user", "three and one"), ("assistant", "4"), thinking="three, then four"),
+    talk(("user", "hello"), ("assistant", "hello to you"), ("user", "who are you"), ("assistant", "a small model")),
+    talk(("user", "one"), ("assistant", "two three")),
+]
+
+
+@pytest.fixture(scope="module")
+def words() -> Tokenizer:
+    return Tokenizer.train([m["content"] for t in TALKS for m in t] * 3, 384)
+
+
+@pytest.fixture
+def model(tiny: ModelConfig) -> Model:
+    made = build_model(replace(tiny, vocab_size=384, context=64), seed=0)
+    made.dtype = torch.float32
+    dice = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in made.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=dice)
+    return made
+
+
+def packed_batches(folder: Path, talks: list[list[dict]], words: Tokenizer) -> ConversationBatches:
+    """All talks in one batch of rows of 64 tokens."""
+    writer = TokenShardWriter(folder, {}, vocab_size=384, tokenizer_hash=words.hash, shard_tokens=10_000, masked=True)
+    for messages in talks:
+        rendered = render(messages, words)
+        writer.add("train", rendered.ids, 1, rendered.loss)
+    writer.finish()
+    shards = TokenShards(folder, "train")
+    plan = SFTConfig(sources=(ChatSource(demo="x"),), context=64, epochs=1.0, tokens_per_step=64)
+    return ConversationBatches([shards], [1.0], plan, pad=words.pad, seed=0)
+
+
+def test_a_packed_batch_loses_what_its_conversations_lose_alone(tmp_path: Path, model: Model, words: Tokenizer) -> None:
+    batches = packed_batches(tmp_path / "t", TALKS, words)
+    packed_loss = packed_count = 0.0
+    for step in range(batches.n_steps):
+        batch = batches.batch(step)
+        nats, count = training.evaluate_loss(model, [batch])
+        packed_loss, packed_count = packed_loss + nats, packed_count + count
+    alone = []
+    for messages in TALKS:
+        ids, loss = render(messages, words)
+        ids = torch.tensor(ids)
+        logits = model.logits(model(ids, Packed(torch.arange(len(ids)) == 0, len(ids))))
+        nats = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+        alone.append(nats[torch.tensor(loss[1:])].detach())
+    reference = torch.cat(alone)
+    assert packed_count == len(reference)
+    assert abs(packed_loss / packed_count - float(reference.mean())) < 1e-5
+
+
+def test_another_conversation_in_the_pack_changes_no_logit(tmp_path: Path, model: Model, words: Tokenizer) -> None:
+    batch = packed_batches(tmp_path / "t", TALKS, words).batch(0)
+    changed = batch.ids.clone()
+    first, second = batch.starts.nonzero().flatten()[:2].tolist()
+    changed[first + 1 : second] = (changed[first + 1 : second] + 1) % 384
+    a, b = (model(ids, Packed(batch.starts, batch.row_length)) for ids in (batch.ids, changed))
+    assert not torch.allclose(a[first:second], b[first:second])
+    assert torch.equal(a[second:], b[second:])
+
+
+def test_loss_covers_only_assistant_tokens_and_their_end(tmp_path: Path, words: Tokenizer) -> None:
+    batches = packed_batches(tmp_path / "t", TALKS, words)
+    learnt = Counter()
+    for step in range(batches.n_steps):
+        batch = batches.batch(step)
+        learnt.update(batch.targets[batch.weights > 0].tolist())
+    answers = [m for t in TALKS for m in t if m["role"] == "assistant"]
+    expected = Counter(i for m in answers for i in words.encode(m["content"]) + words.encode(m["thinking"] or ""))
+    expected[words.end] = len(answers)
+    expected[words.think] = expected[words.end_think] = 1
+    assert learnt == expected
+
+
+def test_what_is_too_long_loses_whole_turns_or_is_dropped_and_counted(
+    tmp_path: Path, words: Tokenizer, monkeypatch
+) -> None:
+    whole = talk(("user", "one"), ("assistant", "two"))
+    long_end = talk(("user", "one"), ("assistant", "two"), ("user", "tell"), ("assistant", "three " * 60))
+    long_thought = talk(("user", "one"), ("assistant", "two"), thinking="four " * 60)
+    monkeypatch.setattr(corpora, "read_conversations", lambda folder, split: iter([whole, long_end, long_thought]))
+    counts: Counter[str] = Counter()
+    kept = list(sft.fitting(tmp_path, "train", 40, words, counts))
+    assert [r.ids for r in kept] == [render(whole, words).ids] * 2
+    assert sorted(counts.values()) == [1, 1, 1]
+    assert any("dropped" in what for what in counts)
+
+
+@pytest.mark.parametrize(
+    ("ids", "loops"),
+    [(list(range(40)), False), (list(range(8)) * 2, False), (list(range(8)) * 3, True), ([1] * 10, True)],
+)
+def test_a_loop_is_eight_tokens_said_three_times(ids: list[int], loops: bool) -> None:
+    assert sft.is_looping(ids) == loops
+
+
+def test_probes_count_stopping_looping_and_reasoning(model: Model, words: Tokenizer, monkeypatch) -> None:
+    answers = [[50, words.end], [words.think, 3, words.end_think, words.end], [9] * 12]
+    monkeypatch.setattr(sft.Engine, "generate", lambda self, prompts, **settings: answers)
+    prompts = [sft.ProbePrompt([1], False), sft.ProbePrompt([1], True), sft.ProbePrompt([1], True)]
+    assert sft.probe(model, words, prompts, 12) == {
+        "stops": pytest.approx(2 / 3),
+        "loops": pytest.approx(1 / 3),
+        "reasons": pytest.approx(2 / 3),
+    }
