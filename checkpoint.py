@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,12 @@ def save(
     tokenizer: Tokenizer,
     state: dict[str, Any],
     keep: int,
+    files: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the checkpoint of `state["step"]` below `folder` and remove all but the newest `keep`."""
+    """Write the checkpoint of `state["step"]` below `folder` and remove all but the newest `keep`.
+
+    `files` are further texts that belong to it, by their path in its folder.
+    """
     final = folder / f"step-{state['step']:08}"
     part = folder / f".part-{final.name}"
     shutil.rmtree(part, ignore_errors=True)
@@ -86,6 +91,8 @@ def save(
         tokenizer.save(part / "tokenizer")
         (part / "config.json").write_text(to_json(config), encoding="utf-8")
         (part / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for name, text in (files or {}).items():
+            (part / name).write_text(text, encoding="utf-8")
         _sync(part)
         if final.exists():
             shutil.rmtree(final)

@@ -289,6 +289,7 @@ class SFTConfig(LoopConfig):
     files: tuple[str, ...] = ()  # your own conversations: files, folders or globs that take the place of the sources
     context: int = 2048  # longest conversation, in tokens
     epochs: float = 3.0  # passes over the conversations
+    repeat_earlier: float = 0.0  # stage 2: share of stage 1's conversations seen again, an epoch
     validation_share: float = 0.02  # share of the conversations held out, chosen by a hash
     prompts: tuple[str, ...] = ("Who are you?", "What is 12 + 7?")  # questions that samples answer
     probe_prompts: int = 24  # held-out questions answered at each evaluation, to see stopping, looping, reasoning
@@ -441,19 +442,19 @@ DEMO = Config(
         context=512,
         window=64,
         pattern="SL",
-        hrm=HRMConfig(l_layer=1, h_layer=1, h_cycles=2, l_cycles=1),
+        hrm=HRMConfig(l_layer=1, h_layer=1, h_cycles=1, l_cycles=1),  # a single cycle: minutes matter here
     ),
     optim=OptimConfig(momentum_warmup_steps=50),
     pretrain=PretrainConfig(
-        steps=700,
+        steps=1700,
         lr=1.2e-2,
-        tokens_per_step=2048,
-        micro_batch_tokens=2048,
-        stages=(Stage(128, 0.6), Stage(256, 0.25), Stage(512, 0.15)),
-        eval_every_steps=175,
-        log_every_steps=25,
+        tokens_per_step=1024,
+        micro_batch_tokens=1024,
+        stages=(Stage(128, 0.2), Stage(256, 0.5), Stage(512, 0.3)),
+        eval_every_steps=425,
+        log_every_steps=50,
         eval_tokens=16_384,
-        sample_every_steps=350,
+        sample_every_steps=850,
         save_every_minutes=1.0,
         prompts=("Once", "What is", "The"),
     ),
@@ -461,11 +462,11 @@ DEMO = Config(
         sources=(ChatSource(name="alpaca", demo="alpaca"), ChatSource(name="dolly", demo="dolly")),
         context=256,
         epochs=1.0,
-        lr=4e-3,
-        tokens_per_step=2048,
-        micro_batch_tokens=2048,
-        eval_every_steps=100,
-        log_every_steps=25,
+        lr=3e-3,
+        tokens_per_step=1024,
+        micro_batch_tokens=1024,
+        eval_every_steps=200,
+        log_every_steps=50,
         eval_tokens=16_384,
         sample_every_steps=1000,
         save_every_minutes=1.0,
@@ -473,12 +474,12 @@ DEMO = Config(
     sft2=SFTConfig(
         sources=(ChatSource(name="messages", demo="messages"), ChatSource(name="math", demo="math")),
         context=512,
-        epochs=2.0,
-        lr=4e-3,
-        tokens_per_step=2048,
-        micro_batch_tokens=2048,
-        eval_every_steps=100,
-        log_every_steps=25,
+        epochs=1.5,
+        lr=3e-3,
+        tokens_per_step=1024,
+        micro_batch_tokens=1024,
+        eval_every_steps=200,
+        log_every_steps=50,
         eval_tokens=16_384,
         sample_every_steps=1000,
         save_every_minutes=1.0,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ import hardware
 import log
 from batches import ConversationBatches, held_out_conversations
 from config import ChatSource, Config, SFTConfig, UserError
-from conversation import Rendered, parse_answer, render
+from conversation import CHAT_TEMPLATE, Rendered, parse_answer, render
 from engine import Engine, Sampling
 from model import Model, build_model, compute_dtype
 from optim import build_optimizers
@@ -59,9 +59,10 @@ def train_stage(config: Config, stage: int, start: Path | None) -> None:
     start = start or stage_before(config, stage)
     before = checkpoint.load_for_inference(start)
     tokenizer = before.tokenizer
-    folders = [write_chat_tokens(config, source, loop, tokenizer, name) for source in loop.sets()]
+    sets = sets_of(config, stage)
+    folders = [write_chat_tokens(config, source, loop, tokenizer, name) for source in sets]
     train, held_out = ([TokenShards(f, split, config.command("sft.py")) for f in folders] for split in SPLITS)
-    weights = [source.weight for source in loop.sets()]
+    weights = [source.weight for source in sets]
     batches = ConversationBatches(train, weights, loop, pad=tokenizer.pad, seed=config.seed)
     model = build_model(before.config.model, seed=config.seed, device=device)
     model.load_state_dict(before.model.state_dict())
@@ -75,9 +76,10 @@ def train_stage(config: Config, stage: int, start: Path | None) -> None:
 
     def save(figures: dict[str, Any]) -> Path:
         facts = {"stage": name, **figures, **origin}
-        return checkpoint.save(folder, model, optimizers, config, tokenizer, facts, loop.keep_checkpoints)
+        template = {"tokenizer/chat_template.jinja": CHAT_TEMPLATE}
+        return checkpoint.save(folder, model, optimizers, config, tokenizer, facts, loop.keep_checkpoints, template)
 
-    asked = probe_prompts(config, loop, tokenizer)
+    asked = probe_prompts(config, sets, loop, tokenizer)
 
     def evaluate() -> dict[str, float]:
         losses = {f"loss {s.folder.name}": held_out_loss(model, s, loop, tokenizer) for s in held_out if s.n_documents}
@@ -104,6 +106,14 @@ def train_stage(config: Config, stage: int, start: Path | None) -> None:
     fit(job, progress)
     refresh(config)
     log.say(f"fine-tuning stage {stage}: done in {log.duration(progress.seconds)}, {checkpoint.newest(folder)}")
+
+
+def sets_of(config: Config, stage: int) -> tuple[ChatSource, ...]:
+    """The sets a stage trains on; stage 2 may see a share of stage 1's again."""
+    if stage == 1 or not config.sft2.repeat_earlier:
+        return getattr(config, f"sft{stage}").sets()
+    again = [replace(source, weight=source.weight * config.sft2.repeat_earlier) for source in config.sft1.sets()]
+    return (*config.sft2.sets(), *again)
 
 
 def stage_before(config: Config, stage: int) -> Path:
@@ -186,14 +196,16 @@ class ProbePrompt(NamedTuple):
     reasons: bool
 
 
-def probe_prompts(config: Config, loop: SFTConfig, tokenizer: Tokenizer) -> list[ProbePrompt]:
+def probe_prompts(
+    config: Config, sets: tuple[ChatSource, ...], loop: SFTConfig, tokenizer: Tokenizer
+) -> list[ProbePrompt]:
     """Fixed prompts from the held-out conversations, the same number of each set."""
     found: list[ProbePrompt] = []
-    for source in loop.sets():
+    for source in sets:
         mine: list[ProbePrompt] = []
         for messages in corpora.read_conversations(config.run_dir / "text" / "chat" / source.name, "validation"):
             first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
-            if first == 0 or len(mine) == loop.probe_prompts // len(loop.sets()):
+            if first == 0 or len(mine) == loop.probe_prompts // len(sets):
                 continue
             ids = render(messages[:first], tokenizer, answer=True).ids
             if len(ids) + loop.probe_tokens <= loop.context:

@@ -13,7 +13,7 @@ import corpora
 import sft
 import training
 from batches import ConversationBatches
-from config import ChatSource, ModelConfig, SFTConfig
+from config import PRESETS, ChatSource, ModelConfig, SFTConfig
 from conversation import render
 from model import Model, Packed, build_model
 from shards import TokenShards, TokenShardWriter
@@ -136,3 +136,16 @@ def test_probes_count_stopping_looping_and_reasoning(model: Model, words: Tokeni
         "loops": pytest.approx(1 / 3),
         "reasons": pytest.approx(2 / 3),
     }
+
+
+def test_stage_2_may_see_a_share_of_stage_1_again() -> None:
+    demo = PRESETS["demo"]
+    assert sft.sets_of(demo, 2) == demo.sft2.sets()
+    again = replace(demo, sft2=replace(demo.sft2, repeat_earlier=0.25))
+    assert {s.name: s.weight for s in sft.sets_of(again, 2)} == {
+        "messages": 1,
+        "math": 1,
+        "alpaca": 0.25,
+        "dolly": 0.25,
+    }
+    assert sft.sets_of(again, 1) == demo.sft1.sets()
