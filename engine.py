@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from model import KVCache, Model, decode
+from matrices import Matrix, OneRow
+from model import Block, KVCache, Model, decode, for_decoding
 
 # B rows, T positions of a chunk, V vocab_size
 
@@ -68,13 +70,24 @@ class Rules:
 
 class Engine:
     """Answers prompts with `model`. `stream` keeps its cache, so a prompt that extends the last one prefills only
-    what is new; `h_cycles` is how often the reasoning head cycles (None: as the model was configured).
+    what is new.
+
+    weights: how the engine's own copy stores them, float32, bfloat16 or int8, which makes each token faster; None
+    makes no copy and decodes with the model as it is, also while it is being trained.
+    h_cycles: how often the reasoning head cycles; None is as the model was configured.
     """
 
     def __init__(
-        self, model: Model, *, h_cycles: int | None = None, max_rows: int = 64, chunk_tokens: int = 512
+        self,
+        model: Model,
+        *,
+        weights: str | None = None,
+        h_cycles: int | None = None,
+        max_rows: int = 64,
+        chunk_tokens: int = 512,
     ) -> None:
-        self.model, self.h_cycles = model, h_cycles
+        self.model = model if weights is None else compress(model, weights)
+        self.h_cycles = h_cycles
         self.max_rows = max_rows  # answers decoded together
         self.chunk_tokens = chunk_tokens  # tokens in one pass while a prompt is read
         self.context = model.config.context
@@ -282,6 +295,35 @@ class _Row:
             self.finish = "length"
         elif self.longest and len(self.ids) > self.longest:  # the last token need not fit: nothing follows it
             self.finish = "context"
+
+
+def compress(model: Model, store: str) -> Model:
+    """A copy of `model` for decoding, its matrices stored as float32, bfloat16 or int8."""
+    copy = for_decoding(model, lambda weight: Matrix(weight, store))
+    if model.device.type == "cpu":
+        copy.dtype = torch.float32
+        if copy.embedding.kernels is not None:
+            for blocks in [module for module in copy.modules() if isinstance(module, torch.nn.ModuleList)]:
+                for place, block in enumerate(blocks):
+                    blocks[place] = FastBlock(block)
+    return copy
+
+
+class FastBlock(torch.nn.Module):
+    """A block that decodes a single row in one call; all else goes the common way."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block, self.window = block, block.window
+        self.heads = block.n_head, block.n_kv_head, block.head_dim
+        self.one_row = OneRow(block.q, block.o, block.gate, block.down, heat=block.heat, heads=self.heads)
+
+    def forward(self, x: Tensor, where: Any) -> Tensor:
+        if x.shape[0] > 1 or not isinstance(where, KVCache):
+            return self.block(x, where)
+        keys, values = where.slot(*self.heads[1:], self.window)
+        n_entries = keys.shape[2]
+        return self.one_row(x, where.rotary, keys, values, where.length % n_entries, min(where.length + 1, n_entries))
 
 
 # ------------------------------------------------------------------------------------------- sampling
