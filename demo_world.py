@@ -373,32 +373,33 @@ def compare_steps(a: int, b: int, less: bool, names: tuple[str, str] | None = No
             continue
         first, second = ("less", "more") if p < q else ("more", "less")
         asked = left if (p < q) == less else right
-        steps.append(f"{place}: {p} {first} than {q}. {left} {first}, {right} {second}. So {asked}.")
+        steps.append(f"{place}: {p} {first} than {q}. {left} {first}, {right} {second}.")
+        steps.append(f"{'Less' if less else 'More'} is {asked}.")
         break
     return " ".join(steps)
 
 
 SCENES = ("On the table", "In the box", "In the basket", "Under the tree", "On the shelf", "In the yard", "In the bag")
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")  # no step is unclear
 COUNTS = ("How many {what} are there?", "Count the {what}.", "What is the number of {what}?")
 
 
 def counting(rng: Random, *, held: bool) -> Worked:
     """Things in a scene counted one by one; `held` picks the scenes kept for measuring."""
     while True:
-        size = rng.randint(2, 8)
         nouns = rng.sample(GOODS, rng.randint(1, 3))
-        things = [f"{c} {rng.choice(nouns)}" for c in rng.sample(COLOURS, size)]  # each colour once: no step is unclear
+        things = rng.choices(nouns, k=rng.randint(2, len(ORDINALS)))
         if scene_held_out(things) == held:
             break
     noun = rng.choice([None, *nouns, *nouns])
-    listed = ", ".join(f"a {thing}" for thing in things[:-1]) + f" and a {things[-1]}"
-    question = f"{rng.choice(SCENES)} there are {listed}. " + rng.choice(COUNTS).format(
+    listed = [f"{ordinal} {thing}" for ordinal, thing in zip(ORDINALS, things, strict=False)]
+    question = f"{rng.choice(SCENES)} there are, in a row: {', '.join(listed)}. " + rng.choice(COUNTS).format(
         what=f"{noun}s" if noun else "things"
     )
     steps, number = [], 0
-    for thing in things:
-        number += noun is None or thing.endswith(noun)
-        steps.append(f"{thing} {number}")
+    for named, thing in zip(listed, things, strict=True):
+        number += noun in (None, thing)
+        steps.append(f"{named} {number}")
     return Worked(question, f"{noun or 'things'}: {', '.join(steps)}. So {number}.", str(number))
 
 
