@@ -64,6 +64,7 @@ class DataConfig:
     sources: tuple[TextSource, ...] = ()  # the corpora
     text_files: tuple[str, ...] = ()  # your own files, folders or globs: take the place of the sources above
     text_column: str | None = None  # column of your own files that holds the text; None guesses and says so
+    text_weights: tuple[float, ...] = ()  # a weight for each of text_files, each then a corpus of its own
     shard_mb: int = 256  # size of a text shard, in 10^6 bytes of text
     validation_share: float = 0.005  # share of the documents held out, chosen by a hash of their text
     min_chars: int = 64  # shorter documents are dropped
@@ -82,6 +83,11 @@ class DataConfig:
                 found.append(f"data.sources {source.name!r}: give exactly one of hub, files, demo")
             if source.weight < 0:
                 found.append(f"data.sources {source.name!r}: weight is {source.weight}, must not be negative")
+        if self.text_weights and len(self.text_weights) != len(self.text_files):
+            n_weights, n_files = len(self.text_weights), len(self.text_files)
+            found.append(f"data.text_weights holds {n_weights} weights for {n_files} text_files: give one for each")
+        if any(weight < 0 for weight in self.text_weights):
+            found.append("data.text_weights must not be negative")
         if not 0 < self.validation_share < 0.5:
             found.append(f"data.validation_share is {self.validation_share}, must lie between 0 and 0.5")
         if self.shard_mb < 1:
@@ -94,7 +100,13 @@ class DataConfig:
         """The corpora in force: your own files where given, the preset's sources otherwise."""
         if not self.text_files:
             return self.sources
-        return (TextSource(name="own", files=self.text_files, column=self.text_column),)
+        if not self.text_weights:
+            return (TextSource(name="own", files=self.text_files, column=self.text_column),)
+        weighted = enumerate(zip(self.text_files, self.text_weights, strict=True))
+        return tuple(
+            TextSource(name=f"own-{i}", files=(file,), column=self.text_column, weight=weight)
+            for i, (file, weight) in weighted
+        )
 
 
 @dataclass(frozen=True)

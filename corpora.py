@@ -52,6 +52,7 @@ READ_ROWS = 256  # rows read at once,
 READ_BYTES = 4 << 20  # or about this many bytes of text
 BATCHES_AHEAD = 2  # of these, read before they are needed
 CHAT_UNIT_BYTES = 64_000_000  # size of a shard of conversations
+MAX_BYTES = 1 << 30  # of a document
 EXAMPLES = 20  # dropped documents shown a reason
 SAMPLES = 10  # documents whose beginning the data sheet shows
 SEEN_LIMIT = 24_000_000  # document hashes held in memory, 8 bytes each in a table at most 3/4 full
@@ -457,9 +458,10 @@ def hub_set(source: TextSource | ChatSource, revision: str | None) -> HubSet:
 
     Raises `NetworkFailure` for what may pass, `UserError` for what will not.
     """
-    from datasets import exceptions, load_dataset_builder
+    from datasets import disable_progress_bars, exceptions, load_dataset_builder
     from huggingface_hub import HfApi, errors
 
+    disable_progress_bars()
     final = (
         errors.RepositoryNotFoundError,
         errors.RevisionNotFoundError,
@@ -577,6 +579,8 @@ CONTROL = bytes(byte for byte in range(32) if byte not in b"\t\n\r\f\v\x1b") + b
 
 def unfit(data: bytes, config: DataConfig) -> Bad | None:
     """Why a document is no use for training, None where it is."""
+    if len(data) > MAX_BYTES:
+        return Bad("too long", f"more than {log.size(MAX_BYTES)}")
     if b"\0" in data:
         return Bad("NUL bytes")
     if len(data.strip()) < 4 * config.min_chars and len(data.decode().strip()) < config.min_chars:
@@ -722,7 +726,7 @@ class Source:
                 "revision_asked": source.revision,
             }
         sizes = sum(file.size for file in self.local)
-        listed = fingerprint([(file.path, file.size) for file in self.local])
+        listed = fingerprint([(Path(file.path).name, file.size) for file in self.local])
         return {"files": f"{len(self.local)} files, {sizes} bytes", "files_hash": listed}
 
     def facts(self) -> dict[str, Any]:
@@ -730,6 +734,15 @@ class Source:
         if self.source.hub:
             return {"revision": self.hub.revision, "licence": self.hub.licence}
         return {"revision": None, "licence": "made by this program" if self.source.demo else "that of your own files"}
+
+    def describe(self) -> str:
+        """What is read, for a person."""
+        if self.source.demo:
+            return "the built-in demo world"
+        if self.source.hub:
+            part = f" {self.source.hub_config}" if self.source.hub_config else ""
+            return f"{self.source.hub}{part} on the hub, revision {self.hub.revision[:12]}"
+        return f"{len(self.local)} files, {log.size(sum(file.size for file in self.local))}"
 
     @property
     def hub(self) -> HubSet:
@@ -914,8 +927,9 @@ def write_text_shards(
         "validation_share": config.validation_share,
         "min_chars": config.min_chars,
         "max_repeated_line_share": config.max_repeated_line_share,
-        "duplicates_of": [path.name for path in before] if config.deduplicate else None,
+        "deduplicate": config.deduplicate,
         "near_duplicates": config.near_duplicates,
+        "duplicates_of": [path.name for path in before] if config.deduplicate or config.near_duplicates else [],
     }
     return Ingest(
         opened,
@@ -1017,6 +1031,7 @@ class Ingest:
         if target.finished and not target.damaged:
             return target.manifest
         self._settle_revision()
+        log.say(f"{self.name}: reading {self.source.describe()}")
         for number, unit in enumerate(target.units):
             if target.is_damaged(unit):
                 self._mend(number, unit)
@@ -1043,7 +1058,7 @@ class Ingest:
         self.n_bytes = sum(total["text_bytes"] for total in totals)
         self.n_documents = sum(total["documents"] for total in totals)
         if units:
-            log.say(f"{self.name}: going on after {self.n_documents} documents, {log.size(self.n_bytes)}")
+            log.say(f"{self.name}: going on after {self.n_documents} documents, {log.size(self.n_bytes)} of text")
         self._recall(len(units))
         writer = TextShardWriter(self.target)
         documents = self._documents(cursor)

@@ -20,7 +20,7 @@ import log
 from config import ChatSource, Config, TextSource, UserError
 from corpora import CHAT_UNIT_BYTES, PROBE_BYTES, Estimate, estimate, write_chat_shards, write_text_shards
 from report import refresh
-from shards import disk_free
+from shards import disk_free, is_finished
 
 BYTES_PER_TOKEN = 4.3  # of English text, before a tokenizer is there to ask
 
@@ -42,12 +42,14 @@ def main(options: Options, config: Config) -> None:
     before: list[Path] = []
     for source in config.data.corpora():
         folder = text / source.name
-        report(source.name, write_text_shards(source, folder, config.data, before, verify=options.verify))
+        title = f"{source.name}, done before" if is_finished(folder) else source.name
+        report(title, write_text_shards(source, folder, config.data, before, verify=options.verify))
         before.append(folder)
     for source, share in chat_sets(config):
         folder = text / "chat" / source.name
+        title = f"{source.name}, done before" if is_finished(folder) else source.name
         minutes = config.data.retry_minutes
-        report(source.name, write_chat_shards(source, folder, share, retry_minutes=minutes, verify=options.verify))
+        report(title, write_chat_shards(source, folder, share, retry_minutes=minutes, verify=options.verify))
     refresh(config)
     log.say(f"Text shards are in {text}. Next: {config.command('train_tokenizer.py')}")
 
@@ -58,12 +60,12 @@ def chat_sets(config: Config) -> list[tuple[ChatSource, float]]:
     return list({source.name: (source, s.validation_share) for s in stages for source in s.sets()}.values())
 
 
-def report(name: str, manifest: dict[str, Any]) -> None:
+def report(title: str, manifest: dict[str, Any]) -> None:
     """One line on what a folder holds."""
     train, held_out = manifest["splits"]["train"], manifest["splits"]["validation"]
     dropped = ", ".join(f"{n} × {reason}" for reason, n in manifest["dropped"].items()) or "nothing"
     log.say(
-        f"{name}: {train['documents']} documents, {log.size(train['text_bytes'])}; "
+        f"{title}: {train['documents']} documents, {log.size(train['text_bytes'])}; "
         f"held out {held_out['documents']}; dropped {dropped}"
     )
 

@@ -123,7 +123,7 @@ class ShardFolder:
         self.folder, self.kind = Path(folder), kind
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.finished = (self.folder / MANIFEST).exists()
+        self.finished = is_finished(self.folder)
         self.manifest = _load(self.folder / (MANIFEST if self.finished else DRAFT)) or self._fresh(settings)
         self._require(settings)
         self.damaged = damaged_files(self.folder, self.manifest, full=verify)
@@ -221,6 +221,11 @@ class ShardFolder:
         """Forget every unit, and keep `facts` in the draft for the next attempt."""
         self.manifest = {**self.manifest, **facts, "units": []}
         self.save_draft()
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether `folder` has its manifest."""
+    return (Path(folder) / MANIFEST).is_file()
 
 
 def _load(path: Path) -> dict[str, Any] | None:

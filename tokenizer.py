@@ -7,6 +7,7 @@ Knows nothing of conversations: it only reserves the ids of their special tokens
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,7 +49,9 @@ class Tokenizer:
         self.special = {name: i for i, name in enumerate(SPECIAL_TOKENS)}
         self.bos, self.system, self.user, self.assistant, self.end = (self.special[t] for t in SPECIAL_TOKENS[:5])
         self.think, self.end_think, self.pad = (self.special[t] for t in (THINK, END_THINK, PAD))
-        self.hash = hashlib.sha256(backend.to_str().encode()).hexdigest()[:16]
+        model = json.loads(backend.to_str())["model"]
+        meaning = json.dumps([sorted(backend.get_vocab().items()), model["merges"], PATTERN])
+        self.hash = hashlib.sha256(meaning.encode()).hexdigest()[:16]
         self._to_byte = {char: byte for byte, char in _byte_chars().items()}
 
     # ------------------------------------------------------------------------------- make, save, load

@@ -23,7 +23,7 @@ class Fault:
     """What goes wrong. kind: 429, 503, stall, break; path: part of the addresses it hits; times: how often."""
 
     kind: str
-    path: str = "/resolve/"
+    path: str = ""
     times: int = 1
     after: int = 0  # matching requests that pass before
 
@@ -101,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
             hub.requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
         length = int(self.headers.get("Content-Length") or 0)
         sent = self.rfile.read(length).decode() if length else ""
+        if "/resolve/" in path and path.endswith(".parquet"):  # large files lie elsewhere, behind a redirect
+            return self._send(302, b"", {"Location": f"{hub.endpoint}{self.path.replace('/resolve/', '/cdn/')}"}, body)
         fault = hub.fault(path)
         if fault in ("429", "503"):
             return self._send(int(fault), b"busy", {"Retry-After": "0"}, body)
@@ -110,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if path.startswith("/api/datasets/"):
             return self._api(path.removeprefix("/api/datasets/"), sent, body)
-        match = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        match = re.fullmatch(r"/datasets/([^/]+/[^/]+)/(?:resolve|cdn)/([^/]+)/(.+)", path)
         if match:
             return self._file(*match.groups(), body, broken=fault == "break")
         return self._send(404, b"{}", {}, body)

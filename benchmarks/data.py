@@ -1,0 +1,229 @@
+"""Measure the two data stages against their bars: memory, throughput, disk.
+
+In: text files of your own. Out: one line a measurement, with its bar and whether it holds.
+Rates stand beside a reference that runs in the same process, the two in turn: the median of their ratios counts.
+
+    uv run benchmarks/data.py memory corpus/*.parquet                 create_shard.py over 0.2, 0.6 and 2 GB
+    uv run benchmarks/data.py write corpus/*.parquet                  text shards beside reading with pyarrow alone
+    uv run benchmarks/data.py tokenizer-memory corpus/*.parquet       train_tokenizer.py on a sample of 1 GB
+    uv run benchmarks/data.py encode corpus/*.parquet                 token shards beside one big encode_batch
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import config as settings  # noqa: E402
+import corpora  # noqa: E402
+import log  # noqa: E402
+import shards  # noqa: E402
+import train_tokenizer  # noqa: E402
+from config import PRESETS, Config, DataConfig, TextSource  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+
+SHARD_MEMORY = 1.0e9  # bars: bytes, bytes, and shares of the reference
+TOKENIZER_MEMORY = 4.0e9
+WRITE_SHARE, ENCODE_SHARE, EXTRA_DISK = 0.5, 0.9, 0.1
+ROUNDS = 3  # of measurement and reference, in turn
+
+
+def main() -> None:
+    """Run the measurement that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=list(MEASUREMENTS))
+    parser.add_argument("files", nargs="+", help="text files, folders or globs")
+    parser.add_argument("--gb", type=float, nargs="+", help="sizes to measure at, in 10^9 bytes of text")
+    parser.add_argument("--vocab-size", type=int, default=32_768)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark-") as folder:
+        MEASUREMENTS[options.what](options, Path(folder).absolute())
+
+
+def verdict(title: str, value: str, bar: str, holds: bool) -> None:
+    """One line of the report."""
+    log.say(f"{title:<48} {value:>22}   bar {bar:<8} {'holds' if holds else 'MISSED'}")
+
+
+# ---------------------------------------------------------------------------------------------- input
+
+
+def documents(files: list[str]) -> Iterator[str]:
+    yield from corpora.text_documents(TextSource(name="input", files=tuple(files)))
+
+
+def enlarged(files: list[str], gb: float, folder: Path) -> Path:
+    """A parquet file of `gb` of text: the documents over and over, each time with another last line."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = folder / f"{gb:g}.parquet"
+    left, round_ = gb * 1e9, 0
+    with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
+        while left > 0:
+            batch: list[str] = []
+            for text in documents(files):
+                batch.append(f"{text}\n(copy {round_})" if round_ else text)
+                left -= len(batch[-1].encode())
+                if len(batch) == 1000 or left <= 0:
+                    writer.write_table(pa.table({"text": batch}))
+                    batch = []
+                if left <= 0:
+                    break
+            if batch:
+                writer.write_table(pa.table({"text": batch}))
+            round_ += 1
+    return path
+
+
+def watched(command: list[str], folder: Path) -> tuple[float, float, float]:
+    """Run a command; (peak resident bytes, seconds, most bytes under `folder` beyond those at the end)."""
+    started, most = time.monotonic(), 0
+    process = subprocess.Popen(command, cwd=ROOT)
+    while True:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        most = max(most, folder_bytes(folder))
+        if pid:
+            break
+        time.sleep(0.1)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    at_end = folder_bytes(folder)
+    return usage.ru_maxrss * 1024, time.monotonic() - started, (most - at_end) / at_end
+
+
+def folder_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def script(name: str, folder: Path, *words: str) -> list[str]:
+    chat = ["--sft1.files", str(folder / "chat.jsonl"), "--sft2.files", str(folder / "chat.jsonl")]
+    (folder / "chat.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
+    runs = ["--preset", "16gb", "--runs", str(folder / "runs"), "--data.validation_share", "0.005"]
+    return [sys.executable, str(ROOT / name), *runs, *chat, *words]
+
+
+# -------------------------------------------------------------------------------------- measurements
+
+
+def memory(options: argparse.Namespace, folder: Path) -> None:
+    """Peak resident memory and extra disk of create_shard.py, over growing input."""
+    for gb in options.gb or (0.2, 0.6, 2.0):
+        path = enlarged(options.files, gb, folder)
+        peak, seconds, extra = watched(
+            script("create_shard.py", folder, "--data.text_files", str(path)), folder / "runs"
+        )
+        title = f"create_shard.py, {gb:g} GB in {log.duration(seconds)}"
+        verdict(f"{title}: peak memory", log.size(peak), log.size(SHARD_MEMORY), peak <= SHARD_MEMORY)
+        verdict(f"{title}: extra disk", f"{extra:.1%}", f"{EXTRA_DISK:.0%}", extra < EXTRA_DISK)
+        path.unlink()
+        shutil.rmtree(folder / "runs")
+
+
+def tokenizer_memory(options: argparse.Namespace, folder: Path) -> None:
+    """Peak resident memory and extra disk of train_tokenizer.py, on growing samples."""
+    for gb in options.gb or (1.0,):
+        path = enlarged(options.files, 1.02 * gb, folder)
+        words = ["--data.text_files", str(path), "--tokenizer.sample_mb", str(round(1000 * gb))]
+        watched(script("create_shard.py", folder, *words), folder / "runs")
+        peak, seconds, extra = watched(script("train_tokenizer.py", folder, *words), folder / "runs")
+        title = f"train_tokenizer.py, {gb:g} GB in {log.duration(seconds)}"
+        verdict(f"{title}: peak memory", log.size(peak), log.size(TOKENIZER_MEMORY), peak <= TOKENIZER_MEMORY)
+        verdict(f"{title}: extra disk", f"{extra:.1%}", f"{EXTRA_DISK:.0%}", extra < EXTRA_DISK)
+        path.unlink()
+        shutil.rmtree(folder / "runs")
+
+
+def write(options: argparse.Namespace, folder: Path) -> None:
+    """Text shards from parquet, beside reading the same column with pyarrow alone."""
+    import pyarrow.parquet as pq
+
+    path = enlarged(options.files, (options.gb or [0.3])[0], folder)
+    data = DataConfig(text_files=(str(path),))
+
+    def reference() -> float:
+        return sum(batch.nbytes for batch in pq.ParquetFile(path).iter_batches(columns=["text"]))
+
+    def ours() -> float:
+        shutil.rmtree(folder / "text", ignore_errors=True)
+        manifest = corpora.write_text_shards(TextSource(name="own", files=(str(path),)), folder / "text", data)
+        return sum(split["text_bytes"] for split in manifest["splits"].values())
+
+    compare("text shards", "pyarrow reading", ours, reference, WRITE_SHARE)
+
+
+def encode(options: argparse.Namespace, folder: Path) -> None:
+    """Token shards from text shards, beside `encode_batch` on one big list of the same texts."""
+    path = enlarged(options.files, (options.gb or [0.03])[0], folder)
+    config = small_run(folder, path)
+    source = config.data.corpora()[0]
+    corpora.write_text_shards(source, config.run_dir / "text" / source.name, config.data)
+    corpus = train_tokenizer.open_corpus(source, config, verify=False)
+    texts = [text for texts in corpus.batches("train") for text in texts]
+    tokenizer = Tokenizer.train([texts[:500]], options.vocab_size)
+    backend = tokenizer._backend
+    n_bytes = sum(len(text.encode()) for text in texts)
+    total = sum(corpus.text_bytes(split) for split in shards.SPLITS)
+
+    def reference() -> float:
+        backend.encode_batch(texts, add_special_tokens=False)
+        return n_bytes
+
+    def ours() -> float:
+        shutil.rmtree(corpus.tokens, ignore_errors=True)
+        train_tokenizer.encode_corpus(tokenizer, corpus, config.tokenizer.shard_tokens, verify=False)
+        return total
+
+    compare("token shards", "encode_batch", ours, reference, ENCODE_SHARE)
+
+
+def small_run(folder: Path, path: Path) -> Config:
+    preset = PRESETS["16gb"]
+    return replace(preset, runs=str(folder / "runs"), data=DataConfig(text_files=(str(path),)))
+
+
+def compare(name: str, other: str, ours: Callable[[], float], reference: Callable[[], float], bar: float) -> None:
+    """Run both in turn and report the median ratio of their rates."""
+    reference()  # the files are in the page cache and the libraries loaded before anything counts
+    ours()
+    ratios = []
+    for _ in range(ROUNDS):
+        there, here = rate(reference), rate(ours)
+        log.say(f"  {name} {here:7.1f} MB/s, {other} {there:7.1f} MB/s")
+        ratios.append(here / there)
+    share = statistics.median(ratios)
+    verdict(f"{name} beside {other}", f"{share:.0%}", f"{bar:.0%}", share >= bar)
+
+
+def rate(job: Callable[[], float]) -> float:
+    """10^6 bytes a second."""
+    started = time.monotonic()
+    return job() / (time.monotonic() - started) / 1e6
+
+
+MEASUREMENTS = {"memory": memory, "write": write, "tokenizer-memory": tokenizer_memory, "encode": encode}
+
+if __name__ == "__main__":
+    try:
+        main()
+    except settings.UserError as error:
+        settings.fail(str(error))
