@@ -535,7 +535,7 @@ class _HubFile(io.RawIOBase):
 
 
 class Patience:
-    """Back-off: waits 1, 2, 4 … 60 seconds between failures, and gives up after `minutes` without any success."""
+    """Back-off: waits 1, 2, 4 … 60 seconds between failures; gives up `minutes` after the last success."""
 
     def __init__(self, name: str, minutes: float) -> None:
         self.name, self.minutes = name, minutes
@@ -547,7 +547,7 @@ class Patience:
     def failed(self, error: Exception) -> None:
         """Wait after a failure; raises `UserError` where patience is at its end."""
         text = " ".join(str(error).split())[:200]
-        if time.monotonic() + self.wait - self.since > 60 * self.minutes:
+        if self.wait > 1 and time.monotonic() + self.wait - self.since > 60 * self.minutes:
             raise UserError(
                 f"{self.name}: the network failed for {self.minutes:g} minutes: {text}. "
                 "What is done is kept: start the same command again to go on."
@@ -768,8 +768,8 @@ class Source:
                 try:
                     for rows in read_rows(self.files, cursor, pick):
                         cursor = (rows.file, rows.first + len(rows.items))
-                        self.patience.success()
                         yield rows
+                        self.patience.success()  # only now, after who reads has taken its time
                     return
                 except NetworkFailure as error:
                     self.patience.failed(error)
