@@ -1,93 +1,595 @@
-"""Score a checkpoint: the demo world's held-out questions, answered exactly or not.
+"""Score checkpoints: bits per byte, CORE's 22 tasks, chat tasks, the demo world's questions; side by side if you like.
 
-In: a run's newest checkpoint, or any checkpoint folder.
-Out: the share of right answers by kind; runs/<preset>/report/score.json.
+In: a run's furthest checkpoint, or any others; the tasks' files, from a folder or fetched. Out: a table on the console,
+runs/<run>/report/score.json, and the run's report drawn anew.
 
     uv run score.py --preset demo
+    uv run score.py --preset 16gb --tasks core                       one group of tasks: bpb, world, core, chat
+    uv run score.py --preset 16gb --tasks piqa arc_easy --limit 500  some tasks, the first items of each
+    uv run score.py --preset 16gb --compare base sft1 sft2           stages side by side
+    uv run score.py --compare runs/a runs/b                          runs side by side, with a page of both
+    uv run score.py --preset 16gb --lm-eval arc_easy hellaswag       any task of lm-eval (uv sync --extra lm-eval)
 """
 
 from __future__ import annotations
 
-import json
+import math
+import os
+import re
+import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 
 import checkpoint
 import config as settings
 import demo_world
 import hardware
 import log
+import report
+import tasks
+from batches import validation_batches
 from checkpoint import Loaded
 from config import REASONING_PROMPT, Config, UserError
-from conversation import parse_answer, render
+from conversation import Answer, parse_answer, render
 from engine import Engine
+from model import Packed
+from shards import TokenShards, write_json
 
 
 @dataclass(frozen=True)
 class Options:
     """What only this script knows."""
 
-    checkpoint: str | None = None  # any checkpoint folder; None takes the run's newest, of its furthest stage
-    n_questions: int = 200  # held-out questions asked
-    show_wrong: int = 5  # wrong answers printed
+    checkpoint: tuple[str, ...] = ()  # checkpoints, stages (base sft1 sft2) or runs; none is the run's furthest stage
+    compare: tuple[str, ...] = ()  # the same, side by side: takes scores that are there already, draws a page of runs
+    tasks: tuple[str, ...] = ()  # groups (bpb world core chat) or single tasks; none is what suits the checkpoint
+    files: str | None = None  # folder with the tasks' files; None is $HEARTH_DATA, or fetches them
+    limit: int | None = None  # score only the first items of each task
+    n_questions: int = 200  # held-out questions asked about the demo world
+    show_wrong: int = 5  # wrong answers about the demo world that are printed
+    lm_eval: tuple[str, ...] = ()  # tasks of lm-eval to run as well
+    lm_eval_files: str | None = None  # folder with your own task files for lm-eval
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One question, what was said, and whether that is right to the letter."""
+class Score:
+    """One figure of one checkpoint."""
 
-    kind: str
-    prompt: str
-    expected: str
-    said: str
-    thinking: str | None
-
-    @property
-    def right(self) -> bool:
-        return self.said.strip() == self.expected
+    task: str
+    metric: str  # accuracy, share, centred accuracy, bits per byte
+    value: float
+    stderr: float | None = None
+    chance: float | None = None
+    n: int = 0  # items
+    shots: int | None = None
+    seconds: float = 0.0
+    headline: bool = False  # whether it belongs at the top of the report
 
 
 def main(config: Config, options: Options) -> None:
-    """Ask the held-out questions, print the score by kind, keep it as JSON."""
-    folder = Path(options.checkpoint) if options.checkpoint else checkpoint.furthest(config)
+    """Score every checkpoint asked for, print the scores side by side, keep them, draw the report."""
+    wanted = options.compare or options.checkpoint
+    folders = [find(name, config) for name in wanted] if wanted else [checkpoint.furthest(config)]
+    columns = [score_checkpoint(folder, config, options) for folder in folders]
+    print_table(folders, columns)
+    runs = list(dict.fromkeys(run_folder(folder, config) for folder in folders))
+    for run in runs:
+        page = report.write(of_run(run, config)) if config.report.draw else None
+    if options.compare and len(runs) > 1:
+        page = report.compare(runs, config)
+    if page:
+        log.say(f"report: {page}")
+
+
+def find(name: str, config: Config) -> Path:
+    """The checkpoint that `name` means: a stage of this run, or a folder of a checkpoint, a stage or a run."""
+    if name in report.STAGES and (found := checkpoint.newest(config.run_dir / name)):
+        return found
+    folder = Path(name)
+    if (folder / "state.json").is_file():
+        return folder
+    if found := checkpoint.newest(folder):
+        return found
+    if any((folder / stage).is_dir() for stage in report.STAGES):
+        return checkpoint.furthest(of_run(folder, config))
+    raise UserError(
+        f"{name!r} is no checkpoint: neither a stage of {config.run_dir} ({', '.join(report.STAGES)}) with one, nor a "
+        f"folder of a checkpoint, a stage or a run."
+    )
+
+
+def of_run(folder: Path, config: Config) -> Config:
+    """The config with another run's folder."""
+    return replace(config, runs=str(folder.parent), name=folder.name)
+
+
+def run_folder(folder: Path, config: Config) -> Path:
+    """The run that a checkpoint belongs to; one that lies elsewhere counts to the run at hand."""
+    return folder.parent.parent if folder.parent.name in report.STAGES else config.run_dir
+
+
+# --------------------------------------------------------------------------------------- one checkpoint
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What scoring needs: the checkpoint, where it lies, what was asked for, and every chat answer so far."""
+
+    loaded: Loaded
+    run: Path
+    options: Options
+    store: Path  # where fetched files are kept
+    replies: list[Reply]
+
+    @property
+    def files(self) -> Path | None:
+        named = self.options.files or os.environ.get("HEARTH_DATA")
+        return Path(named) if named else None
+
+
+def score_checkpoint(folder: Path, config: Config, options: Options) -> list[Score]:
+    """All scores asked for of one checkpoint; they join the score.json of its run."""
     loaded = checkpoint.load_for_inference(folder, hardware.pick_device(config.device))
+    run = run_folder(folder, config)
+    book = ScoreBook(run / "report" / "score.json", folder, loaded.state)
+    bench = Bench(loaded, run, options, Path(config.runs) / "tasks", [])
     log.say(f"score of {folder}")
-    asked = ask(loaded, demo_world.held_out_questions(options.n_questions))
-    by_kind: dict[str, list[bool]] = defaultdict(list)
-    for question in asked:
-        by_kind[question.kind].append(question.right)
-    for kind, marks in by_kind.items():
-        log.say(f"{kind:<12} {sum(marks):>4}/{len(marks):<4} {sum(marks) / len(marks):6.1%}")
-    right = sum(question.right for question in asked)
-    log.say(f"{'all':<12} {right:>4}/{len(asked):<4} {right / len(asked):6.1%}  exact answers to held-out questions")
-    for question in [q for q in asked if not q.right][: options.show_wrong]:
-        log.say(
-            f"wrong: {question.prompt} → {question.said!r}, not {question.expected!r}; thought {question.thinking!r}"
+    scores: list[Score] = []
+    for name in tasks_wanted(loaded, options):
+        known = book.known(name, options) if options.compare else None
+        scores += known if known is not None else scored(name, bench, book)
+    core = core_score(scores)
+    scores = [*core, *scores]
+    book.keep("core", core, options)
+    if options.lm_eval:
+        others = lm_eval_scores(bench)
+        book.keep("lm-eval", others, options)
+        scores += others
+    return scores
+
+
+def tasks_wanted(loaded: Loaded, options: Options) -> list[str]:
+    """The names of single tasks: those asked for, or what suits the checkpoint."""
+    chats = loaded.state["stage"] != "base"
+    if options.tasks:
+        names = options.tasks
+    elif any(source.demo for source in loaded.config.data.corpora()):
+        names = ("bpb", "world")
+    else:
+        names = ("bpb", "core", "mmlu", *(("chat",) if chats else ()))
+    groups = {"core": [task.name for task in tasks.CORE], "chat": list(CHAT)}
+    singles = list(dict.fromkeys(single for name in names for single in groups.get(name, [name])))
+    known = ["bpb", "world", *tasks.TASKS, *CHAT]
+    if unknown := [name for name in singles if name not in known]:
+        raise UserError(
+            f"There is no task {', '.join(unknown)}. Groups: bpb, world, core, chat. Tasks: {', '.join(known)}."
         )
-    report = config.run_dir / "report"
-    report.mkdir(parents=True, exist_ok=True)
-    facts = {"checkpoint": str(folder), "right": right, "asked": [asdict(q) | {"right": q.right} for q in asked]}
-    (report / "score.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    return singles
 
 
-def ask(loaded: Loaded, questions: list[demo_world.Question], batch: int = 50) -> list[Asked]:
-    """Each question's greedy answer, up to 160 tokens, asked as a conversation of its own."""
-    engine, tokenizer, asked = Engine(loaded.model), loaded.tokenizer, []
-    for first in range(0, len(questions), batch):
-        part = questions[first : first + batch]
-        prompts = [render(messages(q), tokenizer, answer=True).ids for q in part]
-        answers = engine.generate(prompts, max_tokens=160, stop_ids=[tokenizer.end])
-        for question, ids in zip(part, answers, strict=True):
-            answer = parse_answer(ids, tokenizer)
-            asked.append(Asked(question.kind, question.prompt, question.answer, answer.content, answer.thinking))
-    return asked
+def scored(name: str, bench: Bench, book: ScoreBook) -> list[Score]:
+    """One task's scores, printed and kept; none where its files are missing and it was not asked for by name."""
+    started = time.monotonic()
+    try:
+        if name == "bpb":
+            found = bits_per_byte_scores(bench)
+        elif name == "world":
+            found = world_scores(bench, book)
+        elif name in CHAT:
+            found = chat_scores(name, bench)
+        else:
+            found = [task_score(tasks.TASKS[name], bench)]
+    except UserError as error:
+        if name in bench.options.tasks:
+            raise
+        log.say(f"{name} is left out: {error}")
+        return []
+    found = [replace(score, seconds=time.monotonic() - started) for score in found]
+    for score in found:
+        log.say(line(score))
+    book.keep(name, found, bench.options)
+    return found
 
 
-def messages(question: demo_world.Question) -> list[dict[str, str]]:
+def line(score: Score) -> str:
+    """One score on the console."""
+    chance = f"chance {score.chance:6.1%}" if score.chance is not None else ""
+    shots = f"{score.shots}-shot" if score.shots is not None else ""
+    left = f"{score.task:<34}{in_words(score):>17}  {chance:<13}{score.n:>7} items"
+    return f"{left}  {shots:<8}{log.duration(score.seconds):>7}"
+
+
+def in_words(score: Score) -> str:
+    """A score with its standard error."""
+    if score.metric == "bits per byte":
+        return f"{score.value:.4f}" + (f" ± {score.stderr:.4f}" if score.stderr is not None else "")
+    return f"{score.value:.1%}" + (f" ± {100 * score.stderr:4.1f}" if score.stderr is not None else "")
+
+
+def print_table(folders: Sequence[Path], columns: Sequence[Sequence[Score]]) -> None:
+    """Several checkpoints' scores side by side."""
+    if len(folders) < 2:
+        return
+    names = list(dict.fromkeys(score.task for column in columns for score in column))
+    heads = [
+        str(folder) if folder.parent.name not in report.STAGES else "/".join(folder.parts[-3:-1]) for folder in folders
+    ]
+    width = max(18, *(len(head) + 2 for head in heads))
+    log.say()
+    log.say(f"{'':<34}" + "".join(f"{head:>{width}}" for head in heads))
+    for name in names:
+        cells = [next((in_words(score) for score in column if score.task == name), "–") for column in columns]
+        log.say(f"{name:<34}" + "".join(f"{cell:>{width}}" for cell in cells))
+
+
+class ScoreBook:
+    """score.json of a run: every score of the newest checkpoint of each stage, and the demo world's answers."""
+
+    def __init__(self, path: Path, folder: Path, state: dict[str, Any]) -> None:
+        self.path = path
+        self.place = {
+            "checkpoint": str(folder),
+            "stage": state["stage"],
+            "step": state["step"],
+            "tokens": state["tokens"],
+        }
+        self.book = report.read_json(path)
+        others = [r for r in self.book.get("scores", []) if r.get("stage") != state["stage"] or self._is_here(r)]
+        self.book["scores"] = others
+
+    def _is_here(self, record: dict[str, Any]) -> bool:
+        return all(record.get(name) == value for name, value in self.place.items())
+
+    def keep(self, source: str, scores: Iterable[Score], options: Options) -> None:
+        """Note the scores of a task in place of earlier ones."""
+        kept = [r for r in self.book["scores"] if not (self._is_here(r) and r.get("source") == source)]
+        new = [{**self.place, "source": source, "limit": options.limit, **asdict(score)} for score in scores]
+        self.book["scores"] = kept + new
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.book)
+
+    def known(self, source: str, options: Options) -> list[Score] | None:
+        """The scores of a task as they were noted of this very checkpoint, None where they were not."""
+        mine = [r for r in self.book["scores"] if self._is_here(r) and r.get("source") == source]
+        if not mine or any(r.get("limit") != options.limit for r in mine):
+            return None
+        return [Score(**{name: r[name] for name in Score.__dataclass_fields__}) for r in mine]
+
+
+# ----------------------------------------------------------------------------------------- bits per byte
+
+
+def bits_per_byte_scores(bench: Bench) -> list[Score]:
+    """Bits per byte of each corpus' held-out documents, with the standard error over documents."""
+    loaded, found = bench.loaded, []
+    for source in loaded.config.data.corpora():
+        shards = TokenShards(
+            bench.run / "tokens" / source.name, "validation", loaded.config.command("train_tokenizer.py")
+        )
+        if shards.tokenizer_hash != loaded.tokenizer.hash:
+            raise UserError(f"{shards.folder} was made with another tokenizer than the checkpoint's.")
+        value, error, n = bits_per_byte(loaded, shards, bench.options.limit)
+        found.append(Score(f"{source.name}, held out", "bits per byte", value, error, n=n))
+    return found
+
+
+def bits_per_byte(loaded: Loaded, shards: TokenShards, limit: int | None) -> tuple[float, float, int]:
+    """Bits a byte, its standard error as a ratio of sums over documents, and the number of documents.
+
+    Reads what an evaluation in pretraining reads: the same tokens, the end of each document counted with it.
+    """
+    loop, model = loaded.config.pretrain, loaded.model
+    max_tokens = loop.eval_tokens
+    if limit is not None and limit < shards.n_documents:
+        max_tokens = min(max_tokens, int(shards.ends[limit - 1]))
+    nats: list[np.ndarray] = []
+    document: list[np.ndarray] = []
+    n_bytes: list[np.ndarray] = []
+    last = 0
+    for batch in validation_batches(
+        shards,
+        context=model.config.context,
+        max_tokens=max_tokens,
+        micro_tokens=loop.micro_batch_tokens or 4 * model.config.context,
+        bos=loaded.tokenizer.bos,
+    ):
+        counted = batch.weights.numpy() > 0
+        of_token = last + np.cumsum(batch.ids.numpy() == loaded.tokenizer.bos)
+        nats.append(token_losses(loaded, batch)[counted])
+        document.append(of_token[counted])
+        n_bytes.append(loaded.tokenizer.token_bytes[batch.targets.numpy()[counted]])
+        last = int(of_token[counted][-1])
+    places = np.concatenate(document)
+    sums, sizes = (np.bincount(places, np.concatenate(x))[places.min() :] for x in (nats, n_bytes))
+    ratio, n = sums.sum() / max(1, sizes.sum()), len(sums)
+    spread = ((sums - ratio * sizes) ** 2).sum() * n / max(1, n - 1)
+    return ratio / math.log(2), math.sqrt(spread) / max(1, sizes.sum()) / math.log(2), n
+
+
+@torch.inference_mode()
+def token_losses(loaded: Loaded, batch: Any) -> np.ndarray:
+    """The cross-entropy of every target, in nats."""
+    model = loaded.model
+    batch = batch.to(model.device)
+    hidden = model(batch.ids, Packed(batch.starts, batch.row_length))
+    size = max(1, tasks.LOGITS_PER_PASS // model.config.vocab_size)
+    parts = zip(hidden.split(size), batch.targets.split(size), strict=True)
+    return torch.cat([F.cross_entropy(model.logits(h), t, reduction="none") for h, t in parts]).double().cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------- base tasks
+
+
+def task_score(task: tasks.Task, bench: Bench) -> Score:
+    """One task of CORE, or MMLU, as a base model does it: by what it finds likely."""
+    loaded = bench.loaded
+    items = tasks.read_items(tasks.find_file(task.file, bench.files, bench.store))
+    asked = tasks.prompts(task, items, loaded.tokenizer, loaded.model.config.context, bench.options.limit)
+    if cut := sum(prompt.cut for prompt in asked):
+        log.say(f"{task.name}: {cut} of {len(asked)} prompts are longer than the context and lost their beginning")
+    batch_tokens = 131_072 if loaded.model.device.type == "cuda" else 4096
+    found = tasks.outcomes(loaded.model, asked, batch_tokens=batch_tokens, title=task.name)
+    value, error = tasks.accuracy(found)
+    return Score(task.name, "accuracy", value, finite(error), task.chance, len(found), task.shots)
+
+
+def core_score(scores: Sequence[Score]) -> list[Score]:
+    """The mean of the tasks' centred accuracies: CORE where all 22 are there, else how many of them it is over."""
+    mine = [score for score in scores if score.task in {task.name for task in tasks.CORE}]
+    if len(mine) < 2:
+        return []
+    value = sum(tasks.centred(score.value, score.chance) for score in mine) / len(mine)
+    errors = [(score.stderr or 0.0) / (1 - score.chance) for score in mine]
+    name = "CORE" if len(mine) == len(tasks.CORE) else f"{len(mine)} of CORE's {len(tasks.CORE)} tasks"
+    stderr = math.sqrt(sum(error**2 for error in errors)) / len(mine)
+    core = Score(name, "centred accuracy", value, stderr, 0.0, sum(score.n for score in mine), headline=True)
+    core = replace(core, seconds=sum(score.seconds for score in mine))
+    log.say(line(core))
+    return [core]
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+# ------------------------------------------------------------------------------------------- chat tasks
+
+
+@dataclass(frozen=True)
+class ChatQuestion:
+    """A question put to a chat model, and what makes an answer right."""
+
+    text: str
+    reasons: bool  # whether the system prompt asks for reasoning
+    is_right: Callable[[Answer], bool]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's answer: what it said, whether it ended by itself, whether it reasoned as it was asked to."""
+
+    answer: Answer
+    stopped: bool
+    as_asked: bool
+
+
+def ask(loaded: Loaded, questions: Sequence[tuple[str, bool]], max_tokens: int, title: str = "") -> list[Reply]:
+    """The likeliest answer to each (question, whether to reason), each asked as a conversation of its own."""
+    engine, tokenizer, replies = Engine(loaded.model), loaded.tokenizer, []
+    with log.progress(len(questions), "answer", title) as bar:
+        for first in range(0, len(questions), engine.max_rows):
+            part = questions[first : first + engine.max_rows]
+            prompts = [render(messages(text, reasons), tokenizer, answer=True).ids for text, reasons in part]
+            prompts = [ids[: loaded.model.config.context] for ids in prompts]
+            answers = engine.generate(prompts, max_tokens=max_tokens, stop_ids=[tokenizer.end])
+            for (_, reasons), ids in zip(part, answers, strict=True):
+                answer = parse_answer(ids, tokenizer)
+                stopped = ids[-1:] == [tokenizer.end]
+                replies.append(Reply(answer, stopped, (answer.thinking is not None) == reasons))
+            bar.update(len(part))
+    return replies
+
+
+def messages(text: str, reasons: bool) -> list[dict[str, str]]:
     """The question as a conversation; reasoning is asked for by the system prompt."""
-    system = [{"role": "system", "content": REASONING_PROMPT}] if question.thinking else []
-    return [*system, {"role": "user", "content": question.prompt}]
+    system = [{"role": "system", "content": REASONING_PROMPT}] if reasons else []
+    return [*system, {"role": "user", "content": text}]
+
+
+def behaviour(replies: Sequence[Reply], where: str) -> list[Score]:
+    """The share of answers that end by themselves, and of those that reason exactly when asked to."""
+    found = []
+    for name, marks in (
+        ("stops by itself", [reply.stopped for reply in replies]),
+        ("thinks exactly when asked", [reply.as_asked for reply in replies]),
+    ):
+        value, error = tasks.mean_and_error(marks)
+        found.append(Score(f"{where}: {name}", "share", value, finite(error), n=len(marks)))
+    return found
+
+
+def chat_scores(name: str, bench: Bench) -> list[Score]:
+    """A chat task: questions answered by generation, the answers judged."""
+    if bench.loaded.state["stage"] == "base":
+        raise UserError("a base model holds no conversations; score sft1 or sft2.")
+    file, read, chance, max_tokens = CHAT[name]
+    rows = tasks.read_items(tasks.find_file(file, bench.files, bench.store))[: bench.options.limit]
+    asked = [read(row) for row in rows]
+    replies = ask(bench.loaded, [(q.text, q.reasons) for q in asked], max_tokens, name)
+    marks = [question.is_right(reply.answer) for question, reply in zip(asked, replies, strict=True)]
+    value, error = tasks.mean_and_error(marks)
+    return [Score(name, "accuracy", value, finite(error), chance, len(marks), 0), *behaviour(replies, name)]
+
+
+def gsm8k_question(row: dict[str, Any]) -> ChatQuestion:
+    """A word problem; right is an answer that means the same number."""
+    text = row.get("question") or row["context"]
+    gold = str(row["answer"]).rsplit("####", 1)[-1].strip()
+    return ChatQuestion(text, True, lambda answer: same_number(gold, answer.content))
+
+
+def same_number(gold: str, said: str) -> bool:
+    """Whether the last expression of what was said means the same as `gold`."""
+    from math_verify import parse, verify
+
+    return bool(verify(parse(gold), parse(said)))
+
+
+def letter_question(row: dict[str, Any]) -> ChatQuestion:
+    """A question with lettered choices; right is an answer whose first lone letter is the right one."""
+    query, choices = row["query"], row["choices"]
+    letters = [chr(ord("A") + i) for i in range(len(choices))]
+    if choices != letters:  # the query does not list them yet
+        query = "\n".join([query, *(f"{letter}. {text}" for letter, text in zip(letters, choices, strict=True))])
+    text = f"{query}\nAnswer with the letter of the right choice."
+    return ChatQuestion(text, False, lambda answer: first_letter(answer.content, letters) == letters[row["gold"]])
+
+
+def first_letter(said: str, letters: Sequence[str]) -> str | None:
+    """The first of the letters that stands alone in what was said."""
+    found = re.search(rf"(?<!\w)[{''.join(letters)}](?!\w)", said)
+    return found.group() if found else None
+
+
+# name → file, how a row becomes a question, chance, longest answer in tokens
+CHAT: dict[str, tuple[str, Callable[[dict[str, Any]], ChatQuestion], float, int]] = {
+    "gsm8k_chat": ("symbolic_problem_solving/gsm8k.jsonl", gsm8k_question, 0.0, 512),
+    "mmlu_chat": (tasks.MMLU.file, letter_question, 0.25, 64),
+    "arc_easy_chat": (tasks.TASKS["arc_easy"].file, letter_question, 0.25, 64),
+    "arc_challenge_chat": (tasks.TASKS["arc_challenge"].file, letter_question, 0.25, 64),
+}
+
+
+# --------------------------------------------------------------------------------------- the demo world
+
+
+def world_scores(bench: Bench, book: ScoreBook) -> list[Score]:
+    """The demo world's held-out questions, answered exactly or not; the share by kind, and what was wrong."""
+    questions = demo_world.held_out_questions(bench.options.limit or bench.options.n_questions)
+    replies = ask(bench.loaded, [(q.prompt, q.thinking) for q in questions], 160, "world")
+    by_kind: dict[str, list[bool]] = defaultdict(list)
+    asked = []
+    for question, reply in zip(questions, replies, strict=True):
+        said, right = reply.answer.content, reply.answer.content.strip() == question.answer
+        by_kind[question.kind].append(right)
+        facts = {"kind": question.kind, "prompt": question.prompt, "expected": question.answer}
+        asked.append(facts | {"said": said, "thinking": reply.answer.thinking, "right": right})
+    for answer in [a for a in asked if not a["right"]][: bench.options.show_wrong]:
+        said, expected = answer["said"], answer["expected"]
+        log.say(f"wrong: {answer['prompt']} → {said!r}, not {expected!r}; thought {answer['thinking']!r}")
+    book.book["asked"] = asked
+    scores = []
+    for kind, marks in [*by_kind.items(), ("exact answers to held-out questions", [a["right"] for a in asked])]:
+        value, error = tasks.mean_and_error(marks)
+        name = "world" if len(marks) == len(asked) else f"world: {kind}"
+        scores.append(Score(name, "accuracy", value, finite(error), n=len(marks), headline=name == "world"))
+    return [*scores[::-1], *behaviour(replies, "world")]
+
+
+# ---------------------------------------------------------------------------------------------- lm-eval
+
+
+def lm_eval_scores(bench: Bench) -> list[Score]:
+    """Tasks of lm-eval, run on the checkpoint through lm-eval's own interface for models."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError("lm-eval is not installed: get it with `uv sync --extra lm-eval`.") from error
+    options = bench.options
+    results = simple_evaluate(
+        model=lm_eval_model(bench.loaded),
+        tasks=list(options.lm_eval),
+        limit=options.limit,
+        bootstrap_iters=0,
+        log_samples=False,
+        task_manager=TaskManager(include_path=options.lm_eval_files),
+    )
+    scores = []
+    for task, figures in results["results"].items():
+        for name, value in figures.items():
+            metric, _, rule = name.partition(",")
+            if not rule or "stderr" in metric or not isinstance(value, int | float):
+                continue
+            error = figures.get(f"{metric}_stderr,{rule}")
+            error = float(error) if isinstance(error, int | float) else None
+            n, shots = results["n-samples"].get(task, {}).get("effective", 0), results["n-shot"].get(task)
+            scores.append(Score(f"lm-eval {task}: {metric}", "share", float(value), error, n=n, shots=shots))
+            log.say(line(scores[-1]))
+    return scores
+
+
+def lm_eval_model(loaded: Loaded) -> Any:
+    """The checkpoint as a model of lm-eval (its `TemplateLM`), every text opened by `<|bos|>`."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    tokenizer, context, engine = loaded.tokenizer, loaded.model.config.context, Engine(loaded.model)
+
+    def likelihoods(pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Log-likelihood of each ending after its beginning, and whether it is the likeliest one throughout.
+
+        Neighbours with the same beginning are options of one item: it is computed once for all of them.
+        """
+        asked: list[tasks.Prompt] = []
+        for before, ending in pairs:
+            before = before[1:] if before[:1] == [tokenizer.bos] else before
+            alone = tasks.prompt_of([("", "", "")], [([], before, ending)], 0, "", tokenizer.bos, context)
+            last = asked[-1] if asked else None
+            start = alone.starts[0]
+            if last and last.starts[0] == start and last.rows[0][:start] == alone.rows[0][:start]:
+                asked[-1] = tasks.Prompt(last.rows + alone.rows, last.starts + alone.starts, [], 0)
+            else:
+                asked.append(alone)
+        found = tasks.outcomes(loaded.model, asked)
+        return [(-nats, greedy) for o in found for nats, greedy in zip(o.nats, o.greedy, strict=True)]
+
+    class HearthLM(TemplateLM):
+        @property
+        def eot_token_id(self) -> int:
+            return tokenizer.bos  # what ends a document begins the next
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            return tokenizer.encode(string)
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[Any]:
+            return likelihoods([(before, ending) for _, before, ending in requests])
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            sums = []
+            for request in requests:
+                ids = tokenizer.encode(request.args[0])
+                looks = {"prefix_token": tokenizer.bos, "max_seq_len": context - 1, "context_len": 1}
+                windows = map(make_disjoint_window, get_rolling_token_windows(ids, **looks))
+                sums.append(sum(nats for nats, _ in likelihoods([(list(a), list(b)) for a, b in windows])))
+            return sums
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            return [until_stop(*request.args) for request in requests]
+
+    def until_stop(text: str, wishes: dict[str, Any]) -> str:
+        """The likeliest continuation, up to the first of the texts that end it."""
+        until = wishes.get("until") or []
+        until = [until] if isinstance(until, str) else until
+        longest = min(int(wishes.get("max_gen_toks", 256)), context // 2)
+        ids = [tokenizer.bos, *tokenizer.encode(text)[-(context - longest - 1) :]]
+
+        def stops(answer: list[int]) -> bool:
+            said = tokenizer.decode(answer[-64:])
+            return any(stop in said for stop in until)
+
+        (answer,) = engine.generate([ids], max_tokens=longest, stop_ids=[tokenizer.bos, tokenizer.end], stop_when=stops)
+        said = tokenizer.decode(token for token in answer if token not in (tokenizer.bos, tokenizer.end))
+        return min((said.split(stop)[0] for stop in until), key=len, default=said)
+
+    return HearthLM()
 
 
 if __name__ == "__main__":

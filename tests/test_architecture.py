@@ -14,7 +14,7 @@ FLOORS = (
     {"config", "log"},
     {"model", "tokenizer", "shards", "optim", "matrices", "hardware", "demo_world", "page"},
     {"corpora", "conversation", "batches", "checkpoint", "engine"},
-    {"training", "report"},
+    {"training", "report", "tasks"},
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - set(FLOOR)

@@ -1,0 +1,103 @@
+"""How fast tasks are scored: batches with shared beginnings against one text a forward pass, and that both agree.
+
+In: a folder with the tasks' files (llm-foundry's local_data). Out: tokens a second of both ways, by task.
+A token is one of a text as the paper scores it: beginning and ending of every option, whether computed anew or not.
+
+    uv run benchmarks/score.py --files local_data --checkpoint runs/16gb/base     a trained model
+    uv run benchmarks/score.py --files local_data --preset 16gb                   a preset's model, untrained
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import checkpoint
+import hardware
+import log
+import tasks
+from config import PRESETS, UserError
+from model import Model, Packed, build_model
+from tokenizer import Tokenizer
+
+
+@torch.inference_mode()
+def one_by_one(model: Model, asked: list[tasks.Prompt]) -> list[tasks.Outcome]:
+    """The obvious way: every text in a forward pass of its own, with the logits of all its tokens."""
+    found = []
+    for prompt in asked:
+        nats, greedy = [], []
+        for row, start in zip(prompt.rows, prompt.starts, strict=True):
+            ids = torch.tensor(row, device=model.device)
+            logits = model.logits(model(ids, Packed(torch.zeros_like(ids, dtype=torch.bool), len(ids))))
+            nats.append(float(F.cross_entropy(logits[start - 1 : -1], ids[start:], reduction="sum")))
+            greedy.append(bool((logits[start - 1 : -1].argmax(dim=-1) == ids[start:]).all()))
+        n_tokens = [len(row) - start for row, start in zip(prompt.rows, prompt.starts, strict=True)]
+        found.append(tasks.Outcome(nats, n_tokens, prompt.n_bytes, greedy, prompt.gold, prompt.category))
+    return found
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--files", type=Path, help="folder with the tasks' files")
+    words.add_argument("--checkpoint", type=Path, help="checkpoint to score")
+    words.add_argument("--preset", default="demo", help="preset whose model is built untrained, without --checkpoint")
+    words.add_argument("--tokenizer", type=Path, help="folder of a tokenizer for --preset")
+    words.add_argument("--tasks", nargs="+", default=[task.name for task in tasks.CORE])
+    words.add_argument("--limit", type=int, default=16, help="items of each task")
+    words.add_argument("--batch-tokens", type=int, default=4096, help="columns of a pass")
+    options = words.parse_args()
+    device = hardware.pick_device("auto")
+    if options.checkpoint:
+        loaded = checkpoint.load_for_inference(options.checkpoint, device)
+        model, tokenizer = loaded.model, loaded.tokenizer
+    else:
+        model = build_model(PRESETS[options.preset].model, seed=0, device=device)
+        tokenizer = Tokenizer.load(options.tokenizer or Path("runs") / options.preset / "tokenizer")
+    print(
+        f"{hardware.describe(device)}, {model.n_parameters():,} parameters, {str(model.dtype).removeprefix('torch.')}"
+    )
+    print(f"{'task':<34}{'items':>7}{'tokens':>13}{'alone':>10}{'batched':>10}  tok/s  {'ratio':>6}  same choice")
+    whole = [0, 0, 0.0, 0.0]  # items, tokens, seconds of both ways, for the tasks as they are
+    for name in options.tasks:
+        task = tasks.TASKS[name]
+        try:
+            items = tasks.read_items(tasks.find_file(task.file, options.files, Path("runs/tasks")))
+        except UserError as error:
+            print(f"{name:<34}left out: {str(error).split(':')[0]}")
+            continue
+        asked = tasks.prompts(task, items, tokenizer, model.config.context, options.limit)
+        n_tokens = sum(len(row) for prompt in asked for row in prompt.rows)
+        alone, by_itself = timed(one_by_one, model, asked)
+        batched, together = timed(tasks.outcomes, model, asked, batch_tokens=options.batch_tokens)
+        same = sum(a.choice() == b.choice() and a.greedy == b.greedy for a, b in zip(by_itself, together, strict=True))
+        print(row(name, len(asked), n_tokens, alone, batched) + f"  {same}/{len(asked)}", flush=True)
+        part = len(items) / len(asked)
+        whole = [x + part * y for x, y in zip(whole, (len(asked), n_tokens, alone, batched), strict=True)]
+    print(row("all items, at these speeds", *whole))
+    print(f"one text a pass {log.duration(whole[2])}, batched {log.duration(whole[3])}")
+
+
+def timed(way: Callable[..., list[tasks.Outcome]], *given: Any, **named: Any) -> tuple[float, list[tasks.Outcome]]:
+    """Seconds that a way of scoring takes, and what it finds."""
+    started = time.perf_counter()
+    found = way(*given, **named)
+    return time.perf_counter() - started, found
+
+
+def row(name: str, n_items: float, n_tokens: float, alone: float, batched: float) -> str:
+    speeds = f"{n_tokens / alone:>10,.0f}{n_tokens / batched:>10,.0f}"
+    return f"{name:<34}{n_items:>7.0f}{n_tokens:>13,.0f}{speeds}  tok/s  {alone / batched:>5.2f}×"
+
+
+if __name__ == "__main__":
+    main()
