@@ -69,6 +69,7 @@ class Score:
     chance: float | None = None
     n: int = 0  # items
     shots: int | None = None
+    cut: int = 0  # items whose beginning was left out to fit the context
     seconds: float = 0.0
     headline: bool = False  # whether it belongs at the top of the report
 
@@ -203,7 +204,8 @@ def line(score: Score) -> str:
     chance = f"chance {score.chance:6.1%}" if score.chance is not None else ""
     shots = f"{score.shots}-shot" if score.shots is not None else ""
     left = f"{score.task:<34}{in_words(score):>17}  {chance:<13}{score.n:>7} items"
-    return f"{left}  {shots:<8}{log.duration(score.seconds):>7}"
+    cut = f"  {score.cut} prompts cut to fit the context" if score.cut else ""
+    return f"{left}  {shots:<8}{log.duration(score.seconds):>7}{cut}"
 
 
 def in_words(score: Score) -> str:
@@ -332,12 +334,11 @@ def task_score(task: tasks.Task, bench: Bench) -> Score:
     loaded = bench.loaded
     items = tasks.read_items(tasks.find_file(task.file, bench.files, bench.store))
     asked = tasks.prompts(task, items, loaded.tokenizer, loaded.model.config.context, bench.options.limit)
-    if cut := sum(prompt.cut for prompt in asked):
-        log.say(f"{task.name}: {cut} of {len(asked)} prompts are longer than the context and lost their beginning")
     batch_tokens = 131_072 if loaded.model.device.type == "cuda" else 4096
     found = tasks.outcomes(loaded.model, asked, batch_tokens=batch_tokens, title=task.name)
     value, error = tasks.accuracy(found)
-    return Score(task.name, "accuracy", value, finite(error), task.chance, len(found), task.shots)
+    cut = sum(prompt.cut for prompt in asked)
+    return Score(task.name, "accuracy", value, finite(error), task.chance, len(found), task.shots, cut)
 
 
 def core_score(scores: Sequence[Score]) -> list[Score]:
@@ -349,8 +350,8 @@ def core_score(scores: Sequence[Score]) -> list[Score]:
     errors = [(score.stderr or 0.0) / (1 - score.chance) for score in mine]
     name = "CORE" if len(mine) == len(tasks.CORE) else f"{len(mine)} of CORE's {len(tasks.CORE)} tasks"
     stderr = math.sqrt(sum(error**2 for error in errors)) / len(mine)
-    core = Score(name, "centred accuracy", value, stderr, 0.0, sum(score.n for score in mine), headline=True)
-    core = replace(core, seconds=sum(score.seconds for score in mine))
+    n, seconds = sum(score.n for score in mine), sum(score.seconds for score in mine)
+    core = Score(name, "centred accuracy", value, stderr, 0.0, n, seconds=seconds, headline=True)
     log.say(line(core))
     return [core]
 
@@ -425,7 +426,7 @@ def chat_scores(name: str, bench: Bench) -> list[Score]:
     replies = ask(bench.loaded, [(q.text, q.reasons) for q in asked], max_tokens, name)
     marks = [question.is_right(reply.answer) for question, reply in zip(asked, replies, strict=True)]
     value, error = tasks.mean_and_error(marks)
-    return [Score(name, "accuracy", value, finite(error), chance, len(marks), 0), *behaviour(replies, name)]
+    return [Score(name, "accuracy", value, finite(error), chance, len(marks), shots=0), *behaviour(replies, name)]
 
 
 def gsm8k_question(row: dict[str, Any]) -> ChatQuestion:
@@ -508,7 +509,7 @@ def lm_eval_scores(bench: Bench) -> list[Score]:
         model=lm_eval_model(bench.loaded),
         tasks=list(options.lm_eval),
         limit=options.limit,
-        bootstrap_iters=0,
+        bootstrap_iters=100,
         log_samples=False,
         task_manager=TaskManager(include_path=options.lm_eval_files),
     )

@@ -83,7 +83,12 @@ def write_inputs(folder: Path) -> list[str]:
             f"{stage}.eval_tokens": 512,
             f"{stage}.save_every_minutes": 0,
         }
-    return ["--preset", "demo", *(str(word) for name, value in small.items() for word in (f"--{name}", value))]
+    return [
+        "--preset",
+        "demo",
+        "--report.no_draw",
+        *(str(word) for name, value in small.items() for word in (f"--{name}", value)),
+    ]
 
 
 def weights(run: Path, stage: str) -> bytes:
