@@ -1,6 +1,7 @@
 """Sources and cleaning: every row of every format is read once, kept or counted, from any place on."""
 
 import gzip
+import io
 import json
 import random
 from collections import Counter
@@ -69,6 +70,9 @@ def test_reading_from_any_place_gives_the_rest(tmp_path: Path, suffix: str) -> N
     assert [place[1] for place, _ in whole[:-2]] == list(range(len(whole) - 2))
     for i in {0, 1, len(whole) // 2, len(whole) - 2, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 4)}:
         assert places(read_rows(files, whole[i][0], pick)) == whole[i:]
+    shares = [rows.share for rows in read_rows(files, (0, 0), pick)]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
 
 
 def places(batches: Iterator[Rows]) -> list[tuple[tuple[int, int], Any]]:
@@ -460,6 +464,15 @@ def test_real_sets_are_recognised(data_folder: Path, name: str) -> None:
     found = list(corpora.conversations(ChatSource(files=(str(data_folder / name),))))
     assert len(found) >= REAL_CHAT[name] * len(rows)
     assert not any("####" in m["content"] or "<<" in m["content"] for talk in found for m in talk if "gsm8k" in name)
+
+
+def test_hub_file_that_gives_less_than_asked_is_a_network_failure() -> None:
+    file = object.__new__(corpora._HubFile)
+    file._file, file.size, file.failure = io.BytesIO(b"half"), 8, None
+    with pytest.raises(OSError, match="4 bytes came instead of 8"):
+        file.read(8)
+    assert isinstance(file.failure, corpora.NetworkFailure)
+    file.close()
 
 
 def test_hub_columns_hold_the_text_of_the_real_schemas(data_folder: Path) -> None:

@@ -15,10 +15,11 @@ from test_create_shard import MANY_KILLS, contents, files, kill_and_compare, mak
 
 import create_shard
 import shards
+import tokenizer
 import train_tokenizer
 from config import PRESETS, Config, TextSource, UserError
 from shards import TokenShards
-from tokenizer import PIECE_CHARS, SPECIAL_TOKENS, Tokenizer
+from tokenizer import SPECIAL_TOKENS, Tokenizer
 from train_tokenizer import Options
 
 SPELT = "A text that spells <|bos|> and <think> and <|end|>, line after line. " * 3
@@ -70,15 +71,15 @@ def tokens_of(config: Config) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", ["prose", "numbers"])
 @pytest.mark.parametrize("split", shards.SPLITS)
 def test_every_document_is_there_once_and_decodes_to_its_text(config: Config, name: str, split: str) -> None:
-    tokenizer = Tokenizer.load(config.run_dir / "tokenizer")
+    loaded = Tokenizer.load(config.run_dir / "tokenizer")
     reader = TokenShards(config.run_dir / "tokens" / name, split)
     texts = texts_of(config.run_dir / "text" / name, split)
     starts = [0, *reader.ends[:-1]]
     documents = [reader.read(a, b) for a, b in zip(starts, reader.ends, strict=True)]
-    assert [tokenizer.decode(ids[1:]) for ids in documents] == texts
-    assert all(ids[0] == tokenizer.bos and ids[1:].min() >= len(SPECIAL_TOKENS) for ids in documents)
+    assert [loaded.decode(ids[1:]) for ids in documents] == texts
+    assert all(ids[0] == loaded.bos and ids[1:].min() >= len(SPECIAL_TOKENS) for ids in documents)
     assert reader.text_bytes == sum(len(text.encode()) for text in texts)
-    assert reader.tokenizer_hash == tokenizer.hash
+    assert reader.tokenizer_hash == loaded.hash
 
 
 def test_shards_are_capped_and_there_are_several(config: Config) -> None:
@@ -91,13 +92,22 @@ def test_shards_are_capped_and_there_are_several(config: Config) -> None:
     assert max(sizes) <= 40_000
 
 
-def test_long_texts_in_pieces_encode_as_if_whole(config: Config) -> None:
-    tokenizer = Tokenizer.load(config.run_dir / "tokenizer")
+def test_long_texts_in_pieces_encode_as_if_whole(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = Tokenizer.load(config.run_dir / "tokenizer")
+    monkeypatch.setattr(tokenizer, "PIECE_CHARS", 30)
     draw = random.Random(0)
     marks = ["\n", "\n\n", " \n", "\r\n", ".\n", "  ", "é\n", "\n-", "\n7", "\t\n x"]
-    text = "".join(draw.choice(marks) + draw.choice(["word", "9", "Ä", "x = 1", "…"]) for _ in range(PIECE_CHARS))
-    assert len(text) > 3 * PIECE_CHARS
-    assert tokenizer.encode_batch([text, "short"]) == [tokenizer.encode(text), tokenizer.encode("short")]
+    text = "".join(draw.choice(marks) + draw.choice(["word", "9", "Ä", "x = 1", "…"]) for _ in range(20_000))
+    assert len(list(tokenizer._cut(text))) > 1000
+    assert loaded.encode_batch([text, "short"]) == [loaded.encode(text), loaded.encode("short")]
+
+
+def test_encoding_ahead_keeps_the_order(config: Config) -> None:
+    loaded = Tokenizer.load(config.run_dir / "tokenizer")
+    batches = [(i, [f"text {i}", "x" * i]) for i in range(50)]
+    found = list(train_tokenizer.encode_ahead(loaded, iter(batches), np.uint16))
+    assert [skipped for skipped, _, _ in found] == list(range(50))
+    assert [[loaded.decode(ids[1:]) for ids in encoded] for _, _, encoded in found] == [texts for _, texts in batches]
 
 
 def test_data_sheets_tell_the_tokens(config: Config) -> None:
@@ -154,9 +164,9 @@ def test_report_sets_bytes_a_token_beside_gpt2(
 
 
 def test_lone_bytes_are_pieces_of_longer_characters(config: Config) -> None:
-    tokenizer = Tokenizer.load(config.run_dir / "tokenizer")
-    ids = np.array(tokenizer.encode("a é"))  # é was never seen: two lone bytes
-    assert train_tokenizer.lone_bytes(tokenizer, ids) == pytest.approx(2 / len(ids))
+    loaded = Tokenizer.load(config.run_dir / "tokenizer")
+    ids = np.array(loaded.encode("a é"))  # é was never seen: two lone bytes
+    assert train_tokenizer.lone_bytes(loaded, ids) == pytest.approx(2 / len(ids))
 
 
 # ------------------------------------------------------------------------------------------ mistakes
@@ -222,6 +232,14 @@ def test_only_the_damaged_shard_is_made_again(config: Config, tmp_path: Path, ha
     train_tokenizer.main(Options(verify=harm == "flip"), again)
     assert tokens_of(again) == tokens_of(config)
     assert {p for p in before if p.stat().st_mtime_ns != before[p]} <= {path}
+
+
+def test_two_damaged_shards_with_a_whole_one_between_are_made_again(config: Config, tmp_path: Path) -> None:
+    again = copy_of(config, tmp_path)
+    for name in ("train-00000.npy", "train-00002.npy"):
+        (again.run_dir / "tokens/prose" / name).unlink()
+    train_tokenizer.main(Options(), again)
+    assert tokens_of(again) == tokens_of(config)
 
 
 def words_for(config: Config) -> list[str]:
