@@ -127,9 +127,9 @@ class SourceFile:
 
     def measure(self) -> float:
         """The share of the file that was read, by bytes, where the reader did not say it by rows."""
-        if not self.share and self.raw is not None and not self.raw.closed and self.size:
-            return min(1.0, self.raw.tell() / self.size)
-        return self.share
+        if self.share or self.raw is None:
+            return self.share
+        return 1.0 if self.raw.closed else min(1.0, self.raw.tell() / self.size)
 
     def network_failure(self) -> Exception | None:
         return getattr(self.raw, "failure", None)

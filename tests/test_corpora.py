@@ -467,7 +467,7 @@ def test_real_sets_are_recognised(data_folder: Path, name: str) -> None:
 
 
 def test_hub_file_that_gives_less_than_asked_is_a_network_failure() -> None:
-    file = object.__new__(corpora._HubFile)
+    file = corpora._HubFile.__new__(corpora._HubFile)
     file._file, file.size, file.failure = io.BytesIO(b"half"), 8, None
     with pytest.raises(OSError, match="4 bytes came instead of 8"):
         file.read(8)

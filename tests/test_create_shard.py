@@ -448,6 +448,7 @@ def test_hub_gives_the_same_shards_as_files_through_every_fault(hub_folder: Path
         assert not any(fault.times for fault in hub.faults), hub.faults
     assert arrow_files(tmp_path / "out") == arrow_files(made)
     manifest = json.loads((tmp_path / "out/own/manifest.json").read_text())
+    assert manifest["dropped"] == {}, "something came twice"
     assert manifest["licence"] == "odc-by"
     assert manifest["revision"] == Hub(hub_folder).revision("somebody/books")
 

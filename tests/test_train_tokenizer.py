@@ -92,13 +92,13 @@ def test_shards_are_capped_and_there_are_several(config: Config) -> None:
     assert max(sizes) <= 40_000
 
 
-def test_long_texts_in_pieces_encode_as_if_whole(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = Tokenizer.load(config.run_dir / "tokenizer")
+def test_long_texts_in_pieces_encode_as_if_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "PIECE_CHARS", 30)
     draw = random.Random(0)
     marks = ["\n", "\n\n", " \n", "\r\n", ".\n", "  ", "é\n", "\n-", "\n7", "\t\n x"]
     text = "".join(draw.choice(marks) + draw.choice(["word", "9", "Ä", "x = 1", "…"]) for _ in range(20_000))
     assert len(list(tokenizer._cut(text))) > 1000
+    loaded = Tokenizer.train([text], 600)
     assert loaded.encode_batch([text, "short"]) == [loaded.encode(text), loaded.encode("short")]
 
 
