@@ -52,6 +52,8 @@ class Series:
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
     style: str = "line"  # line, marked (a line with its points) or points
+    colour: int | None = None  # which of the page's colours; None takes them in turn
+    dash: int = 0  # which kind of line
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Bars:
 
     title: str
     bars: tuple[Bar, ...]
+    groups: tuple[str, ...]  # in the order of their colours
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ def html_of_blocks(blocks: Iterable[Any]) -> str:
     """Blocks in order; charts that follow each other share a grid."""
     parts, figures = [], []
     for block in blocks:
-        if isinstance(block, Chart):
+        if isinstance(block, Chart | Bars):
             figures.append(html_of(block))
             continue
         parts += [f'<div class="grid">{"".join(figures)}</div>'] if figures else []
@@ -222,9 +225,8 @@ def html_of(block: Any) -> str:
             return html_table(block)
         case Chart() | Bars():
             alt = html.escape(describe(block), quote=True)
-            wide = ' class="wide"' if isinstance(block, Bars) else ""
             picture = draw(block).replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1)
-            return f"<figure{wide}><figcaption>{html.escape(block.title)}</figcaption>{picture}</figure>"
+            return f"<figure><figcaption>{html.escape(block.title)}</figcaption>{picture}</figure>"
         case Samples():
             return f'<div class="samples">{"".join(html_sample(*sample) for sample in block.by_prompt)}</div>'
         case Code():
@@ -285,6 +287,7 @@ def describe(block: Chart | Bars) -> str:
 INK, MUTED, GRID = "#010101", "#010102", "#010103"
 COLOURS = tuple(f"#0101{n:02x}" for n in range(0x10, 0x16))
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", **{c: f"--c{i + 1}" for i, c in enumerate(COLOURS)}}
+WIDTH = 3.7  # of every figure, in inches: the page shows it about 1.4 times as large, on a phone as on a wide screen
 DASHES = ("-", (0, (5, 2)), (0, (5, 2, 1, 2)), (0, (1, 1.5)))
 
 
@@ -335,10 +338,15 @@ def paint_chart(figure: Any, chart: Chart) -> None:
     """Curves, the curriculum's marks, a grid, units."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    figure.set_size_inches(3.7, 2.35)
-    axes = figure.add_axes((0.14, 0.17, 0.83, 0.73))  # fixed: a layout that measures its letters takes twice as long
+    figure.set_size_inches(WIDTH, 2.35)
+    named = len(chart.series) > 1
+    columns = legend_columns([series.name for series in chart.series])
+    lines = -(-len(chart.series) // columns) * named + bool(chart.marks)  # of text above the curves
+    # the layout is fixed: one that measures its letters takes twice as long
+    axes = figure.add_axes((0.14, 0.17, 0.83, 0.79 - 0.065 * lines))
     for i, series in enumerate(chart.series):
-        colour, dashes = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
+        colour = COLOURS[(i if series.colour is None else series.colour) % len(COLOURS)]
+        dashes = DASHES[series.dash % len(DASHES)]
         if series.style == "points":
             axes.plot(series.x, series.y, "x", color=colour, label=series.name)
             continue
@@ -364,35 +372,44 @@ def paint_chart(figure: Any, chart: Chart) -> None:
     axes.set_axisbelow(True)
     for x, text in chart.marks:
         axes.axvline(x, color=MUTED, linewidth=0.7, linestyle=(0, (2, 2)))
-        axes.annotate(text, (x, 1), (2, -1), xycoords=("data", "axes fraction"), textcoords="offset points", va="top")
-    if len(chart.series) > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.1, handlelength=1.4)
+        axes.annotate(text, (x, 1), (0, 2), xycoords=("data", "axes fraction"), textcoords="offset points", color=MUTED)
+    if named:
+        above = (0, 1.09 if chart.marks else 1.0)
+        axes.legend(loc="lower left", bbox_to_anchor=above, ncols=columns, borderaxespad=0.1, handlelength=1.4)
+
+
+def legend_columns(names: list[str]) -> int:
+    """How many entries of a legend stand side by side."""
+    return max(1, min(3, 48 // (max(map(len, names), default=1) + 6)))
 
 
 def paint_bars(figure: Any, bars: Bars) -> None:
-    """Horizontal bars, a colour a group; a tick where chance lies."""
-    groups = list(dict.fromkeys(bar.group for bar in bars.bars))
-    labels = list(dict.fromkeys(bar.label for bar in bars.bars))
-    height, left = 0.55 + 0.17 * len(bars.bars), 0.02 + 0.011 * max(map(len, labels))
-    figure.set_size_inches(5.9, height)
-    axes = figure.add_axes((left, 0.25 / height, 0.97 - left, 1 - 0.5 / height))
-    thick = 0.8 / len(groups)
-    for bar in bars.bars:
-        g = groups.index(bar.group)
-        y = labels.index(bar.label) + (g - (len(groups) - 1) / 2) * thick
-        error = bar.stderr if math.isfinite(bar.stderr) else None
-        looks = {"color": COLOURS[g % len(COLOURS)], "ecolor": INK, "error_kw": {"elinewidth": 0.8}}
-        axes.barh(y, bar.value, thick * 0.9, xerr=error, **looks)
-        if math.isfinite(bar.chance):
-            axes.plot([bar.chance] * 2, [y - thick / 2, y + thick / 2], color=INK, linewidth=1.4)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
+    """Bars, a colour a group, each task's name above its own; a tick where chance lies."""
+    from matplotlib.patches import Patch
+
+    columns, labels = legend_columns(list(bars.groups)), list(dict.fromkeys(bar.label for bar in bars.bars))
+    rows = len(bars.bars) + 2 * len(labels)  # a row a bar; a task's name and the gap before it
+    above = 0.06 + 0.15 * -(-len(bars.groups) // columns)
+    height = above + 0.3 + 0.1 * rows
+    figure.set_size_inches(WIDTH, height)
+    axes = figure.add_axes((0.03, 0.3 / height, 0.92, 1 - (0.3 + above) / height))
+    y = 0.0
+    for label in labels:
+        y += 1.9
+        axes.text(0, y - 0.35, label, color=INK)
+        for bar in (bar for bar in bars.bars if bar.label == label):
+            error = bar.stderr if math.isfinite(bar.stderr) else None
+            looks = {"color": COLOURS[bars.groups.index(bar.group) % len(COLOURS)], "ecolor": INK}
+            axes.barh(y + 0.45, bar.value, 0.85, xerr=error, error_kw={"elinewidth": 0.7}, **looks)
+            if math.isfinite(bar.chance):
+                axes.plot([bar.chance] * 2, [y - 0.05, y + 0.95], color=INK, linewidth=1.3)
+            y += 1
+    axes.set_ylim(rows, 0)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
     axes.set_xlim(min(0.0, *(bar.value for bar in bars.bars)), 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(axis="x", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    if len(groups) > 1:
-        from matplotlib.patches import Patch
-
-        handles = [Patch(color=COLOURS[i % len(COLOURS)], label=name) for i, name in enumerate(groups)]
-        axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.1)
+    handles = [Patch(color=COLOURS[i % len(COLOURS)], label=name) for i, name in enumerate(bars.groups)]
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.1)

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -214,6 +214,11 @@ def number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
+def shown(show: Callable[[float], str], value: float) -> str:
+    """A figure in words, a dash where it is not known."""
+    return show(value) if math.isfinite(value) else "–"
+
+
 def read_json(path: Path) -> Record:
     """A JSON object, empty where the file is missing, being written, or something else."""
     try:
@@ -246,7 +251,11 @@ def sections_of(run: Run) -> list[Section]:
 
 def headline(run: Run) -> Facts:
     """The figures that a person looks for first."""
-    items = [("Status", status(run)), ("Tokens", log.count(run.tokens)), ("Time", log.duration(run.hours * 3600))]
+    items = [
+        ("Status", status(run)),
+        ("Tokens", shown(log.count, run.tokens)),
+        ("Time", log.duration(run.hours * 3600)),
+    ]
     parameters = [trace.start.get("parameters") for trace in run.traces if trace.start.get("parameters")]
     if parameters:
         items.insert(1, ("Parameters", log.count(parameters[-1])))
@@ -281,7 +290,8 @@ def held_out_now(trace: Trace) -> list[tuple[str, float]]:
     return [(f"Held-out {unit}", float(np.mean(values))) for unit, values in units.items()]
 
 
-UNITS = {"bpb": "bits per byte", "loss": "loss"}
+BPB = "bits per byte"
+UNITS = {"bpb": BPB, "loss": "loss"}
 CYCLES, PROBES = "loss by cycle of the reasoning head", "probes"
 
 
@@ -306,7 +316,10 @@ def training_blocks(trace: Trace) -> list[Any]:
     if not trace.steps:
         return []
     tokens, hours = x_axes(trace)
-    learning = [chart for x in (tokens, hours) for chart in learning_charts(trace, x)]
+    learning = learning_charts(trace, tokens)
+    over_time = [chart for chart in learning_charts(trace, hours) if chart.y != "share" and "cycle" not in chart.title]
+    n_main = len(over_time)  # loss and bits per byte stand side by side in both views, the rest behind them
+    learning = [*learning[:n_main], *over_time, *learning[n_main:]]
     running = [
         curve(trace, "Learning rate", "learning rate", {"learning rate": "lr"}, tokens, from_zero=True),
         gradient_chart(trace, tokens),
@@ -317,7 +330,7 @@ def training_blocks(trace: Trace) -> list[Any]:
     ]
     skipped = max((number(step.get("skipped")) for step in trace.steps), default=math.nan)
     facts = [("Steps", f"{trace.step}" + (f" of {trace.n_steps}" if trace.n_steps else ""))]
-    facts += [("Tokens", log.count(trace.tokens[-1])), ("Time", log.duration(trace.hours[-1] * 3600))]
+    facts += [("Tokens", shown(log.count, trace.tokens[-1])), ("Time", log.duration(trace.hours[-1] * 3600))]
     facts += [("Skipped steps", f"{skipped:.0f}")] if math.isfinite(skipped) else []
     drawn = tuple(chart for chart in running if chart)
     return [Facts(tuple(facts)), *learning, Folded("How it ran: learning rate, gradient, speed, memory", drawn)]
@@ -348,7 +361,7 @@ def learning_charts(trace: Trace, x: XAxis) -> list[Chart]:
             at = trace.at(trace.kinds[kind], x.at)
             series = tuple(marked(short_name(name), at, trace.column(name, kind)) for name in mine)
             title = f"Held-out {group}" if group in UNITS.values() else group.capitalize()
-            y = {"bits per byte": group, PROBES: "share"}.get(group, "nats a token")
+            y = {BPB: group, PROBES: "share"}.get(group, "nats a token")
             charts.append(Chart(f"{title} over {x.unit}", series, x.unit, y, curriculum(trace, x)))
     return charts
 
@@ -421,15 +434,26 @@ def thinned(name: str, x: np.ndarray, y: np.ndarray) -> Series:
 # ---- scores
 
 
-def score_blocks(scores: list[Record]) -> list[Any]:
-    """Bars and a table of everything that was scored, the checkpoints side by side."""
-    shares = [s for s in scores if s.get("metric") != "bits per byte"]
-    bars = tuple(
-        Bar(s["task"], checkpoint_name(s), number(s["value"]), number(s.get("stderr")), number(s.get("chance")))
-        for s in shares
-    )
-    blocks: list[Any] = [Bars("Scores, with their standard error and the chance level", bars)] if bars else []
-    return [*blocks, score_table(scores)] if scores else []
+def score_blocks(scores: list[Record], most: int = 9) -> list[Any]:
+    """Bars, `most` tasks a chart, and a table of everything that was scored, the checkpoints side by side."""
+    if not scores:
+        return []
+    order = list(STAGES)
+    scores = sorted(scores, key=lambda s: order.index(s["stage"]) if s.get("stage") in order else len(order))
+    scores = sorted(scores, key=lambda s: not s.get("headline"))
+    shares = [s for s in scores if s.get("metric") != BPB]
+    tasks = list(dict.fromkeys(s["task"] for s in shares))
+    groups = tuple(dict.fromkeys(checkpoint_name(s) for s in shares))
+    charts = []
+    for part in np.array_split(np.array(tasks), -(-len(tasks) // most)) if tasks else []:
+        mine = [s for task in part for s in shares if s["task"] == task]
+        bars = tuple(
+            Bar(s["task"], checkpoint_name(s), number(s["value"]), number(s.get("stderr")), number(s.get("chance")))
+            for s in mine
+        )
+        charts.append(Bars("Scores" if len(tasks) <= most else f"Scores: {part[0]} to {part[-1]}", bars, groups))
+    legend = "A line on a bar is the standard error, an upright tick the chance level."
+    return [*charts, *([Note(legend)] if charts else []), score_table(scores)]
 
 
 def checkpoint_name(score: Record) -> str:
@@ -448,7 +472,7 @@ def score_table(scores: list[Record]) -> Table:
     rows = []
     for task, by_group in tasks.items():
         some = next(iter(by_group.values()))
-        chance = percent(number(some.get("chance"))) if some.get("metric") != "bits per byte" else "–"
+        chance = percent(number(some.get("chance"))) if some.get("metric") != BPB else "–"
         rows.append(
             (
                 task,
@@ -464,7 +488,7 @@ def score_table(scores: list[Record]) -> Table:
 
 def score_text(score: Record) -> str:
     value, error = number(score["value"]), number(score.get("stderr"))
-    if score.get("metric") == "bits per byte":
+    if score.get("metric") == BPB:
         return f"{value:.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
     return percent(value) + (f" ± {100 * error:.1f}" if math.isfinite(error) else "")
 
@@ -482,7 +506,7 @@ def samples_of(run: Run, n_times: int = 6) -> list[tuple[Trace, Samples]]:
         by_prompt: dict[str, list[tuple[str, str]]] = {}
         for record in sorted(records, key=lambda r: -r["step"]):
             if record["step"] in kept:
-                when = f"{log.count(number(record.get('tokens')))} tokens"
+                when = f"{shown(log.count, number(record.get('tokens')))} tokens"
                 by_prompt.setdefault(str(record.get("prompt", "")), []).append((when, str(record.get("text", ""))))
         if by_prompt:
             found.append((trace, Samples(tuple((prompt, tuple(texts)) for prompt, texts in by_prompt.items()))))
@@ -604,7 +628,8 @@ def machine_blocks(run: Run) -> list[Any]:
         kwh, speed = trace.kwh(run.report), trace.tokens[-1] / max(1e-9, trace.hours[-1] * 3600)
         energy = (f"{kwh:.3g}", cost(kwh, run.report)) if math.isfinite(kwh) else ("–", "–")
         when = log.duration(trace.hours[-1] * 3600)
-        rows.append((trace.title, log.count(trace.tokens[-1]), when, log.count(speed), *energy))
+        counts = shown(log.count, trace.tokens[-1]), when, shown(log.count, speed)
+        rows.append((trace.title, *counts, *energy))
     if not rows:
         return []
     start = run.traces[-1].start
@@ -658,13 +683,21 @@ def stage_comparison(runs: list[Run], stage: str) -> list[Chart]:
         for chart in drawn:
             if chart:
                 charts.setdefault(chart.title, []).append((name, chart))
-    return [merged(title, found) for title, found in charts.items()]
+    return [merged(title, found, [run.name for run in runs]) for title, found in charts.items()]
 
 
-def merged(title: str, charts: list[tuple[str, Chart]]) -> Chart:
-    """One chart with the curves of several, each named after its run."""
+def merged(title: str, charts: list[tuple[str, Chart]], runs: list[str]) -> Chart:
+    """One chart with the curves of several: a colour a run, a kind of line a figure."""
+    names = list(dict.fromkeys(s.name for _, chart in charts for s in chart.series))
     series = [
-        Series(f"{run}: {s.name}" if len(chart.series) > 1 else run, s.x, s.y, style=s.style)
+        Series(
+            f"{run}: {s.name}" if len(names) > 1 else run,
+            s.x,
+            s.y,
+            style=s.style,
+            colour=runs.index(run),
+            dash=names.index(s.name),
+        )
         for run, chart in charts
         for s in chart.series
     ]
