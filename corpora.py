@@ -1067,7 +1067,7 @@ class Ingest:
             contextlib.closing(writer),
             log.progress(self.max_bytes, "B", self.name, start=self.n_bytes) as self.bar,
         ):
-            more = not self._enough()
+            more = not (units and units[-1]["last"])
             while more:
                 more = self._fill(writer, documents, cursor)
                 cursor = tuple(self.target.units[-1]["to"])
@@ -1083,7 +1083,8 @@ class Ingest:
                 break
         else:
             more = False
-        self.target.commit({"files": writer.finish_unit(), "from": begin, "to": self.place, **self.tally.facts()})
+        unit = {"files": writer.finish_unit(), "from": begin, "to": self.place, "last": not more}
+        self.target.commit(unit | self.tally.facts())
         return more
 
     def _write(self, writer: TextShardWriter, document: Document) -> None:

@@ -17,6 +17,7 @@ import pytest
 import stages
 from hub_server import Fault, Hub, write_set
 
+import corpora
 import create_shard
 import shards
 from config import PRESETS, ChatSource, Config, TextSource, UserError
@@ -107,8 +108,6 @@ def test_dropped_documents_are_counted_with_file_and_row(made: Path) -> None:
 
 
 def test_conversations_are_there_once(made: Path) -> None:
-    import corpora
-
     found = [m for split in shards.SPLITS for m in corpora.read_conversations(made / "chat/talks", split)]
     assert sorted(m[0]["content"] for m in found) == sorted(row["instruction"] for row in TALKS)
     assert all([m["role"] for m in talk] == ["user", "assistant"] for talk in found)
@@ -328,6 +327,26 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(files: Path, tmp_p
     assert stages.run("create_shard.py", words_for(unbroken, files), tmp_path / "out") == 0
     broken.run_dir.mkdir(parents=True)
     kill_and_compare("create_shard.py", words_for(broken, files), broken.run_dir, unbroken.run_dir, ["text"], n_kills)
+
+
+@pytest.mark.parametrize("nth", range(8))
+def test_stopped_between_any_two_writes_it_ends_with_the_same_bytes(
+    files: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    """As a kill just before the nth small file is put in place: drafts, logs, sheets, manifests."""
+    write_text, calls = shards.write_text, iter(range(1000))
+
+    def stopping(path: Path, text: str) -> None:
+        if next(calls) == nth:
+            raise KeyboardInterrupt
+        write_text(path, text)
+
+    for module in (shards, corpora):
+        monkeypatch.setattr(module, "write_text", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        make(configured(tmp_path, files))
+    monkeypatch.undo()
+    assert contents(make(configured(tmp_path, files))) == contents(made)
 
 
 def test_interrupt_ends_in_one_line(files: Path, tmp_path: Path) -> None:
