@@ -9,7 +9,8 @@ thinking and content. Knows nothing of the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tokenizer import ASSISTANT, SYSTEM, USER, Tokenizer
@@ -65,25 +66,68 @@ def render_turn(message: Message, tokenizer: Tokenizer) -> Rendered:
     return Rendered([tokenizer.special[ROLES[role]], *said], [False] + [role == "assistant"] * len(said))
 
 
+def close_turn(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """The assistant's turn, from `<|assistant|>` to `<|end|>`, of an answer's ids; one that was cut off is closed."""
+    ids = list(ids)
+    if ids and ids[-1] in stop_ids(tokenizer):
+        ids.pop()
+    if ids[:1] == [tokenizer.think] and tokenizer.end_think not in ids:
+        ids.append(tokenizer.end_think)
+    return [tokenizer.assistant, *ids, tokenizer.end]
+
+
+def stop_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids that end an answer: `<|end|>`, and those with which somebody else's turn or another text would begin."""
+    return [tokenizer.end, tokenizer.bos, tokenizer.system, tokenizer.user, tokenizer.assistant]
+
+
 def parse_answer(ids: Sequence[int], tokenizer: Tokenizer) -> Answer:
     """The inverse of an assistant's turn: what was thought and what was said in ids that follow `<|assistant|>`.
 
     Reads up to the first `<|end|>`. Thinking that was never closed leaves the content empty; other special tokens,
     which only a confused model writes, are left out.
     """
-    ids = list(ids)
-    if tokenizer.end in ids:
-        ids = ids[: ids.index(tokenizer.end)]
-    thought: list[int] | None = None
-    if ids[:1] == [tokenizer.think]:
-        close = ids.index(tokenizer.end_think) if tokenizer.end_think in ids else len(ids)
-        thought, ids = ids[1:close], ids[close + 1 :]
-    return Answer(None if thought is None else _text(thought, tokenizer), _text(ids, tokenizer))
+    reader = AnswerReader(tokenizer)
+    parts: tuple[list[str], list[str]] = ([], [])
+    for token in [*ids, tokenizer.end]:
+        if token == tokenizer.end:
+            parts[reader.thinking].append(reader.rest())
+            break
+        for thinking, text in reader.read(token):
+            parts[thinking].append(text)
+    return Answer("".join(parts[True]) if reader.thought else None, "".join(parts[False]))
 
 
-def _text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    special = set(tokenizer.special.values())
-    return tokenizer.decode([token for token in ids if token not in special])
+class AnswerReader:
+    """Text of an answer whose ids come one by one, in whole characters.
+
+    thinking: whether the reader stands inside `<think>`. thought: whether it ever did.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._special = set(tokenizer.special.values())
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begun = False
+        self.thinking = self.thought = False
+
+    def read(self, token: int) -> Iterator[tuple[bool, str]]:
+        """What a token adds, as (is it thinking?, text)."""
+        closes = self.thinking and token == self._tokenizer.end_think
+        if closes:
+            yield True, self.rest()
+            self.thinking = False
+        elif not self._begun and token == self._tokenizer.think:
+            self.thinking = self.thought = True
+        elif token not in self._special:
+            yield self.thinking, self._utf8.decode(self._tokenizer.decode_bytes([token]))
+        self._begun = True
+
+    def rest(self) -> str:
+        """What is left of a character that was never finished: U+FFFD, or nothing."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
 
 
 def _checked(message: Message) -> tuple[str, str, str | None]:

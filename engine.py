@@ -187,9 +187,13 @@ class Engine:
 
     def extend(self, ids: list[int]) -> Tensor:
         """Add ids to the stream's cache; float32 logits (1, V) after the last."""
-        cache, self.cache = self.cache, None  # a pass that is interrupted leaves no half-written cache behind
-        logits = self._read([ids], cache, mark=len(ids) > 1)
-        self.cache, self.held = cache, self.held + ids
+        try:
+            logits = self._read([ids], self.cache, mark=len(ids) > 1)
+        except BaseException:  # Ctrl-C above all. A token half read is written over; a half-read chunk spoils the rings
+            if len(ids) > 1:
+                self.cache, self.held = None, []
+            raise
+        self.held += ids
         return logits
 
     @torch.no_grad()
@@ -206,6 +210,12 @@ class Engine:
         return self.model.logits(hidden[:, -1])
 
     # ------------------------------------------------------------------------------------------ figures
+
+    def weight_bytes(self) -> int:
+        """Memory of the weights that decoding reads, in bytes."""
+        vectors = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        modules = [value for module in self.model.modules() for value in vars(module).values()]
+        return vectors + sum(matrix.n_bytes() for matrix in modules if isinstance(matrix, Matrix))
 
     def cache_bytes(self, n_tokens: int | None = None) -> int:
         """Memory of one row's keys and values at `n_tokens` (default: the whole context), in bytes."""

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"config", "log"},
-    {"model", "tokenizer", "shards", "optim", "matrices", "hardware", "demo_world", "page"},
+    {"model", "tokenizer", "shards", "optim", "matrices", "hardware", "demo_world", "page", "terminal"},
     {"corpora", "conversation", "batches", "checkpoint", "engine"},
     {"training", "report", "tasks"},
 )

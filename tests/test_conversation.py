@@ -7,7 +7,7 @@ import itertools
 import jinja2
 import pytest
 
-from conversation import CHAT_TEMPLATE, Answer, parse_answer, render, render_turn
+from conversation import CHAT_TEMPLATE, Answer, AnswerReader, close_turn, parse_answer, render, render_turn, stop_ids
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 
 AWKWARD = (
@@ -97,6 +97,31 @@ def test_unfinished_thinking_has_no_content(tokenizer: Tokenizer) -> None:
 def test_special_tokens_of_a_confused_answer_are_left_out(tokenizer: Tokenizer) -> None:
     ids = [tokenizer.user, *tokenizer.encode("the cat"), tokenizer.think, tokenizer.end, *tokenizer.encode("12")]
     assert parse_answer(ids, tokenizer) == Answer(None, "the cat")
+
+
+def test_an_answer_read_token_by_token_comes_in_whole_characters(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.think, *tokenizer.encode("é🎉"), tokenizer.end_think, *tokenizer.encode("中文 ok")]
+    ids += tokenizer.encode_bytes(b"\xf0\x9f")  # half a character
+    reader = AnswerReader(tokenizer)
+    parts = [part for token in ids for part in reader.read(token)]
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(text for _, text in parts)
+    assert "".join(text for thinking, text in parts if thinking) == "é🎉"
+    assert "".join(text for thinking, text in parts if not thinking) == "中文 ok"
+    assert reader.rest() == "\N{REPLACEMENT CHARACTER}"
+    assert parse_answer(ids, tokenizer) == Answer("é🎉", "中文 ok\N{REPLACEMENT CHARACTER}")
+
+
+def test_an_answer_closed_is_the_turn_that_training_would_see(tokenizer: Tokenizer) -> None:
+    for messages in CONVERSATIONS:
+        turn = render_turn(messages[-1], tokenizer).ids
+        assert close_turn(turn[1:], tokenizer) == turn  # stopped by itself
+        assert close_turn(turn[1:-1], tokenizer) == turn  # cut off before its end
+        for stop in stop_ids(tokenizer):
+            assert close_turn([*turn[1:-1], stop], tokenizer) == turn  # went on with somebody else's turn
+    assert close_turn([tokenizer.think, 99], tokenizer) == [
+        *(tokenizer.assistant, tokenizer.think, 99),
+        *(tokenizer.end_think, tokenizer.end),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -258,23 +258,53 @@ def test_random_walks_through_a_conversation_match_fresh_engines(model: Model) -
         prompt = prompt + said
 
 
-def test_an_interrupted_pass_leaves_no_trace(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, prompt = Engine(model, chunk_tokens=8), some_ids(20)
+@pytest.mark.parametrize("at", [3, 12, 22, 32, 40])
+@pytest.mark.parametrize("weights", [None, "float32"])
+def test_an_interrupted_pass_leaves_no_trace(
+    model: Model, monkeypatch: pytest.MonkeyPatch, at: int, weights: str | None
+) -> None:
+    """Ctrl-C in the middle of reading a prompt (the third attention call) or of a token."""
+    engine, prompt, calls = Engine(model, weights=weights, chunk_tokens=8), some_ids(20), []
+    slot = KVCache.slot
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return slot(*arguments)
+
+    monkeypatch.setattr(KVCache, "slot", failing)
+    stream, said = engine.stream(prompt, max_tokens=12), []
+    with pytest.raises(KeyboardInterrupt):
+        list(map(said.append, stream))
+    monkeypatch.undo()
+    prompt += said
+    again = engine.stream(prompt, max_tokens=8)
+    assert list(again) == reference_answer(model, prompt, 8)
+
+
+def test_an_interrupted_token_keeps_the_conversation_in_the_cache(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, prompt = Engine(model), some_ids(20)
     stream = engine.stream(prompt, max_tokens=12)
     said = [next(stream) for _ in range(4)]
-    attend, calls = KVCache.attend, []
+    slot, calls = KVCache.slot, []
 
     def failing(*arguments):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return attend(*arguments)
+        return slot(*arguments)
 
-    monkeypatch.setattr(KVCache, "attend", failing)
+    monkeypatch.setattr(KVCache, "slot", failing)
     with pytest.raises(KeyboardInterrupt):
         next(stream)
     monkeypatch.undo()
-    assert list(engine.stream([*prompt, *said], max_tokens=8)) == reference_answer(model, [*prompt, *said], 8)
+    prompt = [*prompt, *said, *some_ids(3, seed=9)]
+    again = engine.stream(prompt, max_tokens=10)
+    assert list(again) == reference_answer(model, prompt, 10)
+    assert again.read == 4  # the last token said, and the three new ones
 
 
 # ------------------------------------------------------------------------------------- the context is full
