@@ -51,7 +51,7 @@ def some_items(kind: str, n: int = 24) -> list[dict]:
             items.append({"query": words(2, 12), "choices": choices, "gold": dice.randrange(len(choices))})
         elif kind == "schema":
             start, options = words(2, 8), dice.sample(WORDS, 2)
-            options = [f"{start} {option}" for option in options]
+            options = [f"{start} {option} by the" for option in options]
             items.append({"context_options": options, "continuation": words(1, 5), "gold": dice.randrange(2)})
         else:
             items.append({"context": words(2, 20), "continuation": words(1, 3)})
