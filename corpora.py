@@ -57,6 +57,7 @@ EXAMPLES = 20  # dropped documents shown a reason
 SAMPLES = 10  # documents whose beginning the data sheet shows
 SEEN_LIMIT = 24_000_000  # document hashes held in memory, 8 bytes each in a table at most 3/4 full
 PROBE_BYTES = 8_000_000  # text read to estimate the size of a source
+PROBE_MINUTES = 0.5  # a network that fails is given to answer for that
 HUB_BLOCK = 8 << 20  # bytes asked of the hub at once
 
 Pick = Callable[[dict[str, Any]], str | None]  # columns with their types → the column to read, None for all as a dict
@@ -552,7 +553,7 @@ class Patience:
                 f"{self.name}: the network failed for {self.minutes:g} minutes: {text}. "
                 "What is done is kept: start the same command again to go on."
             ) from error
-        log.say(f"{self.name}: the network failed, trying again in {self.wait:.0f}s: {text}")
+        log.say(f"{self.name}: the network failed, trying again in {self.wait:.0f}s, Ctrl-C stops: {text}")
         time.sleep(self.wait)
         self.wait = min(60.0, 2 * self.wait)
 
@@ -982,7 +983,7 @@ def estimate(source: TextSource | ChatSource, config: DataConfig) -> Estimate:
     judge, pick = (chat_judge(source), whole_rows) if chat else (text_judge(config), column_picker(source))
     n_bytes = n_documents = 0
     share, started = 1.0, time.monotonic()
-    for rows in Source(source, config.retry_minutes).rows(START, pick):
+    for rows in Source(source, min(PROBE_MINUTES, config.retry_minutes)).rows(START, pick):
         kept = [document for document in map(judge, rows.items) if not isinstance(document, Bad)]
         n_documents += len(kept)
         n_bytes += sum(document.n_bytes for document in kept)
