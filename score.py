@@ -58,6 +58,9 @@ class Options:
     lm_eval_files: str | None = None  # folder with your own task files for lm-eval
 
 
+NAMES = 46  # width of the column of names
+
+
 @dataclass(frozen=True)
 class Score:
     """One figure of one checkpoint."""
@@ -203,7 +206,7 @@ def line(score: Score) -> str:
     """One score on the console."""
     chance = f"chance {score.chance:6.1%}" if score.chance is not None else ""
     shots = f"{score.shots}-shot" if score.shots is not None else ""
-    left = f"{score.task:<34}{in_words(score):>17}  {chance:<13}{score.n:>7} items"
+    left = f"{score.task:<{NAMES}}{in_words(score):>17}  {chance:<13}{score.n:>7} items"
     cut = f"  {score.cut} prompts cut to fit the context" if score.cut else ""
     return f"{left}  {shots:<8}{log.duration(score.seconds):>7}{cut}"
 
@@ -225,10 +228,10 @@ def print_table(folders: Sequence[Path], columns: Sequence[Sequence[Score]]) -> 
     ]
     width = max(18, *(len(head) + 2 for head in heads))
     log.say()
-    log.say(f"{'':<34}" + "".join(f"{head:>{width}}" for head in heads))
+    log.say(f"{'':<{NAMES}}" + "".join(f"{head:>{width}}" for head in heads))
     for name in names:
         cells = [next((in_words(score) for score in column if score.task == name), "–") for column in columns]
-        log.say(f"{name:<34}" + "".join(f"{cell:>{width}}" for cell in cells))
+        log.say(f"{name:<{NAMES}}" + "".join(f"{cell:>{width}}" for cell in cells))
 
 
 class ScoreBook:
@@ -383,19 +386,22 @@ class Reply:
 
 def ask(loaded: Loaded, questions: Sequence[tuple[str, bool]], max_tokens: int, title: str = "") -> list[Reply]:
     """The likeliest answer to each (question, whether to reason), each asked as a conversation of its own."""
-    engine, tokenizer, replies = Engine(loaded.model), loaded.tokenizer, []
-    with log.progress(len(questions), "answer", title) as bar:
-        for first in range(0, len(questions), engine.max_rows):
-            part = questions[first : first + engine.max_rows]
-            prompts = [render(messages(text, reasons), tokenizer, answer=True).ids for text, reasons in part]
-            prompts = [ids[: loaded.model.config.context] for ids in prompts]
-            answers = engine.generate(prompts, max_tokens=max_tokens, stop_ids=[tokenizer.end])
-            for (_, reasons), ids in zip(part, answers, strict=True):
+    engine, tokenizer, context = Engine(loaded.model), loaded.tokenizer, loaded.model.config.context
+    room = context - min(max_tokens, context // 4)
+    prompts = [render(messages(text, reasons), tokenizer, answer=True).ids for text, reasons in questions]
+    prompts = [ids if len(ids) <= room else [ids[0], *ids[-room + 1 :]] for ids in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    replies: dict[int, Reply] = {}
+    with log.progress(len(prompts), "answer", title) as bar:
+        for first in range(0, len(order), engine.max_rows):
+            part = order[first : first + engine.max_rows]
+            answers = engine.generate([prompts[i] for i in part], max_tokens=max_tokens, stop_ids=[tokenizer.end])
+            for i, ids in zip(part, answers, strict=True):
                 answer = parse_answer(ids, tokenizer)
-                stopped = ids[-1:] == [tokenizer.end]
-                replies.append(Reply(answer, stopped, (answer.thinking is not None) == reasons))
+                as_asked = (answer.thinking is not None) == questions[i][1]
+                replies[i] = Reply(answer, ids[-1:] == [tokenizer.end], as_asked)
             bar.update(len(part))
-    return replies
+    return [replies[i] for i in range(len(prompts))]
 
 
 def messages(text: str, reasons: bool) -> list[dict[str, str]]:
