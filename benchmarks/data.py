@@ -12,7 +12,6 @@ Rates stand beside a reference that runs in the same process, the two in turn: t
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
 import subprocess
@@ -22,6 +21,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -90,19 +91,27 @@ def enlarged(files: list[str], gb: float, folder: Path) -> Path:
 
 def watched(command: list[str], folder: Path) -> tuple[float, float, float]:
     """Run a command; (peak resident bytes, seconds, most bytes under `folder` beyond those at the end)."""
-    started, most = time.monotonic(), 0
+    started, most, peak = time.monotonic(), 0, 0.0
     process = subprocess.Popen(command, cwd=ROOT)
-    while True:
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    while process.poll() is None:
+        peak = max(peak, resident_peak(process.pid))
         most = max(most, folder_bytes(folder))
-        if pid:
-            break
-        time.sleep(0.1)
-    process.returncode = os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
     at_end = folder_bytes(folder)
-    return usage.ru_maxrss * 1024, time.monotonic() - started, (most - at_end) / at_end
+    return peak, time.monotonic() - started, (most - at_end) / at_end
+
+
+def resident_peak(pid: int) -> float:
+    """Most resident bytes of a process so far; where the system keeps no such mark, those of this moment."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024.0 * int(line.split()[1])
+        return float(psutil.Process(pid).memory_info().rss)
+    except (OSError, psutil.Error):  # it ended meanwhile
+        return 0.0
 
 
 def folder_bytes(folder: Path) -> int:
