@@ -148,7 +148,7 @@ def markdown_of(block: Any) -> list[str]:
                 f"- {when}: **{md(prompt)}** {md(text)}" for prompt, texts in block.by_prompt for when, text in texts
             ]
         case Code():
-            return ["```json", block.text, "```"]
+            return ["```", block.text, "```"]
         case Note():
             return [md(block.text)]
         case Folded():

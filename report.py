@@ -244,7 +244,7 @@ def sections_of(run: Run) -> list[Section]:
         Section("Data", data_blocks(run)),
         Section("Tokenizer", tokenizer_blocks(run)),
         Section("Machine, time and cost", machine_blocks(run)),
-        Section("Configuration", [Folded("Everything that was set", (Code(json.dumps(run.config, indent=1)),))]),
+        Section("Configuration", [Folded("Everything that was set", (Code(config_text(run.config)),))]),
     ]
     return [section for section in sections if section.blocks]
 
@@ -713,6 +713,11 @@ def difference_table(runs: list[Run]) -> Table | Note:
     if not rows:
         return Note("Nothing: the configurations are the same.")
     return Table(("Field", *(run.name for run in runs)), tuple(rows), n_left=len(runs) + 1)
+
+
+def config_text(config: Record) -> str:
+    """The configuration, a field a line."""
+    return "\n".join(f"{name} = {value}" for name, value in flattened(config).items())
 
 
 def flattened(value: Any, name: str = "") -> dict[str, str]:

@@ -489,8 +489,8 @@ def world_scores(bench: Bench, book: ScoreBook) -> list[Score]:
         facts = {"kind": question.kind, "prompt": question.prompt, "expected": question.answer}
         asked.append(facts | {"said": said, "thinking": reply.answer.thinking, "right": right})
     for answer in [a for a in asked if not a["right"]][: bench.options.show_wrong]:
-        said, expected = answer["said"], answer["expected"]
-        log.say(f"wrong: {answer['prompt']} → {said!r}, not {expected!r}; thought {answer['thinking']!r}")
+        said, expected, thought = (short(answer[name]) for name in ("said", "expected", "thinking"))
+        log.say(f"wrong: {answer['prompt']} → {said}, not {expected}; thought {thought}")
     book.book["asked"] = asked
     scores = []
     for kind, marks in [*by_kind.items(), ("exact answers to held-out questions", [a["right"] for a in asked])]:
@@ -498,6 +498,11 @@ def world_scores(bench: Bench, book: ScoreBook) -> list[Score]:
         name = "world" if len(marks) == len(asked) else f"world: {kind}"
         scores.append(Score(name, "accuracy", value, finite(error), n=len(marks), headline=name == "world"))
     return [*scores[::-1], *behaviour(replies, "world")]
+
+
+def short(text: str | None, longest: int = 100) -> str:
+    """A text as one line, its end left out where it is long."""
+    return repr(text if text is None or len(text) <= longest else text[: longest - 1] + "…")
 
 
 # ---------------------------------------------------------------------------------------------- lm-eval
