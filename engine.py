@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matrices import Matrix, OneRow
+from matrices import BlockKernel, Matrix
 from model import Block, KVCache, Model, decode, for_decoding
 
 # B rows, T positions of a chunk, V vocab_size
@@ -320,20 +320,19 @@ def compress(model: Model, store: str) -> Model:
 
 
 class FastBlock(torch.nn.Module):
-    """A block that decodes a single row in one call; all else goes the common way."""
+    """A block that decodes a token of each row in one call; a prompt being read goes the common way."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block, self.window = block, block.window
         self.heads = block.n_head, block.n_kv_head, block.head_dim
-        self.one_row = OneRow(block.q, block.o, block.gate, block.down, heat=block.heat, heads=self.heads)
+        self.kernel = BlockKernel(block.q, block.o, block.gate, block.down, heat=block.heat, heads=self.heads)
 
     def forward(self, x: Tensor, where: Any) -> Tensor:
-        if x.shape[0] > 1 or not isinstance(where, KVCache):
+        if not isinstance(where, KVCache) or where.n_new > 1:
             return self.block(x, where)
         keys, values = where.slot(*self.heads[1:], self.window)
-        n_entries = keys.shape[2]
-        return self.one_row(x, where.rotary, keys, values, where.length % n_entries, min(where.length + 1, n_entries))
+        return self.kernel(x, where.rotary, keys, values, pad=where.pad, end=where.length + 1)
 
 
 # ------------------------------------------------------------------------------------------- sampling

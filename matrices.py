@@ -83,10 +83,7 @@ class Matrix:
 
     def _times_few(self, x: Tensor, N: int) -> Tensor:
         y = torch.empty(N, self.n)
-        if N == 1:
-            self.kernels.times_row(y.data_ptr(), self._address, x.data_ptr(), None)
-        else:
-            self.kernels.times_rows(y.data_ptr(), self._address, x.data_ptr(), N)
+        self.kernels.times_rows(y.data_ptr(), self._address, x.data_ptr(), None, N)
         return y
 
     def __getitem__(self, ids: Tensor) -> Tensor:
@@ -102,8 +99,8 @@ class Matrix:
         return sum(x.numel() * x.element_size() for x in (self.weight, self.scale) if x is not None)
 
 
-class OneRow:
-    """A block of model.py for one row, as one call: the fastest a CPU decodes a single conversation."""
+class BlockKernel:
+    """A block of model.py for one token of each row, as one call: the fastest way to decode on a CPU."""
 
     def __init__(
         self, qkv: Matrix, o: Matrix, gate_up: Matrix, down: Matrix, *, heat: Tensor, heads: tuple[int, int, int]
@@ -113,14 +110,13 @@ class OneRow:
         self._address, self._run = ctypes.addressof(self.struct), qkv.kernels.run_block
 
     def __call__(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, entry: int, n: int
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, *, pad: Tensor, end: int
     ) -> Tensor:
-        """The block's output (1, D) for x (1, D), whose key and value become `entry` of keys and values (1, G, C, E);
-        it attends to the first n entries."""
-        x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        cos, sin = rotary
-        tensors = (x, cos, sin, keys, values)
-        self._run(y.data_ptr(), self._address, *(t.data_ptr() for t in tensors), keys.shape[2], entry, n)
+        """The block's output (B, D) for x (B, D). Its keys and values join keys and values (B, G, entries, E), a ring,
+        as column `end` - 1; row r attends to the columns from pad[r] on that the ring still holds."""
+        x, y = x.contiguous(), torch.empty(x.shape)
+        tensors = (x, *rotary, keys, values, pad)
+        self._run(y.data_ptr(), self._address, *(t.data_ptr() for t in tensors), x.shape[0], end, keys.shape[2])
         return y
 
 
@@ -138,10 +134,9 @@ def compiled_kernels() -> ctypes.CDLL | None:
             except (OSError, subprocess.SubprocessError):
                 continue
             pointer, size = ctypes.c_void_p, ctypes.c_int64
-            kernels.times_row.argtypes = [pointer] * 4
-            kernels.times_rows.argtypes = [pointer] * 3 + [size]
-            kernels.run_block.argtypes = [pointer] * 7 + [size] * 3
-            kernels.times_row.restype = kernels.times_rows.restype = kernels.run_block.restype = None
+            kernels.times_rows.argtypes = [pointer] * 4 + [size]
+            kernels.run_block.argtypes = [pointer] * 8 + [size] * 3
+            kernels.times_rows.restype = kernels.run_block.restype = None
             return kernels
     return None
 

@@ -19,7 +19,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,18 +124,29 @@ def run_folder(folder: Path, config: Config) -> Path:
 
 @dataclass(frozen=True)
 class Bench:
-    """What scoring needs: the checkpoint, where it lies, what was asked for, and every chat answer so far."""
+    """What scoring needs: the checkpoint, where it lies, what was asked for; and what had to be left out, by reason."""
 
     loaded: Loaded
     run: Path
     options: Options
     store: Path  # where fetched files are kept
-    replies: list[Reply]
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    offline: list[tasks.Unreachable] = field(default_factory=list)  # why nothing more is fetched, once that is known
 
     @property
     def files(self) -> Path | None:
         named = self.options.files or os.environ.get("HEARTH_DATA")
         return Path(named) if named else None
+
+    def items(self, file: str) -> list[tasks.Item]:
+        """The items of a task's file, brought here where it must be; a network that is not there is asked once."""
+        if self.files is None and self.offline and not (self.store / file).is_file():
+            raise self.offline[0]
+        try:
+            return tasks.read_items(tasks.find_file(file, self.files, self.store))
+        except tasks.Unreachable as error:
+            self.offline.append(error)
+            raise
 
 
 def score_checkpoint(folder: Path, config: Config, options: Options) -> list[Score]:
@@ -143,12 +154,14 @@ def score_checkpoint(folder: Path, config: Config, options: Options) -> list[Sco
     loaded = checkpoint.load_for_inference(folder, hardware.pick_device(config.device))
     run = run_folder(folder, config)
     book = ScoreBook(run / "report" / "score.json", folder, loaded.state)
-    bench = Bench(loaded, run, options, Path(config.runs) / "tasks", [])
+    bench = Bench(loaded, run, options, Path(config.runs) / "tasks")
     log.say(f"score of {folder}")
     scores: list[Score] = []
     for name in tasks_wanted(loaded, options):
         known = book.known(name, options) if options.compare else None
         scores += known if known is not None else scored(name, bench, book)
+    for reason, names in bench.left_out.items():
+        log.say(f"left out: {', '.join(names)}. {reason}")
     core = core_score(scores)
     scores = [*core, *scores]
     book.keep("core", core, options)
@@ -193,7 +206,7 @@ def scored(name: str, bench: Bench, book: ScoreBook) -> list[Score]:
     except UserError as error:
         if name in bench.options.tasks:
             raise
-        log.say(f"{name} is left out: {error}")
+        bench.left_out.setdefault(str(error), []).append(name)
         return []
     found = [replace(score, seconds=time.monotonic() - started) for score in found]
     for score in found:
@@ -335,7 +348,7 @@ def token_losses(loaded: Loaded, batch: Any) -> np.ndarray:
 def task_score(task: tasks.Task, bench: Bench) -> Score:
     """One task of CORE, or MMLU, as a base model does it: by what it finds likely."""
     loaded = bench.loaded
-    items = tasks.read_items(tasks.find_file(task.file, bench.files, bench.store))
+    items = bench.items(task.file)
     asked = tasks.prompts(task, items, loaded.tokenizer, loaded.model.config.context, bench.options.limit)
     batch_tokens = 131_072 if loaded.model.device.type == "cuda" else 4096
     found = tasks.outcomes(loaded.model, asked, batch_tokens=batch_tokens, title=task.name)
@@ -427,7 +440,7 @@ def chat_scores(name: str, bench: Bench) -> list[Score]:
     if bench.loaded.state["stage"] == "base":
         raise UserError("a base model holds no conversations; score sft1 or sft2.")
     file, read, chance, max_tokens = CHAT[name]
-    rows = tasks.read_items(tasks.find_file(file, bench.files, bench.store))[: bench.options.limit]
+    rows = bench.items(file)[: bench.options.limit]
     asked = [read(row) for row in rows]
     replies = ask(bench.loaded, [(q.text, q.reasons) for q in asked], max_tokens, name)
     marks = [question.is_right(reply.answer) for question, reply in zip(asked, replies, strict=True)]

@@ -103,6 +103,10 @@ FILE_NAMES = {  # other names under which a task's file is found
 # ------------------------------------------------------------------------------------------------ files
 
 
+class Unreachable(UserError):
+    """The network that a file would come over is not there."""
+
+
 def find_file(file: str, folder: Path | None, store: Path) -> Path:
     """The task's file: below `folder`, where one is named; else below `store`, brought there from `SOURCE`.
 
@@ -132,11 +136,12 @@ def fetch(file: str, store: Path) -> Path:
         with urllib.request.urlopen(SOURCE + file, timeout=60) as answer, part.open("wb") as out:
             while block := answer.read(1 << 20):
                 out.write(block)
-    except (urllib.error.URLError, OSError) as error:
+    except OSError as error:  # urllib's errors are of this kind
         part.unlink(missing_ok=True)
-        raise UserError(
-            f"{file} could not be fetched: {error}. Bring the tasks here yourself and name their folder with --files: "
-            f"they are scripts/eval/local_data of github.com/mosaicml/llm-foundry."
+        refused = isinstance(error, urllib.error.HTTPError)  # by a network that is there
+        raise (UserError if refused else Unreachable)(
+            f"{Path(file).name} could not be fetched: {error}. Bring the tasks here yourself and name their folder "
+            f"with --files: they are scripts/eval/local_data of github.com/mosaicml/llm-foundry."
         ) from error
     os.replace(part, path)
     return path

@@ -43,7 +43,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def awake(**changes) -> Model:
     """A small model with nothing hidden behind zeros."""
-    shape = {"vocab_size": 128, "n_layer": 3, "d_model": 32, "n_head": 4, "n_kv_head": 2, "d_ff": 48, "context": 700}
+    shape = {"vocab_size": 128, "n_layer": 3, "d_model": 32, "n_head": 4, "n_kv_head": 2, "d_ff": 48, "context": 300}
     head = HRMConfig(l_layer=1, h_layer=2, h_cycles=2, l_cycles=1)
     model = build_model(ModelConfig(**{**shape, "window": 6, "hrm": head, **changes}), seed=0)
     model.dtype = torch.float32
@@ -85,21 +85,23 @@ def test_an_unknown_store_is_refused_by_name() -> None:
         Matrix(random(2, 2), "int4")
 
 
-@pytest.mark.parametrize("window", [None, 1, 6, 650])
-@pytest.mark.parametrize("shape", [{}, {"n_head": 2, "n_kv_head": 2}, {"n_head": 4, "n_kv_head": 1}])
-def test_one_row_in_one_call_equals_the_common_way(window: int | None, shape: dict) -> None:
+@pytest.mark.parametrize("window", [None, 6, 270])
+@pytest.mark.parametrize("shape", [{"n_head": 2, "n_kv_head": 2}, {"n_head": 4, "n_kv_head": 1}])
+@pytest.mark.parametrize("pad", [[0], [0, 0, 0], [3, 0, 255, 20, 262, 0, 0, 0, 0]])
+def test_a_block_in_one_call_equals_the_common_way(window: int | None, shape: dict, pad: list[int]) -> None:
+    """Over the edge of the window and of the shares that attention is cut into, in rows of different length."""
     if compiled_kernels() is None:
         pytest.skip("this machine has no C compiler")
-    model = awake(window=window, **shape)
+    model, rows = awake(window=window, **shape), len(pad)
     common = for_decoding(model, lambda weight: Matrix(weight, "float32"))
     fast = Engine(model, weights="float32").model
     assert isinstance(fast.trunk[0], FastBlock)
-    ids = torch.randint(0, 128, (1, 640), generator=torch.Generator().manual_seed(0))
-    caches = KVCache(1, 700), KVCache(1, 700)
+    ids = torch.randint(0, 128, (rows, 280), generator=torch.Generator().manual_seed(0))
+    caches = [KVCache(rows, 300, pad=pad) for _ in range(2)]
     for m, cache in zip((common, fast), caches, strict=True):
-        decode(m, ids[:, :630], cache)
-    for token in ids[0, 630:]:
-        a, b = (decode(m, token.view(1, 1), cache) for m, cache in zip((common, fast), caches, strict=True))
+        decode(m, ids[:, :265], cache)
+    for tokens in ids[:, 265:].T:
+        a, b = (decode(m, tokens[:, None], cache) for m, cache in zip((common, fast), caches, strict=True))
         torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
 
 

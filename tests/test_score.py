@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -272,6 +274,25 @@ def test_a_group_goes_on_where_a_file_is_missing_and_a_task_by_name_does_not(run
     assert "4 of CORE's 22 tasks" in {s["task"] for s in scores_of(run)}
     with pytest.raises(UserError, match=r"piqa\.jsonl"):
         score.main(run, Options(checkpoint=("base",), tasks=("piqa",), files=str(files)))
+
+
+def test_a_network_that_is_not_there_is_asked_once(
+    run: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """22 tasks that cannot be fetched make one line, after one wait."""
+    monkeypatch.delenv("HEARTH_DATA", raising=False)
+    asked = []
+
+    def refuse(address: str, timeout: float) -> None:
+        asked.append(address)
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    score.main(run, Options(checkpoint=("base",), tasks=("core",)))
+    assert len(asked) == 1
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert "hellaswag_zeroshot, jeopardy," in told
+    assert "--files" in told
 
 
 # ---------------------------------------------------------------------------------------------- lm-eval
