@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import corpora
+import gradients
 import hardware
-import training
 from batches import Batch, pack_rows
 from config import ChatSource, ModelConfig
 from conversation import Rendered, render
@@ -115,10 +115,10 @@ def measure(batches: Iterator[Batch], seconds: float) -> dict[str, float]:
     model = build_model(shape, seed=0)
     model.dtype = compute_dtype(model.device)
     trained = slots = filled = 0
-    training.accumulate(model, next(batches), 1 << 30, None, None)
+    gradients.accumulate(model, next(batches), 1 << 30, None, None)
     started = time.perf_counter()
     for batch in batches:
-        training.accumulate(model, batch, 1 << 30, None, None)
+        gradients.accumulate(model, batch, 1 << 30, None, None)
         model.zero_grad()
         trained += int(batch.weights.sum())
         slots += len(batch.ids)

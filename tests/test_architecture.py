@@ -14,7 +14,8 @@ FLOORS = (
     {"config", "log"},
     {"model", "tokenizer", "shards", "optim", "matrices", "hardware", "demo_world", "page", "terminal"},
     {"corpora", "conversation", "batches", "checkpoint", "engine"},
-    {"training", "report", "tasks"},
+    {"gradients", "report", "tasks"},
+    {"training"},
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - set(FLOOR)
