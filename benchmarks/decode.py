@@ -3,8 +3,11 @@
 Out: a table of medians with the bars of the project, and with --json the same for a program. Random weights of one
 shape everywhere; the contenders take turns within each round, so that all see the same machine.
 
-    uv run --with transformers --with gguf --with llama-cpp-python benchmarks/decode.py
+    uv venv rivals                                                    once, in any folder; builds llama.cpp with cmake
+    uv pip install --python rivals torch transformers gguf llama-cpp-python
+    uv run benchmarks/decode.py --python rivals/bin/python            every figure
     uv run benchmarks/decode.py --without transformers llamacpp       only what needs no other package
+    uv run benchmarks/decode.py --model hrm                           the preset's own model, with its reasoning head
     uv run benchmarks/decode.py --quality runs/16gb/base text.txt     what storing weights in fewer bits costs
 
 On a machine that others use too, `--threads 1 --clock cpu` counts the seconds that this program was given.
@@ -13,16 +16,17 @@ On a machine that others use too, `--threads 1 --clock cpu` counts the seconds t
 from __future__ import annotations
 
 import argparse
-import ctypes
-import importlib.util
 import json
 import math
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +53,8 @@ BARS = {
     "batch": 4.0,  # times the tokens a second of one row
 }
 
-
+RIVALS = {"transformers": ("float32", "bfloat16"), "llamacpp": ("F16", "Q8_0")}  # and how they store weights
+AS_MANY_BITS = {"bfloat16": "F16", "int8": "Q8_0"}  # ours, and llama.cpp's
 PARTS = ("speed", "second_turn", "long_context", "cache", "batch")
 
 
@@ -78,7 +83,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of prompt before it")
     parser.add_argument("--model", choices=("dense", "hrm", "tiny"), default="dense", help="dense: 19 plain blocks")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of this thread alone")
-    parser.add_argument("--without", nargs="*", default=[], help="contenders to leave out: transformers, llamacpp")
+    parser.add_argument("--without", nargs="*", default=[], choices=RIVALS, help="contenders to leave out")
+    parser.add_argument("--python", default=sys.executable, help="the Python that has the contenders' packages")
     parser.add_argument("--only", nargs="*", choices=PARTS, help="parts to measure; default: all")
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--quality", nargs=2, metavar=("CHECKPOINT", "TEXT"), help="bits per byte of each store")
@@ -144,7 +150,7 @@ class Bench:
         measures: dict[str, Callable[[], float]] = {"memory": self.read_bandwidth}
         for store, engine in engines.items():
             measures[f"ours {store}"] = self.stream_speed(engine, prompt)
-        measures |= self.transformers_speeds(prompt) | self.llamacpp_speeds(prompt)
+        measures |= self.rivals(prompt)
         found = self.rounds(measures)
         for name, values in found.items():
             unit = "GB/s read" if name == "memory" else f"tokens/s after {len(prompt)}"
@@ -157,7 +163,7 @@ class Bench:
         theirs = [name for name in found if name.startswith("transformers")]
         best = max(theirs, default=None, key=lambda name: statistics.median(found[name]))
         pairs = [("ours bfloat16", best, "transformers")] if best else []
-        pairs += [(f"ours {ours}", f"llamacpp {theirs}", "llamacpp") for ours, theirs in LLAMACPP_STORES.items()]
+        pairs += [(f"ours {ours}", f"llamacpp {theirs}", "llamacpp") for ours, theirs in AS_MANY_BITS.items()]
         for ours, theirs, bar in pairs:
             if theirs in found:
                 ratios = [a / b for a, b in zip(found[ours], found[theirs], strict=True)]
@@ -237,107 +243,58 @@ class Bench:
 
     # ---------------------------------------------------------------------------------------- contenders
 
-    def transformers_speeds(self, prompt: list[int]) -> dict[str, Callable[[], float]]:
-        """Qwen3 of the same shape, with transformers' own `generate`."""
-        if "transformers" in self.options.without or self.config.hrm or not importlib.util.find_spec("transformers"):
-            print("(transformers is left out)")
-            return {}
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+    def rivals(self, prompt: list[int]) -> dict[str, Callable[[], float]]:
+        """The other programs that can be had, ready to be measured; says of the others why not."""
+        found = {}
+        for program, stores in RIVALS.items():
+            for store in stores:
+                name = f"{program} {store}"
+                reason = "asked for" if program in self.options.without else ""
+                if self.config.hrm:
+                    reason = "it has no network like this one; --model dense compares plain blocks"
+                rival = Rival(program, store, self, prompt) if not reason else None
+                if rival and not rival.missing:
+                    found[name] = rival.measure
+                else:
+                    print(f"{name:<44} left out: {reason or rival.missing}", flush=True)
+        return found
 
-        c = self.config
-        shape = Qwen3Config(
-            vocab_size=c.vocab_size,
-            hidden_size=c.d_model,
-            intermediate_size=c.d_ff,
-            num_hidden_layers=c.n_layer,
-            num_attention_heads=c.n_head,
-            num_key_value_heads=c.n_kv_head,
-            head_dim=c.head_dim,
-            max_position_embeddings=c.context,
-            tie_word_embeddings=True,
-            eos_token_id=None,
-            bos_token_id=None,
-            pad_token_id=None,
+
+class Rival:
+    """Another program in a process of its own, run by the Python that has its packages (decode_rivals.py)."""
+
+    def __init__(self, program: str, store: str, bench: Bench, prompt: list[int]) -> None:
+        options, c = bench.options, bench.config
+        wanted = {"program": program, "store": store, "prompt": prompt, "tokens": options.tokens}
+        wanted |= {"threads": options.threads, "clock": options.clock}
+        wanted["shape"] = {**asdict(c), "head_dim": c.head_dim}
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
+        self._process = subprocess.Popen(
+            [options.python, Path(__file__).with_name("decode_rivals.py"), json.dumps(wanted)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(options.threads)},
         )
-        return {
-            f"transformers {str(dtype).removeprefix('torch.')}": self.transformers_speed(
-                Qwen3ForCausalLM(shape).to(dtype).eval(), prompt
-            )
-            for dtype in (torch.float32, torch.bfloat16)
-        }
+        weakref.finalize(self, self._process.kill)
+        self.missing = self._answer().get("missing")
 
-    def transformers_speed(self, model: Any, prompt: list[int]) -> Callable[[], float]:
-        ids, n = torch.tensor([prompt]), self.options.tokens
+    def measure(self) -> float:
+        """Tokens a second."""
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        if "missing" in answer:
+            raise SystemExit(answer["missing"])
+        return answer["tokens_per_second"]
 
-        def measure() -> float:
-            times = []
-
-            def note_time(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-                times.append(self.clock())
-                return torch.zeros(len(input_ids), dtype=torch.bool)
-
-            with torch.no_grad():
-                model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=n + 1,
-                    do_sample=False,
-                    stopping_criteria=[note_time],
-                )
-            return n / (times[-1] - times[0])
-
-        return measure
-
-    def llamacpp_speeds(self, prompt: list[int]) -> dict[str, Callable[[], float]]:
-        """llama.cpp with a model file of the same shape, in f16 and Q8_0."""
-        packages = ("llama_cpp", "gguf")
-        if "llamacpp" in self.options.without or self.config.hrm or not all(map(importlib.util.find_spec, packages)):
-            print("(llama.cpp is left out)")
-            return {}
-        self._folder = tempfile.TemporaryDirectory()
-        speeds = {}
-        for store in LLAMACPP_STORES.values():
-            path = Path(self._folder.name) / f"{store}.gguf"
-            write_gguf(path, self.config, store)
-            speeds[f"llamacpp {store}"] = self.llamacpp_speed(path, prompt)
-        return speeds
-
-    def llamacpp_speed(self, path: Path, prompt: list[int]) -> Callable[[], float]:
-        import llama_cpp as cpp
-
-        quiet = cpp.llama_log_callback(lambda *_: None)
-        cpp.llama_log_set(quiet, ctypes.c_void_p(0))
-        self._keep = [*getattr(self, "_keep", []), quiet]
-        model = cpp.llama_model_load_from_file(str(path).encode(), cpp.llama_model_default_params())
-        settings = cpp.llama_context_default_params()
-        settings.n_ctx, settings.n_batch = self.options.prompt + self.options.tokens + 8, 512
-        settings.n_threads = settings.n_threads_batch = self.options.threads
-
-        def decode(context: Any, ids: list[int]) -> int:
-            batch = cpp.llama_batch_get_one((cpp.llama_token * len(ids))(*ids), len(ids))
-            if cpp.llama_decode(context, batch):
-                raise RuntimeError("llama.cpp could not decode")
-            logits = cpp.llama_get_logits_ith(context, -1)
-            address = ctypes.addressof(logits.contents)
-            return int(torch.frombuffer((ctypes.c_float * self.config.vocab_size).from_address(address)).argmax())
-
-        def measure() -> float:
-            context = cpp.llama_init_from_model(model, settings)
-            token = decode(context, prompt)
-
-            def run() -> None:
-                nonlocal token
-                for _ in range(self.options.tokens):
-                    token = decode(context, [token])
-
-            seconds = self.seconds(run)
-            cpp.llama_free(context)
-            return self.options.tokens / seconds
-
-        return measure
-
-
-LLAMACPP_STORES = {"bfloat16": "F16", "int8": "Q8_0"}  # ours, and theirs of as many bits
+    def _answer(self) -> dict[str, Any]:
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        self._errors.seek(0)
+        last = (self._errors.read().strip() or "no word").splitlines()[-1]
+        return {"missing": f"{self._process.args[0]} ended with {last}"}
 
 
 def bytes_per_token(model: Model) -> int:
@@ -348,48 +305,6 @@ def bytes_per_token(model: Model) -> int:
 
     blocks = sum(matrix.n_bytes() for block in model.block_passes() for matrix in matrices(block))
     return blocks + model.embedding.n_bytes() + (model.head.out.n_bytes() if model.head else 0)
-
-
-def write_gguf(path: Path, c: ModelConfig, store: str) -> None:
-    """A model file for llama.cpp: the Llama of the same shape, random weights, no vocabulary."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(c.vocab_size)
-    writer.add_context_length(c.context)
-    writer.add_embedding_length(c.d_model)
-    writer.add_block_count(c.n_layer)
-    writer.add_feed_forward_length(c.d_ff)
-    writer.add_head_count(c.n_head)
-    writer.add_head_count_kv(c.n_kv_head)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_tokenizer_model("no_vocab")
-    kind = gguf.GGMLQuantizationType[store]
-    dice = torch.Generator().manual_seed(0)
-
-    def matrix(name: str, n: int, d: int) -> None:
-        weight = (torch.randn(n, d, generator=dice) / math.sqrt(d)).numpy()
-        writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
-
-    def vector(name: str) -> None:
-        writer.add_tensor(name, torch.ones(c.d_model).numpy())
-
-    matrix("token_embd.weight", c.vocab_size, c.d_model)
-    vector("output_norm.weight")
-    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    shapes = {"attn_q": (q, c.d_model), "attn_k": (kv, c.d_model), "attn_v": (kv, c.d_model)}
-    shapes |= {"attn_output": (c.d_model, q), "ffn_gate": (c.d_ff, c.d_model), "ffn_up": (c.d_ff, c.d_model)}
-    shapes["ffn_down"] = (c.d_model, c.d_ff)
-    for layer in range(c.n_layer):
-        for name, shape in shapes.items():
-            matrix(f"blk.{layer}.{name}.weight", *shape)
-        vector(f"blk.{layer}.attn_norm.weight")
-        vector(f"blk.{layer}.ffn_norm.weight")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 # ----------------------------------------------------------------------------------------------- quality

@@ -1,10 +1,12 @@
 """How fast tasks are scored: batches with shared beginnings against one text a forward pass, and that both agree.
 
-In: a folder with the tasks' files (llm-foundry's local_data). Out: tokens a second of both ways, by task.
+In: a folder with the tasks' files (llm-foundry's local_data). Out: tokens a second of both ways, by task, over items
+taken evenly from each; and how long all items take, reckoned by their tokens at the speeds found.
 A token is one of a text as the paper scores it: beginning and ending of every option, whether computed anew or not.
 
-    uv run benchmarks/score.py --files local_data --checkpoint runs/16gb/base     a trained model
-    uv run benchmarks/score.py --files local_data --preset 16gb                   a preset's model, untrained
+    uv run benchmarks/score.py --files local_data --checkpoint runs/16gb/base      a trained model
+    uv run benchmarks/score.py --files local_data --preset 16gb --tokenizer FOLDER a preset's model, untrained
+    uv run benchmarks/score.py --files local_data --preset 16gb --limit 4          the whole of CORE, a rough idea
 """
 
 from __future__ import annotations
@@ -75,16 +77,20 @@ def main() -> None:
         except UserError as error:
             print(f"{name:<34}left out: {str(error).split(':')[0]}")
             continue
-        asked = tasks.prompts(task, items, tokenizer, model.config.context, options.limit)
-        n_tokens = sum(len(row) for prompt in asked for row in prompt.rows)
+        prompts = tasks.prompts(task, items, tokenizer, model.config.context, None)
+        asked = prompts[:: max(1, len(prompts) // options.limit)][: options.limit]
+        n_tokens, n_all_tokens = (sum(len(row) for p in some for row in p.rows) for some in (asked, prompts))
         alone, by_itself = timed(one_by_one, model, asked)
         batched, together = timed(tasks.outcomes, model, asked, batch_tokens=options.batch_tokens)
         same = sum(a.choice() == b.choice() and a.greedy == b.greedy for a, b in zip(by_itself, together, strict=True))
         print(row(name, len(asked), n_tokens, alone, batched) + f"  {same}/{len(asked)}", flush=True)
-        part = len(items) / len(asked)
-        whole = [x + part * y for x, y in zip(whole, (len(asked), n_tokens, alone, batched), strict=True)]
+        part = n_all_tokens / n_tokens
+        mine = (len(prompts), n_all_tokens, part * alone, part * batched)
+        whole = [x + y for x, y in zip(whole, mine, strict=True)]
     print(row("all items, at these speeds", *whole))
-    print(f"one text a pass {log.duration(whole[2])}, batched {log.duration(whole[3])}")
+    print(
+        f"one text a pass {log.duration(whole[2])}, batched {log.duration(whole[3])}: computed from the items' tokens"
+    )
 
 
 def timed(way: Callable[..., list[tasks.Outcome]], *given: Any, **named: Any) -> tuple[float, list[tasks.Outcome]]:

@@ -7,7 +7,6 @@ import math
 import random
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import report
 import score
 import tasks
 from batches import validation_batches
+from benchmarks import agreement
 from checkpoint import Loaded
 from config import Config, ModelConfig, ReportConfig, UserError
 from conversation import Answer
@@ -298,20 +298,6 @@ def test_a_network_that_is_not_there_is_asked_once(
 # ---------------------------------------------------------------------------------------------- lm-eval
 
 
-def as_lm_eval_task(name: str, file: Path) -> dict[str, Any]:
-    """The same local task in lm-eval's own words."""
-    task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}}
-    task |= {"test_split": "test", "num_fewshot": 0}
-    accuracy = {"aggregation": "mean", "higher_is_better": True}
-    if name == "lambada_openai":
-        looks = {"output_type": "loglikelihood", "doc_to_text": "{{context}}", "doc_to_target": " {{continuation}}"}
-        return task | looks | {"target_delimiter": "", "metric_list": [{"metric": "acc", **accuracy}]}
-    text = "{{query}}" + ("\nAnswer:" if name == "arc_easy" else "")
-    looks = {"output_type": "multiple_choice", "doc_to_text": text, "doc_to_choice": "{{choices}}"}
-    metrics = [{"metric": "acc", **accuracy}, {"metric": "acc_norm", **accuracy}]
-    return task | looks | {"doc_to_target": "gold", "target_delimiter": " ", "metric_list": metrics}
-
-
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", ["copa", "arc_easy", "lambada_openai"])
 def test_lm_eval_agrees_item_by_item(
@@ -319,48 +305,16 @@ def test_lm_eval_agrees_item_by_item(
 ) -> None:
     """Through its own task, prompts and figures, on a model that scores one text a pass: no code of ours but the
     tokenizer's. lm-eval chooses by the whole text's likelihood, so that is what is compared."""
-    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is an extra: uv sync --extra lm-eval")
-    from lm_eval.tasks import TaskManager
-
+    pytest.importorskip("lm_eval", reason="lm-eval is an extra: uv sync --extra lm-eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    class Alone(type(score.lm_eval_model(loaded))):
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[Any]:
-            return [alone(loaded, before, ending) for _, before, ending in requests]
-
-    found = {}
-    for model in (score.lm_eval_model(loaded), Alone()):
-        task = as_lm_eval_task(name, files / f"{name}.jsonl")
-        results = lm_eval.simple_evaluate(
-            model=model, tasks=[task], bootstrap_iters=0, task_manager=TaskManager(include_defaults=False)
-        )
-        samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-        found[type(model)] = [answers_of(sample["filtered_resps"]) for sample in samples]
-        accuracy = results["results"][name]["acc,none"]
-    task = replace(tasks.TASKS[name], shots=0)
-    items = tasks.read_items(files / f"{name}.jsonl")
-    ours = tasks.outcomes(loaded.model, tasks.prompts(task, items, loaded.tokenizer, 64, None))
-    for theirs in found.values():
-        for (likelihoods, greedy), outcome in zip(theirs, ours, strict=True):
-            assert [-x for x in likelihoods] == pytest.approx(outcome.nats, rel=1e-4)
-            assert greedy == outcome.greedy
-            assert likelihoods.index(max(likelihoods)) == outcome.choice("text")
-    right = [o.right if name == "lambada_openai" else o.choice("text") == o.gold for o in ours]
-    assert accuracy == pytest.approx(sum(right) / len(right))
-
-
-def alone(loaded: Loaded, before: Sequence[int], ending: Sequence[int]) -> tuple[float, bool]:
-    ids = torch.tensor([loaded.tokenizer.bos, *before, *ending])
-    hidden = loaded.model(ids, Packed(torch.zeros(len(ids), dtype=torch.bool), len(ids)))
-    logits = loaded.model.logits(hidden)[-len(ending) - 1 : -1]
-    targets = ids[-len(ending) :]
-    return -float(F.cross_entropy(logits, targets, reduction="sum")), bool((logits.argmax(-1) == targets).all())
-
-
-def answers_of(responses: Any) -> tuple[list[float], list[bool]]:
-    pairs = responses if isinstance(responses[0], list | tuple) else [responses]
-    return [float(pair[0]) for pair in pairs], [bool(pair[1]) for pair in pairs]
+    ours = agreement.by_us(loaded, name, files / f"{name}.jsonl", None)
+    for model in (score.lm_eval_model(loaded), agreement.alone_model(loaded)):
+        theirs, accuracy = agreement.by_lm_eval(model, name, files / f"{name}.jsonl", None)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine.nats == pytest.approx(other.nats, rel=1e-4)
+            assert (mine.greedy, agreement.choice(mine)) == (other.greedy, agreement.choice(other))
+        assert accuracy == pytest.approx(sum(map(agreement.is_right, ours)) / len(ours))
 
 
 @pytest.mark.filterwarnings("default")
