@@ -39,10 +39,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        move = (
-            x.pin_memory().to(device, non_blocking=True) for x in (self.ids, self.targets, self.weights, self.starts)
-        )
-        return Batch(*move, self.row_length)
+        move = (x.pin_memory().to(device, non_blocking=True) for x in (self.ids, self.targets, self.weights))
+        return Batch(*move, self.starts, self.row_length)  # `Packed` reads the starts before the card needs them
 
 
 @lru_cache(maxsize=64)

@@ -16,7 +16,7 @@ from model import Model, Packed
 
 def backward(model: Model, micro: Batch, scale: float, h_cycles: int | None, horizon: int | None) -> Tensor:
     """Add the gradient of `scale` times the micro-batch's summed loss; gives that loss (of the last H cycle)."""
-    packed = Packed(micro.starts, micro.row_length)
+    packed = Packed(micro.starts, micro.row_length, model.device)
     weights = micro.weights * scale
     if model.head is None or not model.head.hrm.deep_supervision:
         loss = model.loss(model(micro.ids, packed, h_cycles=h_cycles, horizon=horizon), micro.targets, weights)

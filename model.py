@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -266,7 +268,8 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 # ----------------------------------------------------------------------------------------------- loss
 
-LOGITS_PER_CHUNK = 2**25  # float32 logits alive at once: 128 MiB
+LOGITS_PER_CHUNK = 2**25  # logits alive at once on a card: 128 MiB in float32
+ROWS_PER_CHUNK = 512  # tokens at once on a CPU: their logits stay in its caches while the vocabulary is small
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -279,21 +282,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, embedding: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """hidden (N, D), embedding (V, D), targets (N,), weights (N,) -> scalar float32."""
         matrix = embedding.to(hidden.dtype)
-        chunk = max(1, LOGITS_PER_CHUNK // len(matrix))
+        chunk = max(1, LOGITS_PER_CHUNK // len(matrix)) if hidden.is_cuda else ROWS_PER_CHUNK
         wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         d_hidden = torch.empty_like(hidden) if wants_grad else None
         d_matrix = torch.zeros_like(embedding) if wants_grad else None
         total = torch.zeros((), device=hidden.device)
         for part in range(0, len(hidden), chunk):
             here = slice(part, part + chunk)
+            target, weight = targets[here, None], weights[here, None]
             logits = F.linear(hidden[here], matrix).float()  # (chunk, V)
-            log_z = logits.logsumexp(dim=-1)
-            at_target = logits.gather(1, targets[here, None]).squeeze(1)
-            total += ((log_z - at_target) * weights[here]).sum()
+            largest, at_target = logits.amax(dim=-1, keepdim=True), logits.gather(1, target)
+            exponentials = logits.sub_(largest).exp_()  # in place: this is where the time of a loss goes
+            z = exponentials.sum(dim=-1, keepdim=True)
+            total += ((z.log() + largest - at_target) * weight).sum()
             if wants_grad:
-                d_logits = logits.sub_(log_z[:, None]).exp_()  # softmax
-                d_logits[torch.arange(len(d_logits), device=d_logits.device), targets[here]] -= 1
-                d_logits = d_logits.mul_(weights[here, None]).to(hidden.dtype)
+                d_logits = exponentials.mul_(weight / z).scatter_add_(1, target, -weight).to(hidden.dtype)
                 d_hidden[here] = d_logits @ matrix
                 d_matrix += (d_logits.T @ hidden[here]).float()
         ctx.save_for_backward(d_hidden, d_matrix)
@@ -376,18 +379,20 @@ class Packed:
     `starts` (N,) marks each segment's first token; a row's first token always starts one.
     """
 
-    def __init__(self, starts: Tensor, row_length: int) -> None:
+    def __init__(self, starts: Tensor, row_length: int, device: torch.device | None = None) -> None:
         if len(starts) % row_length:
             raise ValueError(f"{len(starts)} tokens are not a whole number of rows of {row_length}")
+        device = device or starts.device  # of the tokens; starts that lie on the CPU spare a card a wait
         starts = starts.view(-1, row_length).clone()
         starts[:, 0] = True
         index = torch.arange(row_length, device=starts.device).expand_as(starts)
-        first = torch.where(starts, index, 0).cummax(dim=1).values  # (R, L): where this token's segment began
+        self.first = torch.where(starts, index, 0).cummax(dim=1).values  # (R, L): where this token's segment began
         self.row_length = row_length
-        self.first = first
-        self.positions = (index - first).flatten()
-        self.segment_starts = starts.flatten()
-        self._masks: dict[int | None, Tensor] = {}
+        self.positions = (index - self.first).flatten().to(device, non_blocking=True)
+        ends = torch.tensor([starts.numel()], device=starts.device)
+        edges = torch.cat([starts.flatten().nonzero().squeeze(1), ends])  # of the segments, and the last one's end
+        self.edges = edges.int().to(device, non_blocking=True)
+        self._masks: dict[tuple[int | None, int], Tensor] = {}
 
     def begin(self, config: ModelConfig, dtype: torch.dtype) -> None:
         self.rotary = rotary_table(self.positions, config.head_dim, config.rope_base, dtype)
@@ -395,8 +400,14 @@ class Packed:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         return attend(q, k, v, self, window)
 
-    def mask(self, window: int | None) -> Tensor:
-        """(R, 1, L, L): may the query (third axis) attend to the key (fourth axis)?
+    def first_seen(self, start: int, window: int | None) -> int:
+        """The first key of a row that its queries from `start` on may see, in any row."""
+        oldest = int(self.first[:, start].min())
+        return oldest if window is None else max(oldest, start - window + 1)
+
+    def mask(self, start: int, end: int, first_key: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores (R, 1, queries, keys) of each row's queries `start` to `end` and its keys
+        `first_key` to `end`: 0 where the query (third axis) may attend to the key (fourth axis), else -inf.
 
         segment   a a a b b          a sees a, b sees b, nobody sees what comes later
                   1 . . . .          with a window of 2 the third a no longer sees the first
@@ -405,33 +416,55 @@ class Packed:
                   . . . 1 .
                   . . . 1 1
         """
-        if window is not None and window >= self.row_length:
-            window = None
-        if window not in self._masks:
-            index = torch.arange(self.row_length, device=self.first.device)
-            seen = (index[None, :] <= index[:, None]) & (index[None, :] >= self.first[:, :, None])
+        if (window, start) not in self._masks:
+            query, key = torch.arange(start, end)[:, None], torch.arange(first_key, end)
+            seen = (key <= query) & (key >= self.first[:, start:end, None].cpu())
             if window is not None:
-                seen &= index[:, None] - index[None, :] < window
-            self._masks[window] = seen[:, None]
-        return self._masks[window]
+                seen &= query - key < window
+            mask = torch.where(seen, 0.0, -math.inf).to(self.positions.device, dtype)
+            self._masks[window, start] = mask[:, None]
+        return self._masks[window, start]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) -> Tensor:
     """The one door to attention while training: q (N, H, E), k and v (N, G, E) -> (N, H, E)."""
-    return attend_by_mask(q, k, v, packed, window)
+    if q.is_cuda and q.dtype != torch.float32:
+        return attend_varlen(q, k, v, packed, window)
+    return attend_in_blocks(q, k, v, packed, window)
 
 
-def attend_by_mask(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) -> Tensor:
-    """The reference: `scaled_dot_product_attention` under an explicit mask, row by row."""
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) -> Tensor:
+    """FlashAttention-2 over the segments as they lie (arXiv 2307.08691): nothing is padded, nothing masked away."""
+    reach = (-1 if window is None else window - 1, 0)  # tokens seen before and after the query
+    longest = packed.row_length
+    return varlen_attention()(q, k, v, packed.edges, packed.edges, longest, longest, window_size=reach)
+
+
+@cache
+def varlen_attention() -> Callable[..., Tensor]:
+    """`varlen_attn` of this torch; those that must be told about grouped queries are told."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else varlen_attn
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) -> Tensor:
+    """`scaled_dot_product_attention` under an explicit mask: a block of each row's queries at a time, over no more keys
+    than one of them may see."""
     N, H, E = q.shape
-    L, groups = packed.row_length, H // k.shape[1]
+    L, size = packed.row_length, max(32, min(128, window or 128))
 
-    def rows(x: Tensor) -> Tensor:  # (N, ·, E) -> (R, ·, L, E)
-        return x.reshape(N // L, L, x.shape[1], E).transpose(1, 2)
+    def blocks(x: Tensor) -> tuple[Tensor, ...]:  # (N, ·, E) -> L / size times (R, ·, size, E)
+        return x.reshape(N // L, L, x.shape[1], E).transpose(1, 2).split(size, dim=2)
 
-    k, v = (rows(x).repeat_interleave(groups, dim=1) for x in (k, v))
-    y = F.scaled_dot_product_attention(rows(q), k, v, attn_mask=packed.mask(window))  # (R, H, L, E)
-    return y.transpose(1, 2).reshape(N, H, E)
+    queries, keys, values, attended = blocks(q), blocks(k), blocks(v), []
+    for n, query in enumerate(queries):
+        start, end = n * size, n * size + query.shape[2]
+        first = packed.first_seen(start, window) // size  # block of keys
+        mask = packed.mask(start, end, first * size, window, q.dtype)
+        key, value = (torch.cat(x[first : n + 1], dim=2) for x in (keys, values))
+        attended.append(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True))
+    return torch.cat(attended, dim=2).transpose(1, 2).reshape(N, H, E)
 
 
 # ------------------------------------------------------------------------------------------- KV cache

@@ -336,7 +336,7 @@ def token_losses(loaded: Loaded, batch: Any) -> np.ndarray:
     """The cross-entropy of every target, in nats."""
     model = loaded.model
     batch = batch.to(model.device)
-    hidden = model(batch.ids, Packed(batch.starts, batch.row_length))
+    hidden = model(batch.ids, Packed(batch.starts, batch.row_length, model.device))
     size = max(1, tasks.LOGITS_PER_PASS // model.config.vocab_size)
     parts = zip(hidden.split(size), batch.targets.split(size), strict=True)
     return torch.cat([F.cross_entropy(model.logits(h), t, reduction="none") for h, t in parts]).double().cpu().numpy()

@@ -69,7 +69,7 @@ def evaluate_loss(model: Model, batches: Iterable[Batch], h_cycles: int | None =
     total, count = 0.0, 0
     for batch in batches:
         batch = batch.to(model.device)
-        hidden = model(batch.ids, Packed(batch.starts, batch.row_length), h_cycles=h_cycles)
+        hidden = model(batch.ids, Packed(batch.starts, batch.row_length, model.device), h_cycles=h_cycles)
         total += float(model.loss(hidden, batch.targets, batch.weights))
         count += int(batch.weights.sum())
     return total, count

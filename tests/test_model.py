@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from config import PRESETS, ModelConfig
-from model import ChunkedCrossEntropy, Model, Packed, build_model, initialise, rotary_table, rotate
+from model import (
+    ChunkedCrossEntropy,
+    Model,
+    Packed,
+    attend_in_blocks,
+    attend_varlen,
+    build_model,
+    initialise,
+    rotary_table,
+    rotate,
+)
 
 
 def awake(config: ModelConfig, seed: int = 0) -> Model:
@@ -61,6 +71,54 @@ def test_other_documents_in_the_pack_change_nothing(tiny: ModelConfig) -> None:
     for first, end in ((0, 5), (5, 16), (16, 19), (19, 32)):
         alone = model(ids[first:end], one_segment(end - first))
         torch.testing.assert_close(packed[first:end], alone, atol=1e-5, rtol=1e-5)
+
+
+def random_heads(n: int, seed: int = 0, **kind) -> list[torch.Tensor]:
+    """q (N, 4, E), k and v (N, 2, E)."""
+    dice = torch.Generator().manual_seed(seed)
+    heads = [torch.randn(n, h, 8 * 4, generator=dice, dtype=torch.float32) for h in (4, 2, 2)]
+    return [x.to(**kind).requires_grad_() for x in heads]
+
+
+def slow_attention(q, k, v, packed: Packed, window: int | None) -> torch.Tensor:
+    """A query at a time: softmax over its own segment's keys so far, no further back than the window."""
+    row = packed.row_length
+    out = []
+    for t in range(len(q)):
+        first = t - t % row + int(packed.first.flatten()[t])
+        first = first if window is None else max(first, t - window + 1)
+        key, value = (x[first : t + 1].repeat_interleave(2, dim=1) for x in (k, v))  # (keys, 4, E)
+        share = (torch.einsum("he,khe->hk", q[t], key) / q.shape[2] ** 0.5).softmax(dim=1)
+        out.append(torch.einsum("hk,khe->he", share, value))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 40, 130, 1000])
+def test_attention_in_blocks_equals_attention_a_query_at_a_time(window: int | None) -> None:
+    """Over the edges of blocks, windows, documents and rows; forward and backward."""
+    starts = torch.zeros(600, dtype=torch.bool)
+    starts[[3, 130, 131, 290, 450]] = True
+    packed, heads = Packed(starts, 300), random_heads(600)
+    fast, slow = (f(*heads, packed, window) for f in (attend_in_blocks, slow_attention))
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(fast.shape, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), heads) for y in (fast, slow)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 40, 130])
+def test_attention_on_a_card_equals_attention_in_blocks(window: int | None) -> None:
+    starts = torch.zeros(600, dtype=torch.bool)
+    starts[[3, 130, 131, 290, 450]] = True
+    card = torch.device("cuda")
+    heads = random_heads(600, device="cuda", dtype=torch.bfloat16)
+    y = attend_varlen(*heads, Packed(starts, 300, card), window)
+    reference = [x.detach().float().cpu().requires_grad_() for x in heads]
+    expected = attend_in_blocks(*reference, Packed(starts, 300), window)
+    torch.testing.assert_close(y.float().cpu(), expected, atol=2e-2, rtol=2e-2)
+    for a, b in zip(torch.autograd.grad(y.sum(), heads), torch.autograd.grad(expected.sum(), reference), strict=True):
+        torch.testing.assert_close(a.float().cpu(), b, atol=3e-2, rtol=3e-2)
 
 
 def test_tokens_beyond_the_window_change_nothing(tiny: ModelConfig) -> None:
@@ -140,7 +198,7 @@ def test_a_short_horizon_cuts_the_early_calls_only(tiny: ModelConfig) -> None:
 
 
 def test_chunked_loss_equals_the_whole_and_its_gradients(tiny: ModelConfig, monkeypatch) -> None:
-    monkeypatch.setattr("model.LOGITS_PER_CHUNK", 7 * 40)
+    monkeypatch.setattr("model.ROWS_PER_CHUNK", 7)
     hidden = torch.randn(30, 16, dtype=torch.float64, requires_grad=True)
     embedding = torch.randn(40, 16, dtype=torch.float64, requires_grad=True)
     targets, weights = torch.randint(0, 40, (30,)), torch.rand(30)
