@@ -374,6 +374,7 @@ class Config:
     name: str | None = None  # name of the run's folder; None is the preset's name
     seed: int = 0  # of initialisation, data order and samples
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes an NVIDIA card where torch can use it
+    compile: bool | None = None  # fuse the blocks' small operations with torch.compile; None does so on a card
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

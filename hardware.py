@@ -5,6 +5,7 @@ Out: a torch device and figures of it. Knows nothing of models or training.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import time
@@ -65,6 +66,18 @@ def nvidia_card() -> str | None:
         if vendor.read_text().strip() == "0x10de" and (vendor.parent / "class").read_text().startswith("0x03"):
             return f"PCI device {vendor.parent.name}"
     return shutil.which("nvidia-smi")
+
+
+def compiles(wish: bool | None, device: torch.device) -> bool:
+    """Whether training compiles its blocks: as wished; where nothing is wished, on a card that can.
+
+    Raises UserError where it is wished and cannot be done.
+    """
+    needed = "triton" if device.type == "cuda" else "g++"
+    found = importlib.util.find_spec("triton") if device.type == "cuda" else shutil.which("g++")
+    if wish and not found:
+        raise UserError(f"--compile True needs {needed}, which is not here. Install it, or leave --compile away.")
+    return bool(found) and (device.type == "cuda" if wish is None else wish)
 
 
 def describe(device: torch.device) -> str:

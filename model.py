@@ -77,6 +77,13 @@ class Model(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.device
 
+    def compile_blocks(self) -> None:
+        """Fuse the blocks' small operations while training; attention stays as it is, so no layout of documents and
+        no stage of a curriculum compiles anything anew."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compiled = True
+
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
@@ -207,6 +214,7 @@ class Block(nn.Module):
         super().__init__()
         D, E = config.d_model, config.head_dim
         self.window = window
+        self.compiled = False  # small operations fused while training: see `compile_blocks`
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, E
         self.q = nn.Parameter(torch.empty(config.n_head * E, D))
         self.k = nn.Parameter(torch.empty(config.n_kv_head * E, D))
@@ -218,20 +226,31 @@ class Block(nn.Module):
         self.down = nn.Parameter(torch.empty(D, config.d_ff))
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
-        x = x + self.attention(rms_norm(x), where)
-        return x + self.mlp(rms_norm(x))
+        before, after = compiled_parts() if self.compiled and torch.is_grad_enabled() else (Block.before, Block.after)
+        y = where.attend(*before(self, x, where.rotary), self.window)  # (N, H, E)
+        return after(self, x, y)
 
-    def attention(self, x: Tensor, where: Where) -> Tensor:
+    def before(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q (N, H, E), k and v (N, G, E) of attention."""
         H, G, E = self.n_head, self.n_kv_head, self.head_dim
-        heads = project(x, self.q, self.k, self.v).view(-1, H + 2 * G, E)  # (N, H + 2G, E)
-        qk = rotate(rms_norm(heads[:, : H + G]), where.rotary)  # (N, H + G, E)
-        q = qk[:, :H] * self.heat[:, None].to(x.dtype)
-        y = where.attend(q, qk[:, H:], heads[:, H + G :], self.window)  # (N, H, E)
-        return project(y.reshape(-1, H * E), self.o)
+        heads = project(rms_norm(x), self.q, self.k, self.v).view(-1, H + 2 * G, E)  # (N, H + 2G, E)
+        qk = rotate(rms_norm(heads[:, : H + G]), rotary)  # (N, H + G, E)
+        return qk[:, :H] * self.heat[:, None].to(x.dtype), qk[:, H:], heads[:, H + G :]
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """The block's output (N, D) for its input x and what attention made of it, y (N, H, E)."""
+        x = x + project(y.flatten(1), self.o)
+        return x + self.mlp(rms_norm(x))
 
     def mlp(self, x: Tensor) -> Tensor:
         gate, up = project(x, self.gate, self.up).chunk(2, dim=-1)  # (N, d_ff) each
         return project(F.silu(gate) * up, self.down)
+
+
+@cache
+def compiled_parts() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What a block does before and after attention, each compiled once for all blocks of a shape."""
+    return torch.compile(Block.before, dynamic=False), torch.compile(Block.after, dynamic=False)
 
 
 def project(x: Tensor, *weights: Tensor) -> Tensor:

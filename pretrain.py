@@ -45,6 +45,8 @@ def main(config: Config) -> None:
     )
     model = build_model(config.model, seed=config.seed, device=device)
     model.dtype = compute_dtype(device)
+    if hardware.compiles(config.compile, device):
+        model.compile_blocks()
     optimizers = build_optimizers(model, config.optim, loop.lr, round(loop.steps * loop.warmup_share))
     state = checkpoint.resume(folder, model, optimizers, config, "pretrain")
     progress = Progress.of(state)

@@ -65,6 +65,8 @@ def train_stage(config: Config, stage: int, start: Path | None) -> None:
     weights = [source.weight for source in sets]
     batches = ConversationBatches(train, weights, loop, pad=tokenizer.pad, seed=config.seed)
     model = build_model(before.config.model, seed=config.seed, device=device)
+    if hardware.compiles(config.compile, device):
+        model.compile_blocks()
     model.load_state_dict(before.model.state_dict())
     model.dtype = compute_dtype(device)
     optimizers = build_optimizers(model, config.optim, loop.lr, round(batches.n_steps * loop.warmup_share))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -208,6 +209,24 @@ def test_chunked_loss_equals_the_whole_and_its_gradients(tiny: ModelConfig, monk
     reference = 3 * (nll * weights).sum()
     torch.testing.assert_close(loss, reference, check_dtype=False, atol=1e-4, rtol=1e-5)
     for a, b in zip(got, torch.autograd.grad(reference, (hidden, embedding)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at it itself while it traces
+def test_compiled_blocks_give_the_same_loss_and_gradients(tiny: ModelConfig) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    model, ids, where = awake(tiny), random_ids(24, tiny), one_segment(24)
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            model.compile_blocks()
+        model.zero_grad()
+        loss = model.loss(model(ids, where), ids, torch.ones(24))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
