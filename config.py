@@ -130,7 +130,7 @@ class HRMConfig:
     l_layer: int = 2  # blocks in L, all with the short window
     h_layer: int = 2  # blocks in H, the last one sees the whole context
     h_cycles: int = 2  # times H is called
-    l_cycles: int = 3  # times L is called before each call of H
+    l_cycles: int = 3  # times L is called before each call of H; 0 is no L: H alone is looped
     gradient: Literal["full", "truncated", "one_step"] = "full"  # how far back through the module calls gradients flow
     horizon: int = 5  # truncated: module calls that keep their gradient, once warmed up from 2
     horizon_warmup: float = 0.2  # truncated: share of training over which the horizon grows
@@ -140,8 +140,10 @@ class HRMConfig:
     )
 
     def problems(self) -> list[str]:
-        names = ("l_layer", "h_layer", "h_cycles", "l_cycles", "horizon")
+        names = ("l_layer", "h_layer", "h_cycles", "horizon")
         found = [f"model.hrm.{n} is {getattr(self, n)}, must be at least 1" for n in names if getattr(self, n) < 1]
+        if self.l_cycles < 0:
+            found.append(f"model.hrm.l_cycles is {self.l_cycles}, must be at least 0")
         if self.deep_supervision and self.gradient != "full":
             found.append("model.hrm.deep_supervision cuts the graph at every cycle itself: set gradient to full")
         if self.random_cycles is not None and self.random_cycles < 1:

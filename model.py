@@ -92,17 +92,23 @@ class Model(nn.Module):
         passes = list(self.trunk)
         return passes + (self.head.block_passes(h_cycles) if self.head else [])
 
-    def flops_per_token(self, context: int, h_cycles: int | None = None) -> float:
+    def flops_per_token(self, context: int, h_cycles: int | None = None, horizon: int | None = None) -> float:
         """Training FLOPs a token: 6 a weight and pass, and 12·H·E a token attended to (PaLM, appendix B), the
-        attended tokens averaged over a segment of `context` tokens under each pass's window."""
+        attended tokens averaged over a segment of `context` tokens under each pass's window; a third of both in the
+        module calls before the last `horizon`, which have no backward pass."""
         c = self.config
-        weights, attended = c.vocab_size * c.d_model, 0.0
-        for block in self.block_passes(h_cycles):
-            weights += sum(p.numel() for p in block.parameters())
+        hrm = c.hrm or HRMConfig(h_cycles=1)
+        n_losses = (h_cycles or hrm.h_cycles) if hrm.deep_supervision else 1
+        weights = n_losses * (c.vocab_size * c.d_model + (self.head.out.numel() if self.head else 0))
+        attended = 0.0
+        passes = self.block_passes(h_cycles)
+        kept = len(passes) if horizon is None else sum(len(m.blocks) for m in self.head.calls(h_cycles)[-horizon:])
+        for place, block in enumerate(passes):
+            share = 1.0 if place < len(self.trunk) or place >= len(passes) - kept else 1 / 3
+            weights += share * sum(p.numel() for p in block.parameters())
             reach = min(block.window or context, context)
-            attended += reach - reach * (reach - 1) / (2 * context)  # a token at position t sees min(t + 1, reach)
-        if self.head:
-            weights += self.head.out.numel() * (h_cycles or c.hrm.h_cycles if c.hrm.deep_supervision else 1)
+            # a token at position t sees min(t + 1, reach)
+            attended += share * (reach - reach * (reach - 1) / (2 * context))
         return 6 * weights + 12 * c.n_head * c.head_dim * attended
 
 
@@ -124,7 +130,8 @@ class HRMHead(nn.Module):
             z_H = H(g3 z_H + g4 z_L + call embedding)
             y = x + out(z_H)
 
-    `out` starts at zero, so the head starts as the identity. After HRM (arXiv 2506.21734) and HRM-Text
+    `out` starts at zero, so the head starts as the identity. With l_cycles = 0 there is no L, and e stands in for z_L:
+    one block looped, with the input injected at every call. After HRM (arXiv 2506.21734) and HRM-Text
     (arXiv 2605.20613), with the input injected anew at every L call and a residual around the head.
     """
 
@@ -132,10 +139,10 @@ class HRMHead(nn.Module):
         super().__init__()
         self.hrm = hrm
         short, long = config.window, None
-        self.fast = HRMModule(config, [short] * hrm.l_layer)
+        self.fast = HRMModule(config, [short] * hrm.l_layer) if hrm.l_cycles else None
         self.slow = HRMModule(config, [short] * (hrm.h_layer - 1) + [long])
-        self.gains = nn.Parameter(torch.empty(5, config.d_model))  # g0 … g4
-        self.fast_start = nn.Parameter(torch.empty(config.d_model))  # z_L before the first call
+        self.gains = nn.Parameter(torch.empty(5 if hrm.l_cycles else 2, config.d_model))  # g0 … g4
+        self.fast_start = nn.Parameter(torch.empty(config.d_model)) if hrm.l_cycles else None  # z_L before any call
         trained_cycles = max(hrm.h_cycles, hrm.random_cycles or 1)
         self.call_embedding = nn.Parameter(torch.empty(trained_cycles, hrm.l_cycles + 1, config.d_model))
         self.out = nn.Parameter(torch.empty(config.d_model, config.d_model))
@@ -161,7 +168,7 @@ class HRMHead(nn.Module):
         gain = self.gains.to(x.dtype)
         call_embedding = self.call_embedding.to(x.dtype)
         e = rms_norm(x)
-        z_slow, z_fast = e, self.fast_start.to(x.dtype).expand_as(x)
+        z_slow, z_fast = e, self.fast_start.to(x.dtype).expand_as(x) if self.fast else e
         call = 0
         for h in range(h_cycles):
             if detach and h > 0:
@@ -173,7 +180,7 @@ class HRMHead(nn.Module):
                         mixed = gain[0] * z_fast + gain[1] * z_slow + gain[2] * e + embedding[step]
                         z_fast = self._call(self.fast, mixed, where, recompute)
                     else:
-                        mixed = gain[3] * z_slow + gain[4] * z_fast + embedding[step]
+                        mixed = gain[-2] * z_slow + gain[-1] * (z_fast if self.fast else e) + embedding[step]
                         z_slow = self._call(self.slow, mixed, where, recompute)
                 call += 1
             yield x + project(z_slow, self.out)
@@ -187,8 +194,11 @@ class HRMHead(nn.Module):
         return checkpoint(module, z, where, use_reentrant=False)
 
     def block_passes(self, h_cycles: int | None = None) -> list[Block]:
-        one_cycle = list(self.fast.blocks) * self.hrm.l_cycles + list(self.slow.blocks)
-        return one_cycle * (h_cycles or self.hrm.h_cycles)
+        return [block for module in self.calls(h_cycles) for block in module.blocks]
+
+    def calls(self, h_cycles: int | None = None) -> list[HRMModule]:
+        """The modules in the order in which they are called."""
+        return ([self.fast] * self.hrm.l_cycles + [self.slow]) * (h_cycles or self.hrm.h_cycles)
 
 
 class HRMModule(nn.Module):
