@@ -18,7 +18,7 @@ from typing import Any
 import config as settings
 import log
 from config import ChatSource, Config, TextSource, UserError
-from corpora import CHAT_UNIT_BYTES, PROBE_BYTES, Estimate, estimate, write_chat_shards, write_text_shards
+from ingest import CHAT_UNIT_BYTES, PROBE_BYTES, Estimate, estimate, write_chat_shards, write_text_shards
 from report import refresh
 from shards import disk_free, is_finished
 

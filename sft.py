@@ -19,6 +19,7 @@ import checkpoint
 import config as settings
 import corpora
 import hardware
+import ingest
 import log
 from batches import ConversationBatches, held_out_conversations
 from config import ChatSource, Config, SFTConfig, UserError
@@ -136,7 +137,7 @@ def stage_before(config: Config, stage: int) -> Path:
 def write_chat_tokens(config: Config, source: ChatSource, loop: SFTConfig, tokenizer: Tokenizer, name: str) -> Path:
     """Encode one set of conversations into token shards with loss masks, unless that is done; gives their folder."""
     text = config.run_dir / "text" / "chat" / source.name
-    corpora.write_chat_shards(source, text, loop.validation_share)
+    ingest.write_chat_shards(source, text, loop.validation_share)
     folder = config.run_dir / "chat_tokens" / name / source.name
     writer = TokenShardWriter(
         folder,

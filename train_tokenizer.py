@@ -24,6 +24,7 @@ import psutil
 import config as settings
 import log
 import shards
+import text_shards
 from config import Config, TextSource, UserError
 from report import refresh
 from shards import SPLITS, TokenShardWriter
@@ -54,7 +55,7 @@ class Corpus:
 
     def batches(self, split: str, start: int = 0) -> Iterator[list[str]]:
         """Its documents from document `start` on, some at a time."""
-        for batch in shards.read_text_batches(self.text, split, self.command, start=start):
+        for batch in text_shards.read_text_batches(self.text, split, self.command, start=start):
             yield batch.column(0).to_pylist()
 
     def text_bytes(self, split: str) -> int:
@@ -191,7 +192,7 @@ def encode_corpus(tokenizer: Tokenizer, corpus: Corpus, shard_tokens: int, *, ve
                 writer.close_split(split)
             writer.finish(**{key: corpus.manifest.get(key) for key in ("name", "source", "revision", "licence")})
         splits = writer.folder.manifest["splits"]
-    sheet = shards.data_sheet({**corpus.manifest, "splits": splits})
+    sheet = text_shards.data_sheet({**corpus.manifest, "splits": splits})
     for folder in (corpus.text, corpus.tokens):
         shards.write_text(folder / "README.md", sheet)
     held_out = log.count(splits["validation"]["tokens"])

@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import config as settings  # noqa: E402
 import corpora  # noqa: E402
+import ingest  # noqa: E402
 import log  # noqa: E402
 import shards  # noqa: E402
 import train_tokenizer  # noqa: E402
@@ -194,7 +195,7 @@ def write(options: argparse.Namespace, folder: Path) -> None:
 
     def ours() -> float:
         shutil.rmtree(folder / "text", ignore_errors=True)
-        manifest = corpora.write_text_shards(TextSource(name="own", files=(str(path),)), folder / "text", data)
+        manifest = ingest.write_text_shards(TextSource(name="own", files=(str(path),)), folder / "text", data)
         return sum(split["text_bytes"] for split in manifest["splits"].values())
 
     compare("text shards", "pyarrow reading", ours, reference, WRITE_SHARE)
@@ -223,7 +224,7 @@ def encode(options: argparse.Namespace, folder: Path) -> None:
 def text_and_tokenizer(config: Config, vocab_size: int) -> tuple[train_tokenizer.Corpus, Tokenizer, list[str]]:
     """The text shards of the run's one corpus, a tokenizer from its first documents, and its training documents."""
     source = config.data.corpora()[0]
-    corpora.write_text_shards(source, config.run_dir / "text" / source.name, config.data)
+    ingest.write_text_shards(source, config.run_dir / "text" / source.name, config.data)
     corpus = train_tokenizer.open_corpus(source, config, verify=False)
     texts = [text for texts in corpus.batches("train") for text in texts]
     return corpus, Tokenizer.train([texts[:500]], vocab_size), texts

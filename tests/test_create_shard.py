@@ -19,7 +19,9 @@ from hub_server import Fault, Hub, write_set
 
 import corpora
 import create_shard
+import ingest
 import shards
+import text_shards
 from config import PRESETS, ChatSource, Config, TextSource, UserError
 
 WORDS = "river stone light house green seven apple morning paper winter music garden table window".split()  # noqa: SIM905
@@ -67,7 +69,7 @@ def make(config: Config, *, verify: bool = False) -> Path:
 
 
 def texts_of(folder: Path, split: str) -> list[str]:
-    return [text for batch in shards.read_text_batches(folder, split, "x") for text in batch.column(0).to_pylist()]
+    return [text for batch in text_shards.read_text_batches(folder, split, "x") for text in batch.column(0).to_pylist()]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -341,7 +343,7 @@ def test_stopped_between_any_two_writes_it_ends_with_the_same_bytes(
             raise KeyboardInterrupt
         write_text(path, text)
 
-    for module in (shards, corpora):
+    for module in (shards, ingest):
         monkeypatch.setattr(module, "write_text", stopping)
     with pytest.raises(KeyboardInterrupt):
         make(configured(tmp_path, files))
@@ -423,14 +425,14 @@ sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # the hub's own client waits long between its attempts
 from dataclasses import replace
 from pathlib import Path
-import corpora, config
-corpora.HUB_BLOCK = 1 << 16
+import config, hub, ingest
+hub.HUB_BLOCK = 1 << 16
 folder, minutes, name = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 data = config.DataConfig(shard_mb=1, text_files=("x",), min_chars=8, validation_share=0.02, retry_minutes=minutes)
 try:
-    corpora.write_text_shards(config.TextSource(name="own", hub=name, hub_config="sample"), folder / "own", data)
+    ingest.write_text_shards(config.TextSource(name="own", hub=name, hub_config="sample"), folder / "own", data)
     talks = config.ChatSource(name="talks", hub="somebody/talks")
-    corpora.write_chat_shards(talks, folder / "chat/talks", 0.02, retry_minutes=minutes)
+    ingest.write_chat_shards(talks, folder / "chat/talks", 0.02, retry_minutes=minutes)
 except config.UserError as error:
     config.fail(str(error))
 """

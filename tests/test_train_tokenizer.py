@@ -299,7 +299,7 @@ def test_token_shards_are_read_without_the_packages_that_made_them(config: Confi
 import sys
 for name in {missing}: sys.modules[name] = None
 from pathlib import Path
-import shards, corpora, tokenizer
+import shards, ingest, tokenizer
 reader = shards.TokenShards(Path({str(config.run_dir / "tokens/prose")!r}), "train")
 print(reader.n_tokens, len(reader.ends), reader.read(0, 5)[0])
 """
