@@ -24,7 +24,7 @@ import log
 from cleaning import Bad, NearDuplicates, Seen, as_bytes, text_hash, unfit
 from config import ChatSource, DataConfig, TextSource, UserError
 from corpora import Source, ahead, column_picker, whole_rows
-from layouts import conversation
+from layouts import conversation, reasoning_taken
 from readers import START, Cursor, Pick, Rows
 from shards import SPLITS, ShardFolder, write_text
 from text_shards import TextShardWriter, data_sheet, unit_batches
@@ -38,12 +38,13 @@ PROBE_MINUTES = 0.5  # a network that fails is given to answer for that
 
 @dataclass(frozen=True)
 class Document:
-    """What is written: `row` as the shard holds it, its size, and the hash that decides its split."""
+    """What is written: `row` as the shard holds it, its size, the hash that decides its split, what to count it as."""
 
     row: Any
     n_bytes: int
     key: int
     text: bytes
+    counted_as: str | None = None
 
 
 Judge = Callable[[Any], Document | Bad]
@@ -72,7 +73,7 @@ def chat_judge(source: ChatSource) -> Judge:
             text = json.dumps(messages, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             return Bad("invalid UTF-8", str(error))
-        return Document(messages, len(text), text_hash(text), text)
+        return Document(messages, len(text), text_hash(text), text, reasoning_taken(item, source.max_chars))
 
     return judge
 
@@ -328,7 +329,9 @@ class Ingest:
         target, units = self.target, self.target.units
         dropped: Counter[str] = Counter()
         lengths: Counter[str] = Counter()
+        reasoning: Counter[str] = Counter()
         for unit in units:
+            reasoning.update(unit["reasoning"])
             dropped.update(unit["dropped"])
             lengths.update(unit["lengths"])
         if self.n_documents < 2:
@@ -337,13 +340,15 @@ class Ingest:
             target.start_again(hold_out_below=min(unit["lowest"] for unit in units) + 1)
             return
         facts = {"dropped": dict(dropped.most_common())}
+        if reasoning:
+            facts["reasoning"] = dict(reasoning.most_common())
         facts["lengths"] = {bits: lengths[bits] for bits in sorted(lengths, key=int)}
         if self.deduplicate and self.seen.n_forgotten:
             facts["not_remembered"] = self.seen.n_forgotten
         facts["samples"] = sorted(sample for unit in units for sample in unit["samples"])[:SAMPLES]
         examples = first_of_each((e for unit in units for e in unit["examples"]), "reason", EXAMPLES)
         for unit in units:
-            for name in ("examples", "samples", "lengths", "lowest"):
+            for name in ("examples", "samples", "lengths", "reasoning", "lowest"):
                 del unit[name]
         lines = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
         write_text(target.folder / "dropped.jsonl", lines)
@@ -369,6 +374,7 @@ class Tally:
         self.dropped: Counter[str] = Counter()
         self.examples: list[dict[str, Any]] = []
         self.lengths: Counter[str] = Counter()
+        self.reasoning: Counter[str] = Counter()
         self.samples: list[list[Any]] = []  # rank and beginning
         self.lowest = 2**64
 
@@ -382,6 +388,8 @@ class Tally:
 
     def keep(self, document: Document) -> None:
         self.lengths[str(document.n_bytes.bit_length())] += 1
+        if document.counted_as:
+            self.reasoning[document.counted_as] += 1
         self.lowest = min(self.lowest, document.key)
         rank = document.key * 0x9E3779B97F4A7C15 % 2**64  # another order than that which decides the split
         if len(self.samples) < SAMPLES or rank < self.samples[-1][0]:
@@ -393,6 +401,7 @@ class Tally:
             "dropped": dict(self.dropped),
             "examples": self.examples,
             "lengths": dict(self.lengths),
+            "reasoning": dict(self.reasoning),
             "samples": self.samples,
             "lowest": self.lowest,
         }

@@ -25,7 +25,8 @@ class Message(TypedDict):
 def conversation(row: dict[str, Any], max_chars: int | None = None) -> list[Message] | Bad:
     """One row in any of the usual layouts, recognised by its columns, as messages.
 
-    max_chars: longest reasoning taken where a row offers several; None takes the first that is right.
+    max_chars: longest reasoning taken. Of several the first right one that is short enough is taken, else the worked
+    solution; where that is too long as well the row is dropped, for a thought is never cut. None is any length.
     """
     if not isinstance(row, dict):
         return Bad("unknown layout", "a text without ### Human: and ### Assistant:")
@@ -35,11 +36,11 @@ def conversation(row: dict[str, Any], max_chars: int | None = None) -> list[Mess
                 messages = convert(row, max_chars) if convert is _problem else convert(row)
             except (TypeError, KeyError, AttributeError, IndexError) as error:
                 return Bad("malformed row", f"{type(error).__name__}: {error}")
-            return messages if isinstance(messages, Bad) else finished(messages)
+            return messages if isinstance(messages, Bad) else finished(messages, max_chars)
     return Bad("unknown layout", "columns " + ", ".join(map(str, row)))
 
 
-def finished(messages: list[Message]) -> list[Message] | Bad:
+def finished(messages: list[Message], max_chars: int | None = None) -> list[Message] | Bad:
     """Messages with their thoughts split off, checked, and with a system turn where they reason."""
     for message in messages:
         if message["role"] not in ROLES:
@@ -55,11 +56,15 @@ def finished(messages: list[Message]) -> list[Message] | Bad:
         return Bad("no question with an answer")
     if any(not m["content"].strip() for m in messages if m["role"] != "system"):
         return Bad("empty turn")
+    longest = max(len(m["thinking"] or "") for m in messages)
+    if max_chars is not None and longest > max_chars:
+        return Bad("reasoning too long", f"{longest} characters")
     if any(m["thinking"] for m in messages) and messages[0]["role"] != "system":
         messages.insert(0, turn("system", REASONING_PROMPT))
     return messages
 
 
+FOUND_RIGHT = ("correctness_math_verify", "correctness_llama")  # either one's word is enough
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 ROLES = {
     "system": "system",
@@ -121,15 +126,35 @@ def _messages(row: dict[str, Any]) -> list[Message]:
 
 def _problem(row: dict[str, Any], max_chars: int | None) -> list[Message] | Bad:
     """Mathematics: the first verified generation that is short enough, else the worked solution and the answer."""
-    verified = row.get("correctness_math_verify") or []
-    for text, right in zip(row.get("generations") or [], verified, strict=False):
-        match = THOUGHT.match(text or "")
-        if right and match and match[2].strip() and len(text) <= (max_chars or len(text)):
-            return _pair(row["problem"], context=None, answer=match[2].strip(), thinking=match[1].strip())
+    match = verified_generation(row, max_chars)
+    if match:
+        return _pair(row["problem"], context=None, answer=match[2].strip(), thinking=match[1].strip())
     solution, answer = row["solution"], row.get("answer")
     if not answer:
         return _pair(row["problem"], context=None, answer=solution)
     return _pair(row["problem"], context=None, answer=answer, thinking=solution)
+
+
+def verified_generation(row: dict[str, Any], max_chars: int | None) -> re.Match[str] | None:
+    """Thought and answer of the first generation that was found right, is complete and is short enough."""
+    marks = {name: row.get(name) or [] for name in (*FOUND_RIGHT, "is_reasoning_complete")}
+    for i, text in enumerate(row.get("generations") or []):
+        mark = {name: values[i] for name, values in marks.items() if i < len(values)}
+        right = any(mark.get(name) for name in FOUND_RIGHT) and mark.get("is_reasoning_complete") is not False
+        match = THOUGHT.match(text or "") if right else None
+        if match and match[2].strip() and len(text) <= (max_chars or len(text)):
+            return match
+    return None
+
+
+def reasoning_taken(row: Any, max_chars: int | None) -> str | None:
+    """Which reasoning `conversation` takes of a row with generations, for the count; None for any other row."""
+    if not isinstance(row, dict) or not row.get("generations"):
+        return None
+    if verified_generation(row, max_chars):
+        return "a verified generation"
+    too_long = verified_generation(row, None) is not None
+    return "the worked solution: " + ("no verified generation is short enough" if too_long else "none is verified")
 
 
 CALCULATION = re.compile(r"<<[^<>]*>>")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import glob
-import gzip
 import io
 import json
 import sys
@@ -22,6 +21,7 @@ from cleaning import Bad
 from config import UserError
 from hub import HubFile, NetworkFailure
 
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".json", ".csv", ".txt", ".md")
 PIECE_CHARS = 16_384  # a .txt or .md file longer than this is cut at blank lines into documents of about this size
 READ_ROWS = 256  # rows read at once,
@@ -63,11 +63,12 @@ class SourceFile:
     def open(self) -> BinaryIO:
         """The bytes of the file, decompressed."""
         self.raw = HubFile(self.path, self.size) if self.path.startswith("hf://") else Path(self.path).open("rb")  # noqa: SIM115
-        if self.suffix.endswith(".gz"):
-            return gzip.open(self.raw)  # type: ignore[return-value]
-        if self.suffix.endswith(".zst"):
-            return io.BufferedReader(_ZstdFile(self.raw), 1 << 20)  # type: ignore[return-value]
-        return self.raw
+        codec = COMPRESSED.get(Path(self.path).suffix.lower())
+        if codec is None:
+            return self.raw
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(self.raw, "r"), codec))
 
     def close(self) -> None:
         if self.raw is not None:
@@ -81,42 +82,6 @@ class SourceFile:
 
     def network_failure(self) -> Exception | None:
         return getattr(self.raw, "failure", None)
-
-
-class _ZstdFile(io.RawIOBase):
-    """A .zst file decompressed, that raises `EOFError` where the file ends in mid-frame (the library keeps silent)."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self.raw, self.library = raw, zstandard.ZstdDecompressor()
-        self.frame: Any = None
-        self.compressed, self.plain = b"", b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.plain:
-            if not self.compressed:
-                self.compressed = self.raw.read(1 << 17)
-            if not self.compressed:
-                if self.frame is not None:
-                    raise EOFError("the compressed file ends in its middle")
-                return 0
-            self.frame = self.frame or self.library.decompressobj()
-            self.plain = self.frame.decompress(self.compressed)
-            self.compressed = self.frame.unused_data if self.frame.eof else b""
-            if self.frame.eof:
-                self.frame = None
-        n = min(len(buffer), len(self.plain))
-        buffer[:n] = self.plain[:n]
-        self.plain = self.plain[n:]
-        return n
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
 
 
 def local_files(patterns: Iterable[str]) -> list[SourceFile]:
@@ -177,12 +142,12 @@ def read_rows(files: list[SourceFile], cursor: Cursor, pick: Pick) -> Iterator[R
         row = cursor[1] if number == cursor[0] else 0
         file.share = 0.0
         try:
-            if file.size == 0 and row == 0:
-                yield Rows(number, file.path, 0, [Bad("empty file")])
             for items in READERS[file.suffix](file, row, pick) if file.size else ():
                 yield Rows(number, file.path, row, items, (before + file.size * file.measure()) / total)
                 row += len(items)
-        except (OSError, EOFError, ValueError, *_format_errors()) as error:
+            if row == 0:
+                yield Rows(number, file.path, 0, [Bad("empty file")])
+        except (OSError, ValueError, *_format_errors()) as error:
             if file.network_failure():
                 raise NetworkFailure(str(file.network_failure())) from error
             yield Rows(number, file.path, row, [Bad("unreadable file", f"{type(error).__name__}: {error}")])
@@ -193,9 +158,8 @@ def read_rows(files: list[SourceFile], cursor: Cursor, pick: Pick) -> Iterator[R
 
 def _format_errors() -> tuple[type[Exception], ...]:
     import pyarrow as pa
-    import zstandard
 
-    return pa.ArrowException, zstandard.ZstdError, csv.Error
+    return pa.ArrowException, csv.Error
 
 
 def _parquet(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
@@ -327,7 +291,7 @@ def _skip(text: str, at: int) -> int:
 def _csv(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
     csv.field_size_limit(sys.maxsize)
     with io.TextIOWrapper(file.open(), encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        yield from _picked(islice(csv.DictReader(stream), row, None), pick)
+        yield from _picked(islice(csv.DictReader(stream, restkey="beyond the header"), row, None), pick)
 
 
 def _plain(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
@@ -366,15 +330,20 @@ READERS: dict[str, Callable[[SourceFile, int, Pick], Iterator[list[Any]]]] = {
 def _picked(items: Iterable[Any], pick: Pick) -> Iterator[list[Any]]:
     """Batches of dict rows, or of the one column that `pick` names when it sees the first row."""
     name, asked, batch, n_chars = None, False, [], 0
-    for item in items:
-        if not asked and isinstance(item, dict):
-            name, asked = pick({key: type(value) for key, value in item.items()}), True
-        value = _value(item, name)
-        batch.append(value)
-        n_chars += len(value) if isinstance(value, str) else 1000
-        if len(batch) >= READ_ROWS or n_chars >= READ_BYTES:
+    try:
+        for item in items:
+            if not asked and isinstance(item, dict):
+                name, asked = pick({key: type(value) for key, value in item.items()}), True
+            value = _value(item, name)
+            batch.append(value)
+            n_chars += len(value) if isinstance(value, str) else 1000
+            if len(batch) >= READ_ROWS or n_chars >= READ_BYTES:
+                yield batch
+                batch, n_chars = [], 0
+    except Exception:  # what was read before the file broke off is whole
+        if batch:
             yield batch
-            batch, n_chars = [], 0
+        raise
     if batch:
         yield batch
 

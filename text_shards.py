@@ -211,7 +211,11 @@ def data_sheet(manifest: dict[str, Any]) -> str:
     for bits, n in manifest["lengths"].items():
         up_to = log.size(2 ** int(bits))
         lines.append(f"below {up_to:>9}  {n:>9,}  {'#' * -(-40 * n // most)}")
-    lines += ["```", "", "## What was dropped", ""]
+    lines += ["```", ""]
+    if "reasoning" in manifest:
+        taken = [f"- {n:,} × {what}" for what, n in manifest["reasoning"].items()]
+        lines += ["## Reasoning taken", "", *taken, ""]
+    lines += ["## What was dropped", ""]
     lines += [f"- {n:,} × {reason}" for reason, n in manifest["dropped"].items()] or ["Nothing."]
     lines += ["", "Examples with file and row are in `dropped.jsonl`.", "", "## Ten documents, drawn by hash", ""]
     for _, begin in manifest["samples"]:

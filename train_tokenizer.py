@@ -162,15 +162,16 @@ def require_memory(sample_bytes: float) -> None:
         )
 
 
-def free_memory() -> float:
+def free_memory(group: Path = Path("/sys/fs/cgroup")) -> float:
     """Bytes of memory that this process may still take, by the system and by the limit of its control group."""
     free = float(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
     try:
         limit, used = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no such group, or no limit in it
+        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = float(facts["active_file"]) + float(facts["inactive_file"])  # given back as soon as it is wanted
+    except (OSError, ValueError, KeyError):  # no such group, or no limit in it
         return free
-    return min(free, limit - used)
+    return min(free, limit - used + cached)
 
 
 # ------------------------------------------------------------------------------------------- encoding

@@ -10,6 +10,7 @@ from test_readers import own
 import corpora
 from config import ChatSource, UserError
 from corpora import text_documents
+from layouts import conversation
 from readers import Rows, local_files, read_rows
 
 
@@ -83,6 +84,23 @@ def test_real_sets_are_recognised(data_folder: Path, name: str) -> None:
     found = list(corpora.conversations(ChatSource(files=(str(data_folder / name),))))
     assert len(found) >= REAL_CHAT[name] * len(rows)
     assert not any("####" in m["content"] or "<<" in m["content"] for talk in found for m in talk if "gsm8k" in name)
+
+
+@pytest.mark.parametrize("max_chars", [None, 600, 200])
+def test_real_mathematics_takes_verified_generations_or_the_solution(data_folder: Path, max_chars: int | None) -> None:
+    path = data_folder / "schemas/openr1_math_220k_default_schema.parquet"
+    for row in pq.read_table(path).to_pylist():
+        limit = max_chars or 10**9
+        marks = zip(row["generations"], row["correctness_math_verify"], row["is_reasoning_complete"], strict=True)
+        right = [text for text, verified, complete in marks if verified and complete and len(text) <= limit]
+        talk = conversation(row, max_chars)
+        if right:
+            assert talk[-1]["thinking"] == right[0].split("</think>")[0].removeprefix("<think>").strip()
+            assert talk[-1]["content"] == right[0].split("</think>")[1].strip()
+        elif len(row["solution"]) <= limit:
+            assert (talk[-1]["thinking"], talk[-1]["content"]) == (row["solution"], row["answer"])
+        else:
+            assert talk.reason == "reasoning too long"
 
 
 def test_hub_columns_hold_the_text_of_the_real_schemas(data_folder: Path) -> None:

@@ -181,6 +181,25 @@ def test_data_sheet_tells_source_licence_counts_and_losses(made: Path) -> None:
     assert sheet.count("\n- ") == 3 + 10
 
 
+def test_data_sheet_counts_the_reasoning_taken(tmp_path: Path) -> None:
+    rows = [
+        {"problem": f"{i} + 1?", "solution": "s" * n, "answer": str(i), "generations": [f"<think>{'g' * n}</think>{i}"]}
+        | {"correctness_math_verify": [i % 2 == 0]}
+        for i, n in enumerate([20, 20, 50, 400] * 10)
+    ]
+    (tmp_path / "math.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = ChatSource(name="math", files=(str(tmp_path / "math.jsonl"),), max_chars=60)
+    manifest = ingest.write_chat_shards(source, tmp_path / "math", 0.1)
+    taken = {
+        "the worked solution: none is verified": 10,
+        "a verified generation": 10,
+        "the worked solution: no verified generation is short enough": 10,
+    }
+    assert (manifest["reasoning"], manifest["dropped"]) == (taken, {"reasoning too long": 10})
+    sheet = (tmp_path / "math/README.md").read_text()
+    assert all(f"- {n} × {what}\n" in sheet for what, n in (taken | manifest["dropped"]).items())
+
+
 def test_plan_prints_sizes_and_makes_nothing(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     create_shard.main(create_shard.Options(plan=True), configured(tmp_path / "runs", files))
     out = capsys.readouterr().out

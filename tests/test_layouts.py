@@ -6,7 +6,7 @@ import pytest
 
 from cleaning import Bad
 from config import REASONING_PROMPT
-from layouts import conversation
+from layouts import conversation, reasoning_taken
 
 THOUGHT = {"role": "system", "content": REASONING_PROMPT, "thinking": None}
 
@@ -88,6 +88,18 @@ LAYOUTS = {
         },
         [THOUGHT, *said(("user", "1+1?"), ("assistant", "So 2", "so"))],
     ),
+    "generation found right by the other judge": (
+        {
+            "problem": "1+1?",
+            "solution": "Count: 2.",
+            "answer": "2",
+            "generations": ["<think>cut", "<think>half</think>2", "<think>so</think>So 2"],
+            "correctness_math_verify": None,
+            "correctness_llama": [True, True, True],
+            "is_reasoning_complete": [True, False, True],
+        },
+        [THOUGHT, *said(("user", "1+1?"), ("assistant", "So 2", "so"))],
+    ),
     "transcript": (
         {"text": "### Human: Who? ### Assistant: Ann."},
         said(("user", "Who?"), ("assistant", "Ann.")),
@@ -99,6 +111,20 @@ LAYOUTS = {
 def test_layout_is_recognised_by_its_columns(name: str) -> None:
     row, expected = LAYOUTS[name]
     assert conversation(row, 60) == expected
+
+
+def test_reasoning_is_never_cut_and_the_choice_is_told() -> None:
+    row = {"problem": "1+1?", "solution": "Count to 2.", "answer": "2", "correctness_math_verify": [True, False]}
+    row["generations"] = ["<think>" + "x" * 30 + "</think>2", "<think>y</think>3"]
+    found = {limit: conversation(row, limit) for limit in (None, 60, 20, 5)}
+    thoughts = {limit: talk.reason if isinstance(talk, Bad) else talk[-1]["thinking"] for limit, talk in found.items()}
+    assert thoughts == {None: "x" * 30, 60: "x" * 30, 20: "Count to 2.", 5: "reasoning too long"}
+    assert reasoning_taken(row, 60) == "a verified generation"
+    assert reasoning_taken(row, 20) == "the worked solution: no verified generation is short enough"
+    assert reasoning_taken(row | {"correctness_math_verify": None}, 60) == "the worked solution: none is verified"
+    assert reasoning_taken({"problem": "1+1?", "solution": "2"}, 60) is None
+    said_aloud = {"prompt": "1+1?", "completion": "<think>two, I think</think>2"}
+    assert conversation(said_aloud, 5) == Bad("reasoning too long", "12 characters")
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,19 @@ def test_too_little_memory_is_refused_with_a_sample_that_fits(monkeypatch: pytes
     assert fits > 100
 
 
+def test_free_memory_counts_what_the_page_cache_gives_back(tmp_path: Path) -> None:
+    unlimited = train_tokenizer.free_memory(tmp_path)  # no such files: the system's own figure
+    for name, text in {
+        "max": "500000",
+        "current": "450000",
+        "stat": "anon 9\nactive_file 1000\ninactive_file 20000\n",
+    }.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert train_tokenizer.free_memory(tmp_path) == 500_000 - 450_000 + 21_000 < unlimited
+    (tmp_path / "memory.max").write_text("max\n")
+    assert train_tokenizer.free_memory(tmp_path) > 10e6
+
+
 def test_missing_gpt2_vocabulary_is_a_users_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No GPT-2 vocabulary"):
         train_tokenizer.load_gpt2(tmp_path)
