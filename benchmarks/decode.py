@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -89,6 +90,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--quality", nargs=2, metavar=("CHECKPOINT", "TEXT"), help="bits per byte of each store")
     options = parser.parse_args()
+    if shutil.which(options.python) is None:
+        parser.error(f"--python {options.python}: there is no such program")
     if options.clock == "cpu" and options.threads != 1:
         parser.error("--clock cpu needs --threads 1")
     return options

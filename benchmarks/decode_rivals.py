@@ -96,13 +96,15 @@ def llamacpp(wanted: SimpleNamespace, clock: Callable[[], float], folder: Path) 
     write_gguf(path, SimpleNamespace(**wanted.shape), wanted.store)
     quiet = cpp.llama_log_callback(lambda *_: None)
     cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    cpp.llama_backend_init()
     model = cpp.llama_model_load_from_file(str(path).encode(), cpp.llama_model_default_params())
     settings = cpp.llama_context_default_params()
     settings.n_ctx, settings.n_batch = len(wanted.prompt) + wanted.tokens + 8, 512
     settings.n_threads = settings.n_threads_batch = wanted.threads
 
     def decode(context: Any, ids: list[int]) -> int:
-        batch = cpp.llama_batch_get_one((cpp.llama_token * len(ids))(*ids), len(ids))
+        tokens = (cpp.llama_token * len(ids))(*ids)  # named, because the batch only points to it
+        batch = cpp.llama_batch_get_one(tokens, len(ids))
         if cpp.llama_decode(context, batch):
             raise RuntimeError("llama.cpp could not decode")
         logits = cpp.llama_get_logits_ith(context, -1)
