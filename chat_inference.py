@@ -37,6 +37,7 @@ from terminal import (
     is_dumb,
     lines_of,
     neutral,
+    say,
     tolerate_any_text,
 )
 
@@ -274,6 +275,8 @@ class Chat:
         budget = None
         if self.think_tokens is not None:
             budget = Budget(self.think_tokens, self.tokenizer.think, self.tokenizer.end_think)
+        # a model that has learnt to reason may still forget to begin, above all late in a conversation
+        begin = [self.tokenizer.think] if self.think and self.stage == "sft2" else []
         seed = random.randrange(2**60) if self.config.seed is None else self.config.seed + len(self.turns)
         stream = self.engine.stream(
             prompt,
@@ -282,6 +285,7 @@ class Chat:
             sampling=self.sampling,
             seed=seed,
             budget=budget,
+            begin=begin,
             keep=keep,
         )
         timing.reused, timing.read = stream.reused, stream.read
@@ -376,13 +380,24 @@ class Chat:
         turns = sum(len(turn.ids) for turn in self.turns[self.first :])
         return min(len(self._head()) + turns, self.engine.context)
 
-    def status(self) -> str:
-        speed = f"{self.timing.tokens_per_second:.0f} tok/s · " if self.timing.ids else ""
-        thinks = " · thinking" if self.think else ""
-        return (
-            f"{self.stage} · {speed}context {self.used()}/{self.engine.context} · "
-            f"temp {self.config.temperature:g}{thinks}"
-        )
+    def status(self) -> list[str]:
+        """What the line below the prompt says, most important first."""
+        speed = [f"{self.timing.tokens_per_second:.0f} tok/s"] if self.timing.ids else []
+        thinks = ["thinking"] if self.think else []
+        context = f"context {self.used()}/{self.engine.context}"
+        return [*speed, context, self.stage, *thinks, f"temp {self.config.temperature:g}"]
+
+    def drawing(self) -> str:
+        """How tokens are drawn, in words."""
+        c = self.config
+        if c.temperature == 0:
+            how = ["the likeliest token each time"]
+        else:
+            limits = {"top-k": c.top_k, "top-p": c.top_p, "min-p": c.min_p}
+            how = [f"temperature {c.temperature:g}", *(f"{name} {x:g}" for name, x in limits.items() if x is not None)]
+        if c.repetition_penalty != 1:
+            how.append(f"repetition penalty {c.repetition_penalty:g}")
+        return ", ".join(how)
 
 
 def _may_become(text: str, stops: tuple[str, ...]) -> bool:
@@ -408,9 +423,10 @@ class Terminal:
 
     def run(self) -> None:
         """Until the person ends it."""
-        print(self.chat.introduction())
+        say(self.chat.introduction(), 2)
         what = "Type the beginning of a text." if self.chat.is_base else "Type a message."
-        print(f"{what} /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.\n")
+        say(f"{what} /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
+        print()
         while True:
             try:
                 line = self.keyboard.read().rstrip()
@@ -426,7 +442,7 @@ class Terminal:
             except KeyboardInterrupt:
                 print("(Ctrl-D ends the chat)")
             except UserError as error:
-                print(f"error: {neutral(str(error))}")
+                say(f"error: {error}", 2)
 
     def obey(self, line: str) -> None:
         name, _, argument = line[1:].partition(" ")
@@ -443,19 +459,19 @@ class Terminal:
         finally:
             parts.close()
         for note in self.chat.take_notes():
-            print(f"({note})")
+            say(f"({note})", 1)
 
     def do_help(self, argument: str) -> None:
         """this list"""
         for name, command in self.commands.items():
-            print(f"  /{name:<9} {command.__doc__}")
-        print("  Alt-Enter begins a new line, the arrow keys bring back what was typed.")
+            say(f"  /{name:<9} {command.__doc__}", 13)
+        say("  Alt-Enter begins a new line, the arrow keys bring back what was typed.", 2)
 
     def do_system(self, argument: str) -> None:
         """TEXT: set the system prompt; without text, show it; `none` removes it"""
         if argument:
             self.chat.system = None if argument.lower() == "none" else argument
-        print(f"system prompt: {neutral(self.chat.system or 'none')}")
+        say(f"system prompt: {self.chat.system or 'none'}", 2)
 
     def do_think(self, argument: str) -> None:
         """on, off: ask for reasoning or not; fold, show: hide it or not; N: at most N tokens; none: no limit"""
@@ -469,7 +485,7 @@ class Terminal:
             self.chat.think_tokens = _whole_number(argument, "/think on, off, fold, show, none or a number of tokens")
         limit = "no limit" if self.chat.think_tokens is None else f"at most {self.chat.think_tokens} tokens"
         asked = "asked for" if self.chat.think else "not asked for"
-        print(f"reasoning: {asked}, {'shown' if self.thoughts else 'folded'}, {limit}")
+        say(f"reasoning: {asked}, {'shown' if self.thoughts else 'folded'}, {limit}")
 
     def do_cycles(self, argument: str) -> None:
         """N: let the reasoning head cycle N times; without a number, as trained"""
@@ -487,7 +503,7 @@ class Terminal:
         """X: draw from the likeliest tokens that make up this probability; `none` draws from all"""
         if argument:
             self.chat.set_sampling(top_p=None if argument == "none" else _number(argument, "/top-p X"))
-        print(f"top-p: {self.chat.config.top_p}")
+        print(f"top-p: {'none' if self.chat.config.top_p is None else self.chat.config.top_p}")
 
     def do_regen(self, argument: str) -> None:
         """answer the last question again"""
@@ -496,7 +512,7 @@ class Terminal:
     def do_undo(self, argument: str) -> None:
         """take back the last question and its answer"""
         question = self.chat.undo()
-        print("nothing to take back" if question is None else f"taken back: {neutral(question[:200])}")
+        say("nothing to take back" if question is None else f"taken back: {question[:200]}", 2)
 
     def do_save(self, argument: str) -> None:
         """FILE: write the conversation as JSON"""
@@ -511,7 +527,7 @@ class Terminal:
             raise UserError(f"{path} exists; give another name") from None
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
-        print(f"saved {len(messages)} turns to {neutral(str(path))}")
+        say(f"saved {len(messages)} turns to {path}")
 
     def do_load(self, argument: str) -> None:
         """FILE: go on with a conversation that was saved"""
@@ -525,24 +541,24 @@ class Terminal:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} holds no conversation: {error}") from None
         for message in self.chat.messages():
-            print(f"{message['role']}: {neutral(message['content'])}")
+            say(f"{message['role']}: {message['content']}", 2)
 
     def do_stats(self, argument: str) -> None:
         """what the model is, what it takes, how fast it was"""
         chat, t = self.chat, self.chat.timing
         held = chat.engine.cache.n_bytes() if chat.engine.cache else 0
-        print(chat.introduction())
-        print(f"  trained  step {chat.state.get('step')}, {count(chat.state.get('tokens') or 0)} tokens")
-        print(f"  cache    {size(held)} set aside; {chat.used()} of {chat.engine.context} tokens in use")
-        print(
-            f"  prompt   {t.read} tokens read, {t.reused} held by the cache; {t.first_seconds:.2f} s to the first token"
-        )
-        print(f"  answer   {len(t.ids)} tokens, {t.tokens_per_second:.1f} a second; finish: {t.finish or 'none yet'}")
-        print(f"  drawing  {chat.sampling}")
+        say(chat.introduction(), 2)
+        say(f"  trained  step {chat.state.get('step')}, {count(chat.state.get('tokens') or 0)} tokens")
+        say(f"  cache    {size(held)} set aside; {chat.used()} of {chat.engine.context} tokens in use", 11)
+        prompt = f"{t.read} tokens read, {t.reused} held by the cache"
+        say(f"  prompt   {prompt}; {t.first_seconds:.2f} s to the first token", 11)
+        say(f"  answer   {len(t.ids)} tokens, {t.tokens_per_second:.1f} a second; finish: {t.finish or 'none yet'}", 11)
+        say(f"  drawing  {chat.drawing()}", 11)
 
     def do_compare(self, argument: str) -> None:
-        """CHECKPOINT: let another checkpoint answer the last question"""
+        """CHECKPOINT: let another checkpoint answer the last question: a folder, or base, sft1, sft2 of this run"""
         path = _path(argument, "/compare CHECKPOINT")
+        path = self.run_config.run_dir / argument if argument in STAGES else path
         questions = [n for n, message in enumerate(self.chat.messages()) if message["role"] == "user"]
         if not questions:
             raise UserError("There is no question yet.")
@@ -553,7 +569,7 @@ class Terminal:
         other.config, other.sampling = self.chat.config, self.chat.sampling
         other.turns = [Turn(m, render_turn(m, other.tokenizer).ids) for m in messages[:-1]]
         other.first = 0
-        print(other.introduction())
+        say(other.introduction(), 2)
         self.answer(other.ask(messages[-1]["content"]))
 
     def do_quit(self, argument: str) -> None:

@@ -66,6 +66,7 @@ class Rules:
     sampling: Sampling = field(default_factory=Sampling)
     budget: Budget | None = None
     stop_when: Callable[[list[int]], bool] | None = None  # asked after each token, with the answer so far
+    begin: tuple[int, ...] = ()  # ids that it is made to begin with, in place of its own choice
 
 
 class Engine:
@@ -107,13 +108,14 @@ class Engine:
         n_samples: int = 1,
         budget: Budget | None = None,
         stop_when: Callable[[list[int]], bool] | None = None,
+        begin: Ids = (),
     ) -> list[list[int]]:
         """`n_samples` answers to each prompt, in the order of the prompts; one that stopped ends in its stop id.
 
         `seeds` gives each answer its own dice, so what it says does not depend on its neighbours (default: its index).
         An answer also ends where its row fills the context.
         """
-        rules = Rules(max_tokens, frozenset(stop_ids), sampling or Sampling(), budget, stop_when)
+        rules = Rules(max_tokens, frozenset(stop_ids), sampling or Sampling(), budget, stop_when, tuple(begin))
         n_answers = len(prompts) * n_samples
         seeds = range(n_answers) if seeds is None else seeds
         if len(seeds) != n_answers:
@@ -162,6 +164,7 @@ class Engine:
         seed: int = 0,
         budget: Budget | None = None,
         stop_when: Callable[[list[int]], bool] | None = None,
+        begin: Ids = (),
         keep: int | None = None,
     ) -> Stream:
         """The answer's ids as they are decoded, the stop id included.
@@ -169,7 +172,7 @@ class Engine:
         `keep` says what happens where the context is full: None ends the answer there; a number keeps that many
         first ids and drops the oldest of the others, see `Stream.dropped`.
         """
-        rules = Rules(max_tokens, frozenset(stop_ids), sampling or Sampling(), budget, stop_when)
+        rules = Rules(max_tokens, frozenset(stop_ids), sampling or Sampling(), budget, stop_when, tuple(begin))
         return Stream(self, prompt, seed, rules, keep)
 
     def reuse(self, prompt: list[int]) -> int:
@@ -288,9 +291,11 @@ class _Row:
         return self._rolled.pop()
 
     def take(self, token: int) -> None:
-        """Add a token, or the one that the budget forces in its place; a finished answer stays as it is."""
+        """Add a token, or the one that the rules force in its place; a finished answer stays as it is."""
         if self.finish:
             return
+        if len(self.answer) < len(self.rules.begin):
+            token = self.rules.begin[len(self.answer)]
         budget = self.rules.budget
         if budget is not None:
             if self._open and self._spent >= budget.tokens:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
+import textwrap
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +31,36 @@ def _neutral_letter(letter: str) -> str:
     if letter.isprintable() or letter in "\n\t" or letter in JOINERS or unicodedata.category(letter) == "Zs":
         return letter
     return "" if letter == "\r" else UNKNOWN
+
+
+def say(text: str, indent: int = 0) -> None:
+    """Print text of the program's own, made harmless; on a terminal its lines break between words, and those that go on
+    are indented. What must be copied whole, such as a path, is not broken."""
+    for line in neutral(text).splitlines() or [""]:
+        if sys.stdout.isatty():
+            width = max(20, shutil.get_terminal_size().columns)
+            inner = " " * min(indent, width // 2)
+            line = textwrap.fill(
+                line,
+                width,
+                subsequent_indent=inner,
+                break_long_words=False,
+                break_on_hyphens=False,
+                replace_whitespace=False,
+                drop_whitespace=True,
+            )
+        print(line)
+
+
+def fitting(parts: Sequence[str], width: int) -> str:
+    """As many of the parts, most important first, as a line of `width` holds."""
+    line = ""
+    for part in parts:
+        longer = f"{line} · {part}" if line else part
+        if len(longer) > width:
+            break
+        line = longer
+    return line
 
 
 class Screen(Protocol):
@@ -196,7 +228,7 @@ def is_dumb() -> bool:
 class Keyboard:
     """Lines typed by a person: with history, several lines and completion where the terminal can."""
 
-    def __init__(self, commands: Sequence[str], history: Path | None, status: Callable[[], str]) -> None:
+    def __init__(self, commands: Sequence[str], history: Path | None, status: Callable[[], Sequence[str]]) -> None:
         self._session = None if is_dumb() else _prompt_session(commands, history, status)
 
     def read(self) -> str:
@@ -209,7 +241,7 @@ class Keyboard:
         return line
 
 
-def _prompt_session(commands: Sequence[str], history: Path | None, status: Callable[[], str]) -> Any:
+def _prompt_session(commands: Sequence[str], history: Path | None, status: Callable[[], Sequence[str]]) -> Any:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory, InMemoryHistory
@@ -234,7 +266,7 @@ def _prompt_session(commands: Sequence[str], history: Path | None, status: Calla
         history=TolerantHistory(str(history)) if history and os.access(history.parent, os.W_OK) else InMemoryHistory(),
         completer=WordCompleter(list(commands), sentence=True),
         complete_while_typing=False,
-        bottom_toolbar=status,
+        bottom_toolbar=lambda: fitting(status(), shutil.get_terminal_size().columns),
         style=Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack"}),
     )
 

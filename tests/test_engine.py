@@ -362,6 +362,15 @@ def test_an_answer_within_its_budget_is_left_alone(model: Model) -> None:
     assert Engine(model).generate([prompt], max_tokens=8, budget=too_late)[0][:4] == [*whole[:3], whole[4]]
 
 
+def test_an_answer_begins_as_it_is_told_and_goes_on_from_there(model: Model) -> None:
+    prompt = some_ids(6, seed=2)
+    expected = [7, 9, *reference_answer(model, [*prompt, 7, 9], 6)]
+    assert Engine(model).generate([prompt], max_tokens=8, begin=[7, 9]) == [expected]
+    assert list(Engine(model).stream(prompt, max_tokens=8, begin=[7, 9])) == expected
+    budget = Budget(tokens=2, open=7, close=101)  # counts from a beginning that was given
+    assert Engine(model).generate([prompt], max_tokens=4, begin=[7], budget=budget)[0][3] == 101
+
+
 # ---------------------------------------------------------------------------------------------- sampling
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import random
+import sys
 
 import pytest
 from rich.console import Console
 
-from terminal import PlainScreen, RichScreen, block_end, lines_of, markdown, neutral
+from terminal import PlainScreen, RichScreen, block_end, fitting, lines_of, markdown, neutral, say
 
 HOSTILE = (
     "\x1b[2J\x1b[H",  # clears the screen
@@ -163,6 +164,26 @@ def test_markdown_hides_nothing() -> None:
         console.print(markdown("a <script>x</script> & <!-- comment --> b\nsecond line\n\n![alt](http://x.y/z.png)"))
     shown = capture.get()
     assert "<script>x</script> & <!-- comment --> b\nsecond line" in shown
+
+
+def test_its_own_words_break_between_words_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    text = "  /think    on, off: ask for reasoning or not; see /a/rather/long/path/that/is/copied"
+    say(text)
+    assert capsys.readouterr().out == text + "\n"  # a pipe gets lines as they are
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "30")
+    say(text, 13)
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(line.strip() for line in lines) == text.strip()
+    assert lines[0].startswith("  /think    on")
+    assert all(line.startswith(" " * 13) and (len(line) <= 30 or "/a/rather" in line) for line in lines[1:])
+
+
+def test_a_narrow_status_line_leaves_out_what_matters_least() -> None:
+    parts = ["400 tok/s", "context 30/512", "sft2"]
+    assert fitting(parts, 80) == "400 tok/s · context 30/512 · sft2"
+    assert fitting(parts, 30) == "400 tok/s · context 30/512"
+    assert fitting(parts, 3) == ""
 
 
 def test_lines_of_a_pipe_survive_any_bytes() -> None:
