@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +46,22 @@ class Model(nn.Module):
         `h_cycles` is how often the head's slow module is called (default: as configured); `horizon` is how many of
         the last module calls keep their gradient (default: all).
         """
-        x = self.run_trunk(ids, where)
-        if self.head is None:
-            return x
-        for y in self.head.cycles(x, where, h_cycles=h_cycles, horizon=horizon, recompute=self.recompute):
-            last = y
+        for hidden in self.cycles(ids, where, h_cycles=h_cycles, horizon=horizon):
+            last = hidden
         return last
+
+    def cycles(
+        self, ids: Tensor, where: Where, *, h_cycles: int | None = None, horizon: int | None = None
+    ) -> Iterator[Tensor]:
+        """Hidden states (N, D) after the trunk, then after each of the head's cycles; every one can be read out.
+
+        Who stops early while decoding leaves the calls of the later cycles without this pass's keys and values, which
+        later tokens will want to see: see `KVCache.skip`.
+        """
+        x = self.run_trunk(ids, where)
+        yield x
+        if self.head is not None:
+            yield from self.head.cycles(x, where, h_cycles=h_cycles, horizon=horizon, recompute=self.recompute)
 
     def run_trunk(self, ids: Tensor, where: Where) -> Tensor:
         """Hidden states (N, D) before the head, for ids (N,)."""
@@ -589,6 +599,27 @@ class KVCache:
             old[:, :, entry : entry + T] = new
         return slot[0][:, :, :end], slot[1][:, :, :end]  # a slice beyond a full ring is the ring
 
+    def repeat(self, n_calls: int, rows: Tensor | None = None) -> None:
+        """In `rows` (indices; default: all), this pass's columns of the last `n_calls` attention calls become copies
+        of the columns of the `n_calls` before them."""
+        rows = torch.arange(len(self.pad), device=self.device) if rows is None else rows
+        last = self.next_slot - n_calls
+        for to, source in zip(self.slots[last : self.next_slot], self.slots[last - n_calls : last], strict=True):
+            n_entries = to[0].shape[2]
+            entries = self.columns[-n_entries:] % n_entries
+            for ours, theirs in zip(to, source, strict=True):
+                ours[rows[:, None], :, entries] = theirs[rows[:, None], :, entries]
+
+    def skip(self, n_calls: int) -> None:
+        """Stand in for the next `n_calls` attention calls, a cycle of the HRM head that is not run.
+
+        Their keys and values of this pass are those of the cycle before. The modules are the same, so this says what
+        leaving early means: the states no longer change. Tokens that do run the cycle later see these.
+        """
+        for keys, _ in self.slots[self.next_slot - n_calls : self.next_slot]:
+            self.slot(keys.shape[1], keys.shape[3], keys.shape[2])
+        self.repeat(n_calls)
+
     def _mask(self, window: int | None, n_keys: int) -> Tensor | None:
         """(B or 1, 1, T, keys): may the query (third axis) attend to the key (fourth axis)? None where all may."""
         if window is not None and window >= self.capacity:
@@ -656,6 +687,53 @@ def decode(model: Model, ids: Tensor, cache: KVCache, h_cycles: int | None = Non
     hidden = model(ids.flatten(), cache.place(ids.shape[1]), h_cycles=h_cycles)
     cache.advance()
     return hidden.view(*ids.shape, -1)
+
+
+class Thought(NamedTuple):
+    """What `think` makes of the last column of B rows."""
+
+    logits: Tensor  # (B, V) float32
+    before: Tensor  # (B, V) one cycle earlier; auto-guidance is logits + w (logits - before)
+    cycles: Tensor  # (B,) the head's cycles that each row ran
+
+
+@torch.no_grad()
+def think(
+    model: Model, ids: Tensor, cache: KVCache, *, h_cycles: int | None = None, settled: float | None = None
+) -> Thought:
+    """Like `decode`, for the next columns' ids (B, T), but read out; may leave the head's cycles early.
+
+    With `settled`, a row leaves after the first cycle whose distribution lies within that many nats (KL divergence) of
+    the one before; before the first cycle comes the trunk's own. What a row says does not depend on its neighbours.
+    A prompt (T > 1) always runs all cycles. Each distribution costs a product with the embedding.
+    """
+    hrm, n_rows = model.config.hrm, ids.shape[0]
+    n_cycles = (h_cycles or hrm.h_cycles) if hrm else 0
+    n_calls = len(model.head.block_passes(1)) if hrm else 0
+    may_leave = settled is not None and ids.shape[1] == 1
+    ran = torch.full((n_rows,), n_cycles, device=ids.device)
+    states = model.cycles(ids.flatten(), cache.place(ids.shape[1]), h_cycles=h_cycles)
+    for cycle, hidden in enumerate(states):
+        gone = ran < cycle
+        if gone.any():
+            cache.repeat(n_calls, gone.nonzero().flatten())
+        if not may_leave and cycle < n_cycles - 1:
+            continue
+        read = model.logits(hidden.view(*ids.shape, -1)[:, -1])
+        if cycle == 0 or (not may_leave and cycle == n_cycles - 1):
+            logits = before = read
+            continue
+        before, logits = (torch.where(gone[:, None], old, new) for old, new in ((before, logits), (logits, read)))
+        if may_leave and cycle < n_cycles:
+            now, then = logits.log_softmax(dim=-1), before.log_softmax(dim=-1)
+            close = (now.exp() * (now - then)).sum(dim=-1).clamp(min=0) < settled
+            ran[close & ~gone] = cycle
+            if bool((ran <= cycle).all()):
+                for _ in range(n_cycles - cycle):
+                    cache.skip(n_calls)
+                break
+    cache.advance()
+    return Thought(logits, before, ran)
 
 
 MATRICES = {Block: (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)), HRMHead: (("out",),), Model: (("embedding",),)}

@@ -26,7 +26,7 @@ VOCAB_SIZE = 128  # a multiple of 128, as everywhere in the project
 HELD_OUT = 8  # one problem of this many is held out
 MODULUS = 5  # of the nested arithmetic
 CELLS = 16  # of the automaton
-NODES = 5  # of the pointer task
+NODES = 6  # of the pointer task
 ITEMS = 5  # of the permutations
 
 Problem = tuple[list[str], list[bool]]  # symbols, and which of them are the answer
@@ -73,12 +73,12 @@ def automaton(dice: random.Random, size: int) -> Problem:
 
 
 def pointers(dice: random.Random, size: int) -> Problem:
-    """A random map of 5 nodes as shuffled pairs, then four starts, each followed `size` hops (one `>` a hop)."""
+    """A random map of 6 nodes as shuffled pairs, then four times `size` hops (one `>` each) from a start: its end."""
     to = [dice.randrange(NODES) for _ in range(NODES)]
     pairs = dice.sample(range(NODES), NODES)
     symbols, answers = question([symbol for a in pairs for symbol in (str(a), str(to[a]))], [])
     for at in dice.sample(range(NODES), 4):
-        asked = [NEXT, str(at), *[ARROW] * size, IS]
+        asked = [NEXT, *[ARROW] * size, str(at)]
         for _ in range(size):
             at = to[at]
         symbols += [*asked, str(at)]
@@ -133,7 +133,7 @@ def sudoku_grids() -> np.ndarray:
 TASKS = {
     task.name: task
     for task in (
-        Task("automaton", "steps of rule 30", (4,), 5, automaton),
+        Task("automaton", "steps of rule 30", (5,), 6, automaton),
         Task("permutation", "permutations of 5", (2, 3, 4), 5, permutations),
         Task("arithmetic", "nesting depth", (1, 2, 3), 4, arithmetic),
         Task("pointer", "hops", (1, 2, 3), 4, pointers),

@@ -12,14 +12,17 @@ import torch
 from config import PRESETS, ModelConfig
 from model import (
     ChunkedCrossEntropy,
+    KVCache,
     Model,
     Packed,
+    Thought,
     attend_in_blocks,
     attend_varlen,
     build_model,
     initialise,
     rotary_table,
     rotate,
+    think,
 )
 
 
@@ -239,3 +242,81 @@ def test_flops_count_every_pass(tiny: ModelConfig) -> None:
     assert dense.flops_per_token(32) == pytest.approx(6 * n + 12 * 32 * seen)
     deep = Model(tiny)
     assert len(deep.block_passes()) == 3 + 2 * (2 * 1 + 2)
+
+
+# ---------------------------------------------------------------------------------- leaving cycles early
+
+
+LEAVES_SOMETIMES = 4e-4  # nats
+
+
+def awake_settling(config: ModelConfig) -> Model:
+    """A model whose cycles change the prediction by amounts that differ from token to token."""
+    return awake(replace(config, hrm=replace(config.hrm, h_cycles=4)), seed=3)
+
+
+def thoughts(model: Model, ids: torch.Tensor, settled: float | None) -> tuple[list[Thought], KVCache]:
+    """A prompt of 9 columns in one pass, then the others one by one."""
+    cache = KVCache(len(ids), model.config.context)
+    parts = [ids[:, :9], *ids[:, 9:].split(1, dim=1)]
+    return [think(model, part, cache, settled=settled) for part in parts], cache
+
+
+@pytest.mark.parametrize("settled", [None, 0.0])
+def test_thinking_without_leaving_equals_the_full_computation(tiny: ModelConfig, settled: float | None) -> None:
+    model = awake_settling(tiny)
+    ids = random_ids(48, tiny).view(2, 24)
+    with torch.no_grad():
+        states = [y.view(2, 24, -1) for y in model.cycles(ids.flatten(), Packed(torch.zeros(48, dtype=torch.bool), 24))]
+    found, _ = thoughts(model, ids, settled)
+    for column, thought in zip(range(8, 24), found, strict=True):
+        assert thought.cycles.tolist() == [4, 4]
+        for got, hidden in ((thought.logits, states[4]), (thought.before, states[3])):
+            torch.testing.assert_close(got, model.logits(hidden[:, column]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_leaves_early_without_regard_to_its_neighbours(tiny: ModelConfig) -> None:
+    model = awake_settling(tiny)
+    ids = random_ids(72, tiny).view(3, 24)
+    found, together = thoughts(model, ids, LEAVES_SOMETIMES)
+    left = torch.stack([thought.cycles for thought in found[1:]])
+    assert (left == 4).any()
+    assert (left < 4).any()
+    assert (left.min(dim=1).values < left.max(dim=1).values).any()
+    for row in range(3):
+        alone, cache = thoughts(model, ids[row : row + 1], LEAVES_SOMETIMES)
+        for a, b in zip(found, alone, strict=True):
+            torch.testing.assert_close(a.logits[row], b.logits[0], atol=1e-4, rtol=1e-4)
+            assert a.cycles[row] == b.cycles[0]
+        for (k, v), (one_k, one_v) in zip(together.slots, cache.slots, strict=True):
+            written = slice(min(24, k.shape[2]))
+            for x, y in ((k, one_k), (v, one_v)):
+                torch.testing.assert_close(x[row, :, written], y[0, :, written], atol=1e-4, rtol=1e-4)
+
+
+def test_skipped_cycles_take_the_keys_of_the_last_one_that_ran(tiny: ModelConfig) -> None:
+    model = awake_settling(tiny)
+    ids = random_ids(24, tiny).view(1, 24)
+    _, cache = thoughts(model, ids[:, :14], None)
+    kept = [k.clone() for k, _ in cache.slots]
+    thought = think(model, ids[:, 14:15], cache, settled=math.inf)
+    assert thought.cycles.tolist() == [1]
+    n_trunk, n_calls = tiny.n_layer, len(model.head.block_passes(1))
+    assert len(cache.slots) == n_trunk + 4 * n_calls
+    for place in range(n_trunk + n_calls, len(cache.slots)):
+        (k, v), (first_k, first_v) = cache.slots[place], cache.slots[n_trunk + (place - n_trunk) % n_calls]
+        entry = 14 % k.shape[2]
+        assert torch.equal(k[:, :, entry], first_k[:, :, entry])
+        assert torch.equal(v[:, :, entry], first_v[:, :, entry])
+        others = [i for i in range(min(14, k.shape[2])) if i != entry]
+        assert torch.equal(k[:, :, others], kept[place][:, :, others])
+
+
+def test_a_dense_model_thinks_no_cycles(tiny: ModelConfig) -> None:
+    model = awake(replace(tiny, hrm=None))
+    ids = random_ids(12, tiny).view(1, 12)
+    found, _ = thoughts(model, ids, 0.1)
+    assert [thought.cycles.tolist() for thought in found] == [[0]] * 4
+    torch.testing.assert_close(
+        found[-1].logits, model.logits(model(ids[0], one_segment(12))[-1:]), atol=1e-4, rtol=1e-4
+    )
