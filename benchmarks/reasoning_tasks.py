@@ -26,7 +26,7 @@ VOCAB_SIZE = 128  # a multiple of 128, as everywhere in the project
 HELD_OUT = 8  # one problem of this many is held out
 MODULUS = 5  # of the nested arithmetic
 CELLS = 16  # of the automaton
-NODES = 6  # of the pointer task
+NODES = 6  # of the hops
 ITEMS = 5  # of the permutations
 
 Problem = tuple[list[str], list[bool]]  # symbols, and which of them are the answer
@@ -72,7 +72,7 @@ def automaton(dice: random.Random, size: int) -> Problem:
     return question([*map(str, cells), *[ARROW] * size], [*map(str, now)])
 
 
-def pointers(dice: random.Random, size: int) -> Problem:
+def hops(dice: random.Random, size: int) -> Problem:
     """A random map of 6 nodes as shuffled pairs, then four times `size` hops (one `>` each) from a start: its end."""
     to = [dice.randrange(NODES) for _ in range(NODES)]
     pairs = dice.sample(range(NODES), NODES)
@@ -133,10 +133,10 @@ def sudoku_grids() -> np.ndarray:
 TASKS = {
     task.name: task
     for task in (
-        Task("automaton", "steps of rule 30", (5,), 6, automaton),
+        Task("automaton", "steps of rule 30", (4,), 5, automaton),
         Task("permutation", "permutations of 5", (2, 3, 4), 5, permutations),
         Task("arithmetic", "nesting depth", (1, 2, 3), 4, arithmetic),
-        Task("pointer", "hops", (1, 2, 3), 4, pointers),
+        Task("hops", "hops from node to node", (1, 2, 3), 4, hops),
         Task("sudoku", "blanks", (4, 6, 8), 10, sudoku),
         Task("addition", "digits", (2, 3, 4), 5, addition),
     )

@@ -48,8 +48,8 @@ def test_automaton_follows_the_rules_table(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_pointers_are_followed_hop_by_hop(size: int) -> None:
-    for symbols, answers in islice(problems(TASKS["pointer"], "x", held_out=False, size=size), 40):
+def test_nodes_are_followed_hop_by_hop(size: int) -> None:
+    for symbols, answers in islice(problems(TASKS["hops"], "x", held_out=False, size=size), 40):
         table, *questions = "".join(symbols[1:]).split(",")
         to = dict(zip(table[::2], table[1::2], strict=True))
         assert len(to) == reasoning_tasks.NODES
