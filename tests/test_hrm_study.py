@@ -33,7 +33,7 @@ def ran(monkeypatch) -> list[tuple[str, float]]:
     return calls
 
 
-TUNING = [Row("tune", "automaton", "dense", 0, lr) for lr in RATES]
+TUNING = [Row("tune", "automaton", "dense", 0, lr) for lr in RATES["automaton"]]
 ROWS = [*TUNING, Row("main", "automaton", "dense", 0), Row("main", "addition", "dense", 0)]
 
 
