@@ -333,9 +333,9 @@ class FastBlock(torch.nn.Module):
         self.heads = block.n_head, block.n_kv_head, block.head_dim
         self.kernel = BlockKernel(block.q, block.o, block.gate, block.down, heat=block.heat, heads=self.heads)
 
-    def forward(self, x: Tensor, where: Any) -> Tensor:
-        if not isinstance(where, KVCache) or where.n_new > 1:
-            return self.block(x, where)
+    def forward(self, x: Tensor, where: Any, value: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        if value is not None or not isinstance(where, KVCache) or where.n_new > 1:
+            return self.block(x, where, value)
         keys, values = where.slot(*self.heads[1:], self.window)
         return self.kernel(x, where.rotary, keys, values, pad=where.pad, end=where.length + 1)
 

@@ -37,6 +37,10 @@ class Model(nn.Module):
         self.trunk = nn.ModuleList(Block(config, window) for window in trunk_windows(config))
         self.head = HRMHead(config, config.hrm) if config.hrm else None
         self.output_gain = nn.Parameter(torch.empty(config.d_model))
+        G, n = config.n_kv_head, config.n_value_embeddings
+        tables = (nn.Parameter(torch.empty(config.vocab_size, G * config.head_dim)) for _ in range(n))
+        self.value_embeddings = nn.ParameterList(tables)
+        self.value_gates = nn.Parameter(torch.empty(n, G, GATE_CHANNELS)) if n else None
         self.dtype = torch.float32  # of the activations; the weights stay float32
         self.recompute = "none"  # activations computed anew in the backward pass: none, head (module calls) or all
 
@@ -67,9 +71,22 @@ class Model(nn.Module):
         """Hidden states (N, D) before the head, for ids (N,)."""
         where.begin(self.config, self.dtype)
         x = rms_norm(look_up(ids, self.embedding)).to(self.dtype)
-        for block in self.trunk:
-            x = checkpoint(block, x, where, use_reentrant=False) if self.recompute == "all" else block(x, where)
+        values = self.token_values(ids)
+        for place, block in enumerate(self.trunk):
+            given = (x, where, values[place]) if place in values else (x, where)
+            x = checkpoint(block, *given, use_reentrant=False) if self.recompute == "all" else block(*given)
         return x
+
+    def token_values(self, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """For every other trunk block, from the last one back: a value a token (N, G·E) and its gate (G, channels).
+
+        Value embeddings, from the modded-nanogpt speed runs (after ResFormer, arXiv 2410.17897): they add to what a
+        model can remember of each token without adding a product.
+        """
+        n = len(self.value_embeddings)
+        places = range(len(self.trunk) - 1, -1, -2)
+        rows = (look_up(ids, table).to(self.dtype) for table in self.value_embeddings)
+        return {places[i]: (value, self.value_gates[i]) for i, value in zip(range(n), rows, strict=True)}
 
     def output(self, hidden: Tensor) -> Tensor:
         """What the tied embedding is multiplied with: (…, D) normed, with a gain a channel, divided by √D."""
@@ -227,6 +244,9 @@ class HRMModule(nn.Module):
 # --------------------------------------------------------------------------------------------- blocks
 
 
+GATE_CHANNELS = 12  # of a block's normed input, from which it decides how far to open for a token's value
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: grouped-query attention with QK-norm and RoPE, then a gated MLP (SwiGLU)."""
 
@@ -245,17 +265,24 @@ class Block(nn.Module):
         self.up = nn.Parameter(torch.empty(config.d_ff, D))
         self.down = nn.Parameter(torch.empty(D, config.d_ff))
 
-    def forward(self, x: Tensor, where: Where) -> Tensor:
+    def forward(self, x: Tensor, where: Where, value: tuple[Tensor, Tensor] | None = None) -> Tensor:
         before, after = compiled_parts() if self.compiled and torch.is_grad_enabled() else (Block.before, Block.after)
-        y = where.attend(*before(self, x, where.rotary), self.window)  # (N, H, E)
+        y = where.attend(*before(self, x, where.rotary, value), self.window)  # (N, H, E)
         return after(self, x, y)
 
-    def before(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """q (N, H, E), k and v (N, G, E) of attention."""
+    def before(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], value: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q (N, H, E), k and v (N, G, E) of attention; `value` as in `Model.token_values`."""
         H, G, E = self.n_head, self.n_kv_head, self.head_dim
-        heads = project(rms_norm(x), self.q, self.k, self.v).view(-1, H + 2 * G, E)  # (N, H + 2G, E)
-        qk = rotate(rms_norm(heads[:, : H + G]), rotary)  # (N, H + G, E)
-        return qk[:, :H] * self.heat[:, None].to(x.dtype), qk[:, H:], heads[:, H + G :]
+        x = rms_norm(x)
+        heads = project(x, self.q, self.k, self.v).view(-1, H + 2 * G, E)  # (N, H + 2G, E)
+        qk, v = rotate(rms_norm(heads[:, : H + G]), rotary), heads[:, H + G :]
+        if value is not None:
+            of_token, gate = value
+            opened = 2 * torch.sigmoid(F.linear(x[:, : gate.shape[1]], gate.to(x.dtype)))  # (N, G), 1 at the start
+            v = v + opened[:, :, None] * of_token.view(-1, G, E)
+        return qk[:, :H] * self.heat[:, None].to(x.dtype), qk[:, H:], v
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """The block's output (N, D) for its input x and what attention made of it, y (N, H, E)."""
@@ -365,7 +392,7 @@ def initialise(model: Model, seed: int) -> Model:
     D = model.config.d_model
     for name, weight in model.named_parameters():
         kind = name.rsplit(".", 1)[-1]
-        if kind in ("o", "down", "out", "call_embedding"):
+        if kind in ("o", "down", "out", "call_embedding", "value_gates"):
             weight.zero_()
         elif kind in ("output_gain", "gains"):
             weight.fill_(1.0)

@@ -134,9 +134,10 @@ class Optimizers:
 
 def build_optimizers(model: nn.Module, config: OptimConfig, lr: float, warmup_steps: int = 0) -> Optimizers:
     """Matrices, embedding and vectors in their own groups, under the rule that `config.name` asks for."""
-    embedding = [model.embedding]
-    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not model.embedding and min(p.shape) > 8]
-    chosen = {id(p) for p in [*embedding, *matrices]}
+    embedding = [model.embedding, *model.value_embeddings]
+    looked_up = {id(p) for p in embedding}
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in looked_up and min(p.shape) > 8]
+    chosen = looked_up | {id(p) for p in matrices}
     vectors = [p for p in model.parameters() if id(p) not in chosen]
     rest = [
         {"params": embedding, "lr": lr * config.embedding_lr_ratio, "weight_decay": 0.0},

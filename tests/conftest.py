@@ -31,6 +31,7 @@ def tiny() -> ModelConfig:
         context=32,
         window=6,
         pattern="SL",
+        n_value_embeddings=1,
         hrm=HRMConfig(l_layer=1, h_layer=2, h_cycles=2, l_cycles=2),
     )
 

@@ -37,7 +37,7 @@ HEAD = HRMConfig(l_layer=1, h_layer=2, h_cycles=2, l_cycles=1)
 def awake(**changes) -> Model:
     """A model of all the parts with nothing hidden behind zeros: windows shorter than the context, GQA, the head."""
     shape = {"vocab_size": 128, "n_layer": 3, "d_model": 32, "n_head": 4, "n_kv_head": 2, "d_ff": 48, "context": 48}
-    config = ModelConfig(**{**shape, "window": 6, "pattern": "SL", "hrm": HEAD, **changes})
+    config = ModelConfig(**{**shape, "window": 6, "pattern": "SL", "n_value_embeddings": 1, "hrm": HEAD, **changes})
     model = build_model(config, seed=0)
     model.dtype = torch.float32
     dice = torch.Generator().manual_seed(1)
