@@ -120,8 +120,8 @@ class Hearth:
         from model import build_model
         from optim import build_optimizers
 
-        shape = {"n_layer": 6, "d_model": 192, "n_head": 3, "n_kv_head": 1, "d_ff": 512, "window": 128, "hrm": None}
-        config = ModelConfig(vocab_size=VOCABULARY, context=options.row, **shape)
+        shape = {"n_layer": 4, "d_model": 192, "n_head": 3, "n_kv_head": 1, "d_ff": 704, "window": 128, "hrm": None}
+        config = ModelConfig(vocab_size=VOCABULARY, context=options.row, n_value_embeddings=2, **shape)
         self.model = build_model(config, seed=options.seed)
         self.model.compile_blocks()
         self.optimizers = build_optimizers(self.model, OptimConfig(momentum_warmup_steps=100), options.lr)
