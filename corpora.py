@@ -17,14 +17,16 @@ from typing import Any
 import log
 from cleaning import Bad, as_bytes
 from config import ChatSource, TextSource, UserError
+from disk import checksum
 from hub import HubSet, NetworkFailure, Patience, hub_set
 from layouts import Message, conversation
 from readers import READ_ROWS, START, SUFFIXES, Cursor, Pick, Rows, SourceFile, is_text, local_files, read_rows
-from shards import checksum, fingerprint
+from shards import fingerprint
 from text_shards import read_text_batches
 
 TEXT_COLUMNS = ("text", "content", "document", "body", "article", "raw_content", "markdown")  # guessed in this order
-BATCHES_AHEAD = 2  # of these, read before they are needed
+BATCHES_AHEAD = 2  # batches of rows read before they are needed
+PATIENCE = 1.0  # seconds that the reader is given to end when nobody reads on
 
 
 class Source:
@@ -195,7 +197,7 @@ def ahead(batches: Iterator[Rows], n: int = BATCHES_AHEAD) -> Iterator[Rows]:
             yield item
     finally:
         stop.set()
-        thread.join()
+        thread.join(PATIENCE)  # it may be waiting for the network
 
 
 def conversations(source: ChatSource) -> Iterator[list[Message]]:

@@ -24,9 +24,10 @@ import log
 from cleaning import Bad, NearDuplicates, Seen, as_bytes, text_hash, unfit
 from config import ChatSource, DataConfig, TextSource, UserError
 from corpora import Source, ahead, column_picker, whole_rows
+from disk import write_text
 from layouts import conversation, reasoning_taken
 from readers import START, Cursor, Pick, Rows
-from shards import SPLITS, ShardFolder, write_text
+from shards import SPLITS, ShardFolder
 from text_shards import TextShardWriter, data_sheet, unit_batches
 
 CHAT_UNIT_BYTES = 64_000_000  # size of a shard of conversations

@@ -38,9 +38,10 @@ from batches import validation_batches
 from checkpoint import Loaded
 from config import REASONING_PROMPT, Config, UserError
 from conversation import Answer, parse_answer, render
+from disk import write_json
 from engine import Engine
 from model import Packed
-from shards import TokenShards, write_json
+from shards import TokenShards
 
 
 @dataclass(frozen=True)

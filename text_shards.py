@@ -18,16 +18,21 @@ from typing import Any
 import numpy as np
 
 import log
-from shards import DRAFT, MANIFEST, ShardFolder, finish_file, load_json, read_manifest, require_whole, writing
+from disk import finish_file, writing
+from shards import DRAFT, MANIFEST, ShardFolder, load_json, read_manifest, require_whole
 
 BATCH_BYTES = 4 << 20  # a record batch of a text shard is cut at this many bytes of text,
 BATCH_ROWS = 1024  # or at this many documents
 BATCHES_AHEAD = 2  # record batches that may wait to be written
 
-TEXT_COLUMNS = {
-    "text": {"text": "string"},
-    "chat": {"messages": [{"role": "string", "content": "string", "thinking": "string"}]},
-}
+
+def schema(kind: str) -> Any:
+    """The column of a text shard: texts, or conversations as lists of messages."""
+    import pyarrow as pa
+
+    if kind == "text":
+        return pa.schema([("text", pa.string())])
+    return pa.schema([("messages", pa.list_(pa.struct([(n, pa.string()) for n in ("role", "content", "thinking")])))])
 
 
 class TextShardWriter:
@@ -87,15 +92,13 @@ class _TextFile:
     """One Arrow file while it grows: size and checksum are taken of the bytes as they pass."""
 
     def __init__(self, path: Path, kind: str, name: str, split: str) -> None:
-        from datasets import Features
-        from datasets.arrow_writer import ArrowWriter
+        import pyarrow as pa
 
-        self.path, self.name, self.split, self.kind = path, name, split, kind
+        self.path, self.name, self.split, self.schema = path, name, split, schema(kind)
         self.pending: list[Any] = []
         self.pending_bytes = self.documents = self.text_bytes = 0
-        self.features = Features.from_dict(_feature_spec(TEXT_COLUMNS[kind]))
         self.sink = _HashingFile(path)
-        self.writer = ArrowWriter(features=self.features, stream=self.sink)
+        self.writer = pa.ipc.new_stream(self.sink, self.schema)
 
     def take(self) -> tuple[list[Any], int]:
         """The documents that wait to be written, and their bytes."""
@@ -109,19 +112,19 @@ class _TextFile:
         rows, n_bytes = taken
         if not rows:
             return
-        if self.kind == "text":
+        if self.schema.names == ["text"]:
             offsets = np.zeros(len(rows) + 1, np.int32)
             np.cumsum([len(row) for row in rows], out=offsets[1:])
             buffers = pa.py_buffer(offsets), pa.py_buffer(b"".join(rows))
             table = pa.table({"text": pa.StringArray.from_buffers(len(rows), *buffers)})
         else:
-            table = pa.Table.from_pydict({"messages": rows}, schema=self.features.arrow_schema)
+            table = pa.Table.from_pydict({"messages": rows}, schema=self.schema)
         self.writer.write_table(table)
         self.documents += len(rows)
         self.text_bytes += n_bytes
 
     def finish(self) -> None:
-        self.writer.finalize(close_stream=False)
+        self.writer.close()
         finish_file(self.sink.file)
 
     def facts(self) -> dict[str, Any]:
@@ -149,14 +152,6 @@ class _HashingFile(io.RawIOBase):
         self.sha256.update(data)
         self.size += memoryview(data).nbytes
         return memoryview(data).nbytes
-
-
-def _feature_spec(spec: Any) -> Any:
-    if isinstance(spec, str):
-        return {"dtype": spec, "_type": "Value"}
-    if isinstance(spec, list):
-        return [_feature_spec(spec[0])]
-    return {name: _feature_spec(kind) for name, kind in spec.items()}
 
 
 def unit_batches(folder: Path, n_units: int | None = None) -> Iterator[Any]:

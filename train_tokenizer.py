@@ -26,6 +26,7 @@ import log
 import shards
 import text_shards
 from config import Config, TextSource, UserError
+from disk import write_text, writing
 from report import refresh
 from shards import SPLITS, TokenShardWriter
 from tokenizer import FILE, Tokenizer
@@ -95,7 +96,7 @@ def get_tokenizer(config: Config, corpora: list[Corpus]) -> Tokenizer:
     log.say(f"training a tokenizer of {config.model.vocab_size} entries on {log.size(n_bytes)} of text")
     texts = sample_texts(corpora, shares, config.seed)
     tokenizer = Tokenizer.train(texts, config.model.vocab_size, progress=sys.stderr.isatty())
-    with shards.writing(folder.folder):
+    with writing(folder.folder):
         tokenizer.save(folder.folder)
     folder.finish(hash=tokenizer.hash, entries=tokenizer.n_entries, sample_bytes=round(n_bytes))
     return tokenizer
@@ -195,7 +196,7 @@ def encode_corpus(tokenizer: Tokenizer, corpus: Corpus, shard_tokens: int, *, ve
         splits = writer.folder.manifest["splits"]
     sheet = text_shards.data_sheet({**corpus.manifest, "splits": splits})
     for folder in (corpus.text, corpus.tokens):
-        shards.write_text(folder / "README.md", sheet)
+        write_text(folder / "README.md", sheet)
     held_out = log.count(splits["validation"]["tokens"])
     log.say(f"{corpus.source.name}: {log.count(splits['train']['tokens'])} tokens to train on, {held_out} held out")
 
@@ -278,7 +279,7 @@ def report(tokenizer: Tokenizer, corpora: list[Corpus], folder: Path, gpt2: str 
     table = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows[1:]]]
     notes = "Lone bytes: the share of tokens that stand for one byte of a longer character."
     title = f"# Tokenizer {tokenizer.hash}\n\n{tokenizer.n_entries} entries of {tokenizer.vocab_size}.\n\n"
-    shards.write_text(folder / "README.md", title + "\n".join(table) + f"\n\n{notes}\n")
+    write_text(folder / "README.md", title + "\n".join(table) + f"\n\n{notes}\n")
 
 
 def held_out_text(corpus: Corpus) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"config", "log"},
+    {"disk"},
     {"model", "optim", "matrices", "hardware", "tokenizer", "shards"}
     | {"hub", "cleaning", "demo_world", "page", "terminal"},
     {"text_shards", "readers", "layouts", "conversation", "batches", "checkpoint", "engine"},

@@ -1,5 +1,6 @@
 """Sources: the text column, reading ahead, the real sets."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +58,23 @@ def test_reading_ahead_closes_its_source_when_nobody_reads_on() -> None:
     assert next(stream).first == 0
     stream.close()
     assert closed == [True]
+
+
+def test_reading_ahead_does_not_wait_for_a_network_that_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
+    stalled, over = threading.Event(), threading.Event()
+    monkeypatch.setattr(corpora, "PATIENCE", 0.01)
+
+    def batches() -> Iterator[Rows]:
+        yield Rows(0, "x", 0, [0])
+        stalled.set()
+        over.wait(60)
+
+    stream = corpora.ahead(batches())
+    next(stream)
+    stalled.wait()
+    stream.close()
+    assert not over.is_set()
+    over.set()
 
 
 # --------------------------------------------------------------------------------------- the real sets

@@ -19,6 +19,7 @@ from hub_server import Fault, Hub, write_set
 
 import corpora
 import create_shard
+import disk
 import ingest
 import shards
 import text_shards
@@ -355,14 +356,14 @@ def test_stopped_between_any_two_writes_it_ends_with_the_same_bytes(
     files: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
     """As a kill just before the nth small file is put in place: drafts, logs, sheets, manifests."""
-    write_text, calls = shards.write_text, iter(range(1000))
+    write_text, calls = disk.write_text, iter(range(1000))
 
     def stopping(path: Path, text: str) -> None:
         if next(calls) == nth:
             raise KeyboardInterrupt
         write_text(path, text)
 
-    for module in (shards, ingest):
+    for module in (disk, ingest):
         monkeypatch.setattr(module, "write_text", stopping)
     with pytest.raises(KeyboardInterrupt):
         make(configured(tmp_path, files))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import disk
 import shards
 from config import UserError
 from shards import TokenShards, TokenShardWriter
@@ -120,5 +121,5 @@ def test_manifest_is_readable_json_with_a_checksum_for_every_file(tmp_path: Path
     files = {name: facts for unit in manifest["units"] for name, facts in unit["files"].items()}
     assert set(files) == {path.name for path in tmp_path.iterdir()} - {"manifest.json"}
     for name, facts in files.items():
-        assert facts["sha256"] == shards.checksum(tmp_path / name)
+        assert facts["sha256"] == disk.checksum(tmp_path / name)
         assert facts["size"] == (tmp_path / name).stat().st_size
