@@ -267,3 +267,44 @@ def test_hub_file_that_gives_less_than_asked_is_a_network_failure() -> None:
         file.read(8)
     assert isinstance(file.failure, NetworkFailure)
     file.close()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".jsonl.gz", ".json", ".csv", ".parquet"])
+def test_a_network_that_breaks_off_is_told_apart_from_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    draw = random.Random(0)
+    texts = [" ".join(str(draw.random()) for _ in range(50)) for _ in range(5000)]  # nothing to compress
+    path = write_format(tmp_path, suffix, texts)
+    attempts = iter((0.5, 0.8, 1.0))  # of the file's bytes come before the network breaks off
+
+    class Flaky(io.FileIO):
+        def __init__(self, address: str, size: int) -> None:
+            super().__init__(path)
+            self.failure, self.end = None, size * next(attempts)
+
+        def readinto(self, buffer: Any) -> int:
+            stop = min(self.tell() + len(buffer), path.stat().st_size)
+            if self.end < stop < path.stat().st_size - 5000:  # where a parquet file has its index
+                self.failure = NetworkFailure("broken off")
+                raise OSError("broken off")
+            return super().readinto(buffer)
+
+        def read(self, size: int = -1) -> bytes:
+            data = bytearray(size)
+            return bytes(data[: self.readinto(data)])
+
+    monkeypatch.setattr(readers, "HubFile", Flaky)
+    files = [readers.SourceFile(f"hf://set/data{suffix}", path.stat().st_size)]
+    found, cursor, places = [], (0, 0), []
+    while True:
+        try:
+            for rows in read_rows(files, cursor, column_picker(own(path))):
+                found += rows.items
+                cursor = (rows.file, rows.first + len(rows.items))
+            break
+        except NetworkFailure:
+            places.append(cursor[1])
+    assert len(places) == 2
+    assert 0 < places[0] < places[1] < len(texts)
+    assert [text.decode() if isinstance(text, bytes) else text for text in found] == texts
