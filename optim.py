@@ -66,11 +66,23 @@ class Muon(torch.optim.Optimizer):
             velocity = state.setdefault("velocity", torch.zeros_like(gradient))
             velocity.lerp_(gradient, 1 - group["momentum"])
             direction = orthogonalise(gradient.lerp(velocity, group["momentum"]))  # Nesterov
+            direction = even_out(direction, state)
             m, n = gradient.shape[-2:]
             size = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(m, n))
             for param, update in zip(params, direction, strict=True):
-                param.mul_(1 - group["lr"] * group["weight_decay"])
+                shrinking = param * update > 0  # decay only where the update shrinks the weight too (arXiv 2510.12402)
+                param.mul_(1 - group["lr"] * group["weight_decay"] * shrinking)
                 param.add_(update, alpha=-size)
+
+
+def even_out(direction: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Updates (K, m, n) whose rows (columns, where those are more) are of like size in the long run, as large in all
+    as those of an orthogonal matrix (NorMuon, arXiv 2510.05491)."""
+    m, n = direction.shape[-2:]
+    now = direction.square().mean(dim=-1 if m >= n else -2, keepdim=True)
+    usual = state.setdefault("usual", torch.zeros_like(now)).lerp_(now, 0.1)
+    direction = direction * usual.clamp_min(1e-10).rsqrt()
+    return direction * (math.sqrt(min(m, n)) / direction.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7))
 
 
 class Optimizers:

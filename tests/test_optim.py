@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
@@ -11,7 +12,7 @@ import torch
 
 from config import LoopConfig, ModelConfig, OptimConfig
 from model import Packed, build_model
-from optim import build_optimizers, learning_rate_factor, orthogonalise
+from optim import Muon, build_optimizers, even_out, learning_rate_factor, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 48), (2, 48, 16), (1, 32, 32)])
@@ -32,6 +33,30 @@ def test_orthogonalising_keeps_the_singular_vectors() -> None:
     u, _, v = torch.linalg.svd(x[0], full_matrices=False)
     inner = u.T @ orthogonalise(x)[0] @ v.T
     torch.testing.assert_close(inner, torch.diag(inner.diagonal()), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 10), (2, 10, 6)])
+def test_updates_are_evened_out_over_the_longer_side_and_keep_their_size(shape: tuple[int, int, int]) -> None:
+    direction = torch.randn(shape)
+    direction[:, 0, :], direction[:, :, 0] = 3 * direction[:, 0, :], 3 * direction[:, :, 0]
+    state: dict = {}
+    for _ in range(60):
+        even = even_out(direction, state)
+    sizes = even.norm(dim=2 if shape[1] >= shape[2] else 1)
+    assert (sizes.amax(dim=1) / sizes.amin(dim=1)).max() < 1.05
+    torch.testing.assert_close(even.norm(dim=(1, 2)), torch.full((2,), math.sqrt(6)))
+    assert torch.equal(even_out(torch.zeros(shape), {}), torch.zeros(shape))  # a gradient of nothing moves nothing
+
+
+def test_weights_decay_only_where_the_update_shrinks_them() -> None:
+    weight = torch.nn.Parameter(torch.ones(16, 16))
+    muon = Muon([weight], lr=0.1, momentum=0.0, weight_decay=0.5)
+    weight.grad = torch.randn(16, 16)
+    before = weight.detach().clone()
+    muon.step()
+    update = (even_out(orthogonalise(weight.grad[None]), {}) * 0.1 * 0.2 * 4)[0]
+    decayed = before * torch.where(update > 0, 1 - 0.1 * 0.5, 1.0) - update
+    torch.testing.assert_close(weight.detach(), decayed)
 
 
 def step_of(model, optimizers) -> float:
