@@ -204,7 +204,7 @@ class OptimConfig:
     """The update rule; how fast it goes is set where it is used: pretrain.lr, sft1.lr, sft2.lr."""
 
     name: Literal["muon", "adamw", "schedulefree"] = "muon"  # muon: Muon for matrices, AdamW for the rest
-    embedding_lr_ratio: float = 1.0  # learning rate of the embedding, relative to lr
+    embedding_lr_ratio: float = 3.0  # learning rate of the embedding, relative to lr
     scalar_lr_ratio: float = 1.0  # learning rate of norms, gains and other vectors, relative to lr
     weight_decay: float = 0.1  # of matrices only, decoupled, multiplied by the learning rate
     momentum: float = 0.95  # of Muon
