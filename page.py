@@ -11,7 +11,7 @@ import io
 import math
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -276,11 +276,17 @@ def describe(block: Chart | Bars) -> str:
     for s in block.series:
         if not s.y:
             continue
-        where = log.count(s.x[-1]) if block.x == "tokens" else f"{s.x[-1]:.3g}"
-        course = f"{s.y[0]:.3g} at the start, {s.y[-1]:.3g} after {where} {block.x}"
-        words.append(f"{s.name}: {len(s.y)} points" if s.style == "points" else f"{s.name}: {course}")
+        first, last = plain(s.y[0]), plain(s.y[-1])
+        where = f"{log.count(s.x[-1]) if block.x == 'tokens' else plain(s.x[-1])} {block.x}"
+        course = f"{first} at the start, {last} after {where}" if len(s.y) > 1 else f"{last} after {where}"
+        words.append(f"{s.name}: {len(s.y)}, the last after {where}" if s.style == "points" else f"{s.name}: {course}")
     marks = " → ".join(text for _, text in block.marks)
     return "; ".join(words) + "." + (f" In stages: {marks} tokens." if marks else "")
+
+
+def plain(value: float) -> str:
+    """A number to three digits, without an exponent where it is large."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 # matplotlib draws in these stand-ins, and the page's style sheet says what they look like, by day and by night
@@ -370,12 +376,22 @@ def paint_chart(figure: Any, chart: Chart) -> None:
     axes.set_ylabel(chart.y)
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    for x, text in chart.marks:
+    for x, text in fitting_marks(chart.marks, axes.get_xlim()[1]):
         axes.axvline(x, color=MUTED, linewidth=0.7, linestyle=(0, (2, 2)))
         axes.annotate(text, (x, 1), (0, 2), xycoords=("data", "axes fraction"), textcoords="offset points", color=MUTED)
     if named:
         above = (0, 1.09 if chart.marks else 1.0)
         axes.legend(loc="lower left", bbox_to_anchor=above, ncols=columns, borderaxespad=0.1, handlelength=1.4)
+
+
+def fitting_marks(marks: Sequence[tuple[float, str]], end: float) -> list[tuple[float, str]]:
+    """The marks of an axis from 0 to `end`; one that would run into the next says its last word alone, or nothing."""
+    letter = 0.02 * end  # the room that one takes
+    found = []
+    for (x, text), (following, _) in zip(marks, [*marks[1:], (math.inf, "")], strict=True):
+        fitting = (words for words in (text, text.split()[-1], "") if x + letter * len(words) <= following)
+        found.append((x, next(fitting, "")))
+    return found
 
 
 def legend_columns(names: list[str]) -> int:

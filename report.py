@@ -305,7 +305,8 @@ def group_of(name: str) -> str:
 
 
 def cost(kwh: float, report: ReportConfig) -> str:
-    return f"{kwh * report.price_per_kwh:.2f} {report.currency}"
+    price = kwh * report.price_per_kwh
+    return f"{price:.2f} {report.currency}" if price >= 0.01 else f"{price:.2g} {report.currency}"
 
 
 # ---- training

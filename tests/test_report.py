@@ -105,6 +105,7 @@ def test_hours_energy_and_cost_are_those_of_all_stages(config: Config) -> None:
     assert run.hours == pytest.approx(0.3)
     assert run.kwh == pytest.approx(0.06)
     assert report.cost(run.kwh, config.report) == "0.03 EUR"
+    assert report.cost(0.00615, config.report) == "0.0031 EUR"  # never nothing
     assert "0.06 kWh" in shown(config)[0]
 
 
@@ -352,6 +353,22 @@ def test_two_runs_stand_side_by_side(config: Config) -> None:
 
 
 # ------------------------------------------------------------------------------------------ in a browser
+
+
+def test_marks_that_would_run_into_each_other_say_less() -> None:
+    marks = [(0.0, "context 1024"), (20.0, "2048"), (24.0, "4096"), (100.0, "8192")]
+    assert page.fitting_marks(marks, 120.0) == [(0.0, "1024"), (20.0, ""), (24.0, "4096"), (100.0, "8192")]
+    assert page.fitting_marks(marks[:1], 1.0) == marks[:1]
+
+
+def test_a_chart_in_words_has_plain_numbers() -> None:
+    curve = page.Series("speed", (0.0, 2e6), (8530.4, 12345.6))
+    once = page.Series("loss", (3000.0,), (0.12345,), style="marked")
+    skipped = page.Series("skipped step", (10.0, 1e6), (1.0, 2.0), style="points")
+    assert page.describe(page.Chart("A chart", (curve, once, skipped), "tokens", "y")) == (
+        "speed: 8,530 at the start, 12,346 after 2.0M tokens; loss: 0.123 after 3.0k tokens; "
+        "skipped step: 2, the last after 1.0M tokens."
+    )
 
 
 @pytest.fixture(scope="module")
