@@ -52,7 +52,11 @@ class Options:
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None  # answer this once, then end
     checkpoint: str | None = None  # any checkpoint folder; None takes the newest of the furthest stage
     weights: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # how they are stored; auto: bfloat16 if many
-    cycles: int | None = None  # cycles of the reasoning head; None is as trained
+    cycles: Annotated[int | None, tyro.conf.arg(aliases=["--think-cycles"])] = (
+        None  # cycles of the reasoning head; None is as trained
+    )
+    early_exit: float | None = None  # leave them once the prediction moves by less, in nats of KL; None runs them all
+    guidance: float | None = None  # push the prediction on, away from the one a cycle earlier, by this factor
     think: bool = False  # ask for reasoning before the answer
     think_tokens: int | None = None  # longest reasoning, in tokens; None is as long as it likes
     stop: tuple[str, ...] = ()  # texts that end an answer
@@ -141,11 +145,16 @@ class Timing:
     ids: list[int] = field(default_factory=list)  # the answer
     first_seconds: float = 0.0  # until the first token
     seconds: float = 0.0  # until the last
+    n_cycles: int = 0  # of the reasoning head, over all tokens of the answer
     finish: str = ""  # stop, length, context, or interrupted
 
     @property
     def tokens_per_second(self) -> float:
         return (len(self.ids) - 1) / (self.seconds - self.first_seconds) if len(self.ids) > 1 else 0.0
+
+    @property
+    def cycles_per_token(self) -> float:
+        return self.n_cycles / max(1, len(self.ids))
 
 
 class Chat:
@@ -161,6 +170,8 @@ class Chat:
         self.store = store
         self.engine = Engine(loaded.model, weights=store)
         self.set_cycles(options.cycles)
+        self.set_early_exit(options.early_exit)
+        self.set_guidance(options.guidance)
         self.config = chat
         self.set_sampling()
         if chat.max_tokens < 1:
@@ -196,11 +207,38 @@ class Chat:
         self.config, self.sampling = chat, sampling
 
     def set_cycles(self, cycles: int | None) -> None:
-        if cycles is not None and self.engine.model.head is None:
-            raise UserError("This model has no reasoning head: its cycles cannot be set.")
+        """How often the reasoning head cycles; UserError for what cannot be."""
+        self._check_head(cycles)
         if cycles is not None and not 1 <= cycles <= 64:
             raise UserError(f"{cycles} cycles; give 1 to 64.")
         self.engine.h_cycles = cycles
+
+    def set_early_exit(self, nats: float | None) -> None:
+        """Below which change of the prediction, in nats, a token leaves the cycles; UserError for what cannot be."""
+        self._check_head(nats)
+        if nats is not None and not nats >= 0:
+            raise UserError(f"Cycles are left early at {nats:g} nats; give at least 0.")
+        self.engine.settled = nats
+
+    def set_guidance(self, factor: float | None) -> None:
+        """How far the prediction is pushed on from that of a cycle earlier; UserError for what cannot be."""
+        self._check_head(factor)
+        if factor is not None and not 0 <= factor <= 100:
+            raise UserError(f"The guidance is {factor:g}; give 0 to 100.")
+        self.engine.guidance = factor
+
+    def _check_head(self, wanted: float | None) -> None:
+        if wanted is not None and self.engine.model.head is None:
+            raise UserError("This model has no reasoning head: it has no cycles to set.")
+
+    def set_like(self, other: Chat) -> None:
+        """Answer as another chat would, as far as this model can."""
+        self.system, self.think, self.think_tokens = other.system, other.think, other.think_tokens
+        self.config, self.sampling = other.config, other.sampling
+        if self.engine.model.head is not None:
+            theirs = other.engine
+            self.engine.h_cycles, self.engine.settled = theirs.h_cycles, theirs.settled
+            self.engine.guidance = theirs.guidance
 
     # ------------------------------------------------------------------------------------------ asking
 
@@ -292,7 +330,7 @@ class Chat:
         reader = AnswerReader(self.tokenizer)
         for token in stream:
             timing.ids.append(token)
-            timing.seconds = time.monotonic() - started
+            timing.seconds, timing.n_cycles = time.monotonic() - started, stream.n_cycles
             timing.first_seconds = timing.first_seconds or timing.seconds
             if token not in stops:
                 yield from reader.read(token)
@@ -360,6 +398,7 @@ class Chat:
             "first_token_seconds": round(t.first_seconds, 4),
             "seconds": round(t.seconds, 4),
             "tokens_per_second": round(t.tokens_per_second, 1),
+            "cycles_per_token": round(t.cycles_per_token, 3),
             "notes": self.take_notes(),
         }
 
@@ -385,7 +424,9 @@ class Chat:
         speed = [f"{self.timing.tokens_per_second:.0f} tok/s"] if self.timing.ids else []
         thinks = ["thinking"] if self.think else []
         context = f"context {self.used()}/{self.engine.context}"
-        return [*speed, context, self.stage, *thinks, f"temp {self.config.temperature:g}"]
+        early = self.engine.settled is not None and self.timing.ids
+        cycles = [f"{self.timing.cycles_per_token:.2f} cycles"] if early else []
+        return [*speed, context, *cycles, self.stage, *thinks, f"temp {self.config.temperature:g}"]
 
     def drawing(self) -> str:
         """How tokens are drawn, in words."""
@@ -464,7 +505,7 @@ class Terminal:
     def do_help(self, argument: str) -> None:
         """this list"""
         for name, command in self.commands.items():
-            say(f"  /{name:<9} {command.__doc__}", 13)
+            say(f"  /{name:<9} {' '.join(command.__doc__.split())}", 13)
         say("  Alt-Enter begins a new line, the arrow keys bring back what was typed.", 2)
 
     def do_system(self, argument: str) -> None:
@@ -488,10 +529,22 @@ class Terminal:
         say(f"reasoning: {asked}, {'shown' if self.thoughts else 'folded'}, {limit}")
 
     def do_cycles(self, argument: str) -> None:
-        """N: let the reasoning head cycle N times; without a number, as trained"""
-        self.chat.set_cycles(_whole_number(argument, "/cycles N") if argument else None)
-        cycles = self.chat.engine.h_cycles
-        print(f"cycles: {'as trained' if cycles is None else cycles}")
+        """N: let the reasoning head cycle N times; without a number, as trained; early X: leave the cycles once the
+        prediction moves by less than X nats; `early none` runs them all"""
+        usage, engine = "/cycles N, or /cycles early X", self.chat.engine
+        name, _, value = argument.partition(" ")
+        if name == "early":
+            self.chat.set_early_exit(None if value.strip() == "none" else _number(value.strip(), usage))
+        else:
+            self.chat.set_cycles(_whole_number(argument, usage) if argument else None)
+        early = "" if engine.settled is None else f", left early below {engine.settled:g} nats"
+        print(f"cycles: {'as trained' if engine.h_cycles is None else engine.h_cycles}{early}")
+
+    def do_guidance(self, argument: str) -> None:
+        """X: push the prediction on, away from the one a cycle earlier, X times their difference; `none` does not"""
+        if argument:
+            self.chat.set_guidance(None if argument == "none" else _number(argument, "/guidance X"))
+        print(f"guidance: {'none' if self.chat.engine.guidance is None else self.chat.engine.guidance}")
 
     def do_temp(self, argument: str) -> None:
         """X: set the temperature; 0 takes the likeliest token each time"""
@@ -553,6 +606,8 @@ class Terminal:
         prompt = f"{t.read} tokens read, {t.reused} held by the cache"
         say(f"  prompt   {prompt}; {t.first_seconds:.2f} s to the first token", 11)
         say(f"  answer   {len(t.ids)} tokens, {t.tokens_per_second:.1f} a second; finish: {t.finish or 'none yet'}", 11)
+        if chat.engine.n_cycles:
+            say(f"  head     {t.cycles_per_token:.2f} of {chat.engine.n_cycles} cycles a token", 11)
         say(f"  drawing  {chat.drawing()}", 11)
 
     def do_compare(self, argument: str) -> None:
@@ -563,10 +618,10 @@ class Terminal:
         if not questions:
             raise UserError("There is no question yet.")
         if path not in self.others:
-            self.others[path] = Chat.load(path, self.run_config, replace(self.options, checkpoint=str(path)))
+            plain = replace(self.options, checkpoint=str(path), cycles=None, early_exit=None, guidance=None)
+            self.others[path] = Chat.load(path, self.run_config, plain)
         other, messages = self.others[path], self.chat.messages()[: questions[-1] + 1]
-        other.system, other.think, other.think_tokens = self.chat.system, self.chat.think, self.chat.think_tokens
-        other.config, other.sampling = self.chat.config, self.chat.sampling
+        other.set_like(self.chat)
         other.turns = [Turn(m, render_turn(m, other.tokenizer).ids) for m in messages[:-1]]
         other.first = 0
         say(other.introduction(), 2)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from matrices import BlockKernel, Matrix
-from model import Block, KVCache, Model, decode, for_decoding
+from model import Block, KVCache, Model, decode, for_decoding, think
 
 # B rows, T positions of a chunk, V vocab_size
 
@@ -76,6 +76,9 @@ class Engine:
     weights: how the engine's own copy stores them, float32, bfloat16 or int8, which makes each token faster; None
     makes no copy and decodes with the model as it is, also while it is being trained.
     h_cycles: how often the reasoning head cycles; None is as the model was configured.
+    settled: leave the cycles once the prediction moves by less than this, in nats (KL divergence); None runs them all.
+    guidance: how far the prediction is pushed on, away from the one a cycle earlier; None leaves it as it is. It is
+    autoguidance (arXiv 2406.02507) with the shallower depth as the weaker model.
     """
 
     def __init__(
@@ -84,11 +87,13 @@ class Engine:
         *,
         weights: str | None = None,
         h_cycles: int | None = None,
+        settled: float | None = None,
+        guidance: float | None = None,
         max_rows: int = 64,
         chunk_tokens: int = 512,
     ) -> None:
         self.model = model if weights is None else compress(model, weights)
-        self.h_cycles = h_cycles
+        self.h_cycles, self.settled, self.guidance = h_cycles, settled, guidance
         self.max_rows = max_rows  # answers decoded together
         self.chunk_tokens = chunk_tokens  # tokens in one pass while a prompt is read
         self.context = model.config.context
@@ -136,21 +141,21 @@ class Engine:
         pad = [longest - len(prompt) for prompt in prompts]
         capacity = longest + min(rules.max_tokens, self.context)
         cache = KVCache(len(prompts), capacity, pad=pad, device=self.model.device)
-        logits = self._read([[0] * gap + list(prompt) for gap, prompt in zip(pad, prompts, strict=True)], cache)
+        logits, cycles = self._read([[0] * gap + list(prompt) for gap, prompt in zip(pad, prompts, strict=True)], cache)
         if len(prompts) < len(rows):
             copies = [prompts.index(tuple(row.ids)) for row in rows]
             cache.keep_rows(copies)
-            logits = logits[copies]
+            logits, cycles = logits[copies], [cycles[i] for i in copies]
         while True:
-            for row, token in zip(rows, draw(logits, rows, rules), strict=True):
-                row.take(token)
+            for row, token, n_cycles in zip(rows, draw(logits, rows, rules), cycles, strict=True):
+                row.take(token, n_cycles)
             going = [i for i, row in enumerate(rows) if not row.finish]
             if not going:
                 return
             if len(going) <= 0.75 * len(rows):  # rows that are done are carried along until dropping them pays
                 cache.keep_rows(going)
                 rows = [rows[i] for i in going]
-            logits = self._read([row.ids[-1:] for row in rows], cache)
+            logits, cycles = self._read([row.ids[-1:] for row in rows], cache)
 
     # -------------------------------------------------------------------------------------- one by one
 
@@ -182,26 +187,29 @@ class Engine:
             if ours != theirs:
                 break
             common += 1
-        if self.cache is None or self.cache_cycles != self.h_cycles:
-            self.cache, self.cache_cycles = KVCache(1, self.context, device=self.model.device), self.h_cycles
+        if self.cache is None or self.cache_cycles != (self.h_cycles, self.settled):
+            self.cache, self.cache_cycles = (
+                KVCache(1, self.context, device=self.model.device),
+                (self.h_cycles, self.settled),
+            )
         common = self.cache.rewind(common)
         self.held = self.held[:common]
         return common
 
-    def extend(self, ids: list[int]) -> Tensor:
-        """Add ids to the stream's cache; float32 logits (1, V) after the last."""
+    def extend(self, ids: list[int]) -> tuple[Tensor, int]:
+        """Add ids to the stream's cache; float32 logits (1, V) after the last, and the cycles that it ran."""
         try:
-            logits = self._read([ids], self.cache, mark=len(ids) > 1)
+            logits, (n_cycles,) = self._read([ids], self.cache, mark=len(ids) > 1)
         except BaseException:  # Ctrl-C above all. A token half read is written over; a half-read chunk spoils the rings
             if len(ids) > 1:
                 self.cache, self.held = None, []
             raise
         self.held += ids
-        return logits
+        return logits, n_cycles
 
     @torch.no_grad()
-    def _read(self, ids: list[list[int]], cache: KVCache, *, mark: bool = False) -> Tensor:
-        """Float32 logits (B, V) after ids (B, T), which join the cache a chunk at a time.
+    def _read(self, ids: list[list[int]], cache: KVCache, *, mark: bool = False) -> tuple[Tensor, list[int]]:
+        """Float32 logits (B, V) after ids (B, T), which join the cache a chunk at a time; the cycles each row then ran.
 
         `mark` lets the cache come back to the beginning of the last chunk.
         """
@@ -209,8 +217,16 @@ class Engine:
         for number, chunk in enumerate(chunks, start=1):
             if mark and number == len(chunks):
                 cache.mark()
+            if number == len(chunks) and (self.settled is not None or self.guidance is not None):
+                logits, before, cycles = think(self.model, chunk, cache, h_cycles=self.h_cycles, settled=self.settled)
+                return logits + (self.guidance or 0.0) * (logits - before), cycles.tolist()
             hidden = decode(self.model, chunk, cache, self.h_cycles)
-        return self.model.logits(hidden[:, -1])
+        return self.model.logits(hidden[:, -1]), [self.n_cycles] * len(ids)
+
+    @property
+    def n_cycles(self) -> int:
+        """Cycles of the reasoning head that a token runs unless it leaves early; 0 without a head."""
+        return (self.h_cycles or self.model.config.hrm.h_cycles) if self.model.head else 0
 
     # ------------------------------------------------------------------------------------------ figures
 
@@ -248,6 +264,11 @@ class Stream(Iterator[int]):
     def finish(self) -> str:
         return self._row.finish
 
+    @property
+    def n_cycles(self) -> int:
+        """Cycles of the reasoning head that the answer's tokens took, added up."""
+        return self._row.n_cycles
+
     def __next__(self) -> int:
         row = self._row
         if row.finish:
@@ -255,8 +276,8 @@ class Stream(Iterator[int]):
         if len(row.ids) > self.engine.context:
             row.ids = self._shortened(row.ids, self.engine.context)
             self._next = row.ids[self.engine.reuse(row.ids) :]
-        logits = self.engine.extend(self._next)
-        row.take(draw(logits, [row], self.rules)[0])
+        logits, n_cycles = self.engine.extend(self._next)
+        row.take(draw(logits, [row], self.rules)[0], n_cycles)
         self._next = row.ids[-1:]
         return row.ids[-1]
 
@@ -283,6 +304,7 @@ class _Row:
         self._rolled: list[float] = []
         self._open = False  # inside the budget's brackets
         self._spent = 0  # ids said inside them
+        self.n_cycles = 0  # of the reasoning head, over all ids of the answer
 
     def roll(self) -> float:
         """The next number of this row's dice, in [0, 1)."""
@@ -290,8 +312,8 @@ class _Row:
             self._rolled = torch.rand(64, generator=self._generator, dtype=torch.float64).tolist()[::-1]
         return self._rolled.pop()
 
-    def take(self, token: int) -> None:
-        """Add a token, or the one that the rules force in its place; a finished answer stays as it is."""
+    def take(self, token: int, n_cycles: int) -> None:
+        """Add a token that took `n_cycles`, or the one that the rules force in its place; a finished answer stays."""
         if self.finish:
             return
         if len(self.answer) < len(self.rules.begin):
@@ -302,6 +324,7 @@ class _Row:
                 token = budget.close
             self._spent += self._open
             self._open = token != budget.close if self._open else token == budget.open
+        self.n_cycles += n_cycles
         self.ids.append(token)
         self.answer.append(token)
         if token in self.rules.stop_ids or (self.rules.stop_when and self.rules.stop_when(self.answer)):

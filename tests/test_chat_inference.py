@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import chat_inference
+import config as settings
 from chat_inference import Chat, Options, Terminal, find_checkpoint
 from checkpoint import load_for_inference
 from config import PRESETS, REASONING_PROMPT, Config, HRMConfig, ModelConfig, UserError, to_json
@@ -78,7 +79,7 @@ class Scripted:
         self.prompts.append(list(prompt))
 
         class Said(list):
-            reused, read, dropped, finish = 0, len(prompt), 0, "stop"
+            reused, read, dropped, finish, n_cycles = 0, len(prompt), 0, "stop", 0
 
         return Said(self.answers.pop(0))
 
@@ -258,6 +259,8 @@ def test_the_newest_checkpoint_of_the_furthest_stage_is_taken(tmp_path: Path) ->
     ("options", "complaint"),
     [
         (Options(cycles=0), "0 cycles"),
+        (Options(early_exit=float("nan")), "at least 0"),
+        (Options(guidance=-1.0), "give 0 to 100"),
         (Options(checkpoint="/nonexistent"), "holds no checkpoint"),
         (Options(prompt="  "), "prompt is empty"),
     ],
@@ -329,6 +332,21 @@ def test_json_gives_ids_text_and_timings(checkpoints: Path, capsys, piped) -> No
     assert reports[1]["reused_tokens"] > 0
 
 
+def test_json_counts_the_cycles_of_the_head(checkpoints: Path, capsys, piped) -> None:
+    piped(None)
+    for early_exit, fewer in ((None, False), (1e9, True)):
+        out, _ = run(checkpoints, Options(prompt="one", json=True, cycles=4, early_exit=early_exit), capsys)
+        n, ran = len(json.loads(out)["ids"]), json.loads(out)["cycles_per_token"]
+        assert ran == pytest.approx((4 + n - 1) / n if fewer else 4, abs=1e-3)  # the prompt runs all of them
+
+
+def test_the_options_of_the_head_can_be_typed() -> None:
+    words = ["--preset", "demo", "--think-cycles", "3", "--early-exit", "0.01", "--guidance", "1.5"]
+    _, options = settings.parse_cli_with(Options(), "", words)
+    assert (options.cycles, options.early_exit, options.guidance) == (3, 0.01, 1.5)
+    assert settings.parse_cli_with(Options(), "", ["--preset", "demo", "--cycles", "2"])[1].cycles == 2
+
+
 def test_as_a_program_it_ends_with_codes_that_mean_something(checkpoints: Path, tmp_path: Path) -> None:
     def start(*words: str, data: bytes = b"") -> subprocess.CompletedProcess:
         command = [sys.executable, "chat_inference.py", "--preset", "demo", *words]
@@ -392,6 +410,9 @@ def test_a_whole_conversation_in_the_terminal(terminal: Terminal, monkeypatch, c
         ("/temp nan", "temperature is nan"),
         ("/top-p 2", "top_p is 2"),
         ("/cycles 1.5", "no whole number"),
+        ("/cycles early x", "no number"),
+        ("/cycles early -1", "at least 0"),
+        ("/guidance 1e9", "give 0 to 100"),
         ("/cycles 0", "0 cycles"),
         ("/cycles 99999999999", "cycles; give"),
         ("/think perhaps", "no whole number"),
@@ -432,9 +453,36 @@ def test_a_file_that_is_no_conversation_changes_nothing(
     assert [m["content"] for m in terminal.chat.messages()] == ["one", "the cat"]
 
 
+def test_the_head_is_set_and_seen(terminal: Terminal, monkeypatch, capsys, checkpoints: Path) -> None:
+    lines = ["/cycles 4", "/cycles early 1e9", "/guidance 0.5", "one", "/stats", f"/compare {checkpoints / 'sft1'}"]
+    out = type_in(terminal, monkeypatch, capsys, *lines)
+    assert "cycles: 4, left early below 1e+09 nats" in out
+    assert "of 4 cycles a token" in out
+    assert "cycles" in " ".join(terminal.chat.status())
+    (other,) = terminal.others.values()  # answers with the same settings
+    assert (other.engine.h_cycles, other.engine.settled, other.engine.guidance) == (4, 1e9, 0.5)
+    out = type_in(terminal, monkeypatch, capsys, "/cycles", "/cycles early none", "/guidance none")
+    assert "cycles: as trained\n" in out
+    assert "guidance: none" in out
+
+
 def test_every_command_shows_its_help(terminal: Terminal, monkeypatch, capsys) -> None:
     out = type_in(terminal, monkeypatch, capsys, "/help")
-    wanted = ["compare", "cycles", "help", "load", "quit", "regen", "save", "stats", "system", "temp", "think", "top-p"]
+    wanted = [
+        "compare",
+        "cycles",
+        "guidance",
+        "help",
+        "load",
+        "quit",
+        "regen",
+        "save",
+        "stats",
+        "system",
+        "temp",
+        "think",
+        "top-p",
+    ]
     wanted.append("undo")
     assert sorted(terminal.commands) == wanted
     assert all(f"/{name} " in out for name in wanted)
@@ -457,7 +505,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal: Terminal, monkeypatc
         said = stream(prompt)
 
         class Broken:
-            reused, read, dropped, finish = 0, 0, 0, ""
+            reused, read, dropped, finish, n_cycles = 0, 0, 0, "", 0
 
             def __iter__(self):
                 yield from said[:4]

@@ -132,6 +132,56 @@ def test_the_number_of_cycles_reaches_the_head(model: Model, h_cycles: int) -> N
     assert list(engine.stream(prompt, max_tokens=12)) == reference_answer(model, prompt, 12, h_cycles=2)
 
 
+SETTLED = 0.02  # nats: some tokens leave the cycles, others do not
+
+
+@pytest.mark.parametrize("h_cycles", [None, 4])
+def test_cycles_that_are_never_left_give_the_full_computation(model: Model, h_cycles: int | None) -> None:
+    prompt = some_ids(10)
+    expected = reference_answer(model, prompt, 20, h_cycles=h_cycles)
+    engine = Engine(model, h_cycles=h_cycles, settled=0.0)
+    assert engine.generate([prompt, prompt[2:]], max_tokens=20)[0] == expected
+    stream = engine.stream(prompt, max_tokens=20)
+    assert list(stream) == expected
+    assert stream.n_cycles == 20 * engine.n_cycles == 20 * (h_cycles or HEAD.h_cycles)
+
+
+def test_cycles_left_early_are_counted_and_rows_do_not_see_each_other(model: Model) -> None:
+    prompts, settings = [some_ids(n, seed=n) for n in (5, 9, 12)], {"h_cycles": 4, "settled": SETTLED}
+    alone = [Engine(model, **settings).stream(prompt, max_tokens=20) for prompt in prompts]
+    said = [list(stream) for stream in alone]
+    assert Engine(model, **settings).generate(prompts, max_tokens=20) == said
+    assert all(4 + 19 <= stream.n_cycles <= 4 * 20 for stream in alone)
+    assert 4 + 19 * 3 < sum(stream.n_cycles for stream in alone) < 3 * 4 * 20
+    hasty = Engine(model, h_cycles=4, settled=math.inf).stream(prompts[0], max_tokens=20)
+    assert len(list(hasty)) == 20
+    assert hasty.n_cycles == 4 + 19  # the prompt runs all cycles
+
+
+def test_guidance_pushes_on_from_the_prediction_of_a_cycle_earlier(model: Model) -> None:
+    ids, expected = some_ids(10), []
+    for _ in range(12):
+        with torch.no_grad():
+            *_, before, now = model.cycles(torch.tensor(ids), Packed(torch.arange(len(ids)) == 0, len(ids)), h_cycles=3)
+            before, now = (model.logits(hidden[-1]) for hidden in (before, now))
+        expected.append(int((now + 2.5 * (now - before)).argmax()))
+        ids = [*ids, expected[-1]]
+    assert expected != reference_answer(model, ids[:10], 12, h_cycles=3)
+    assert Engine(model, h_cycles=3, guidance=2.5).generate([ids[:10]], max_tokens=12) == [expected]
+    assert Engine(model, h_cycles=3, guidance=0.0).generate([ids[:10]], max_tokens=12)[0] == reference_answer(
+        model, ids[:10], 12, h_cycles=3
+    )
+
+
+def test_another_way_to_leave_cycles_reads_the_conversation_anew(model: Model) -> None:
+    engine, prompt = Engine(model, settled=math.inf), some_ids(10)
+    answer = list(engine.stream(prompt, max_tokens=8))
+    engine.settled = None
+    stream = engine.stream([*prompt, *answer], max_tokens=8)
+    assert stream.reused == 0
+    assert list(stream) == reference_answer(model, [*prompt, *answer], 8)
+
+
 def test_generation_leaves_the_model_untouched(model: Model) -> None:
     before = {name: p.clone() for name, p in model.state_dict().items()}
     model.requires_grad_(True)
