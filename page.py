@@ -387,8 +387,8 @@ def paint_chart(figure: Any, chart: Chart) -> None:
 def fitting_marks(marks: Sequence[tuple[float, str]], end: float) -> list[tuple[float, str]]:
     """The marks of an axis from 0 to `end`; one that would run into the next says its last word alone, or nothing."""
     letter = 0.02 * end  # the room that one takes
-    found = []
-    for (x, text), (following, _) in zip(marks, [*marks[1:], (math.inf, "")], strict=True):
+    found, ends = [], [*(x for x, _ in marks[1:]), math.inf]
+    for (x, text), following in zip(marks, ends[: len(marks)], strict=True):
         fitting = (words for words in (text, text.split()[-1], "") if x + letter * len(words) <= following)
         found.append((x, next(fitting, "")))
     return found

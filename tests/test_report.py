@@ -359,6 +359,7 @@ def test_marks_that_would_run_into_each_other_say_less() -> None:
     marks = [(0.0, "context 1024"), (20.0, "2048"), (24.0, "4096"), (100.0, "8192")]
     assert page.fitting_marks(marks, 120.0) == [(0.0, "1024"), (20.0, ""), (24.0, "4096"), (100.0, "8192")]
     assert page.fitting_marks(marks[:1], 1.0) == marks[:1]
+    assert page.fitting_marks([], 1.0) == []
 
 
 def test_a_chart_in_words_has_plain_numbers() -> None:
