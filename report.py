@@ -291,6 +291,7 @@ def held_out_now(trace: Trace) -> list[tuple[str, float]]:
 
 
 BPB = "bits per byte"
+NO_SHARES = (BPB, "tokens")  # metrics of scores that are no part of one
 UNITS = {"bpb": BPB, "loss": "loss"}
 CYCLES, PROBES = "loss by cycle of the reasoning head", "probes"
 
@@ -442,7 +443,7 @@ def score_blocks(scores: list[Record], most: int = 9) -> list[Any]:
     order = list(STAGES)
     scores = sorted(scores, key=lambda s: order.index(s["stage"]) if s.get("stage") in order else len(order))
     scores = sorted(scores, key=lambda s: not s.get("headline"))
-    shares = [s for s in scores if s.get("metric") != BPB]
+    shares = [s for s in scores if s.get("metric") not in NO_SHARES]
     tasks = list(dict.fromkeys(s["task"] for s in shares))
     groups = tuple(dict.fromkeys(checkpoint_name(s) for s in shares))
     charts = []
@@ -473,7 +474,7 @@ def score_table(scores: list[Record]) -> Table:
     rows = []
     for task, by_group in tasks.items():
         some = next(iter(by_group.values()))
-        chance = percent(number(some.get("chance"))) if some.get("metric") != BPB else "–"
+        chance = percent(number(some.get("chance"))) if some.get("metric") not in NO_SHARES else "–"
         rows.append(
             (
                 task,
@@ -491,6 +492,8 @@ def score_text(score: Record) -> str:
     value, error = number(score["value"]), number(score.get("stderr"))
     if score.get("metric") == BPB:
         return f"{value:.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
+    if score.get("metric") == "tokens":
+        return f"{value:.1f}" + (f" ± {error:.1f}" if math.isfinite(error) else "")
     return percent(value) + (f" ± {100 * error:.1f}" if math.isfinite(error) else "")
 
 

@@ -42,6 +42,7 @@ from disk import write_json
 from engine import Engine
 from model import Packed
 from shards import TokenShards
+from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Score:
     """One figure of one checkpoint."""
 
     task: str
-    metric: str  # accuracy, share, centred accuracy, bits per byte
+    metric: str  # accuracy, share, centred accuracy, bits per byte, tokens
     value: float
     stderr: float | None = None
     chance: float | None = None
@@ -229,6 +230,8 @@ def in_words(score: Score) -> str:
     """A score with its standard error."""
     if score.metric == "bits per byte":
         return f"{score.value:.4f}" + (f" ± {score.stderr:.4f}" if score.stderr is not None else "")
+    if score.metric == "tokens":
+        return f"{score.value:.1f}" + (f" ± {score.stderr:4.1f}" if score.stderr is not None else "")
     return f"{score.value:.1%}" + (f" ± {100 * score.stderr:4.1f}" if score.stderr is not None else "")
 
 
@@ -396,6 +399,12 @@ class Reply:
     answer: Answer
     stopped: bool
     as_asked: bool
+    n_thought: int | None = None  # tokens of its reasoning, None where there is none
+
+    @property
+    def keeps_format(self) -> bool:
+        """Whether it is an answer that ended, with reasoning before it exactly where that was asked for."""
+        return self.stopped and self.as_asked and bool(self.answer.content.strip())
 
 
 def ask(loaded: Loaded, questions: Sequence[tuple[str, bool]], max_tokens: int, title: str = "") -> list[Reply]:
@@ -413,7 +422,7 @@ def ask(loaded: Loaded, questions: Sequence[tuple[str, bool]], max_tokens: int, 
             for i, ids in zip(part, answers, strict=True):
                 answer = parse_answer(ids, tokenizer)
                 as_asked = (answer.thinking is not None) == questions[i][1]
-                replies[i] = Reply(answer, ids[-1:] == [tokenizer.end], as_asked)
+                replies[i] = Reply(answer, ids[-1:] == [tokenizer.end], as_asked, thinking_tokens(ids, tokenizer))
             bar.update(len(part))
     return [replies[i] for i in range(len(prompts))]
 
@@ -424,15 +433,27 @@ def messages(text: str, reasons: bool) -> list[dict[str, str]]:
     return [*system, {"role": "user", "content": text}]
 
 
+def thinking_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> int | None:
+    """How many ids an answer spends on reasoning, None where it does not reason."""
+    if ids[:1] != [tokenizer.think]:
+        return None
+    return next((n for n, token in enumerate(ids[1:]) if token in (tokenizer.end_think, tokenizer.end)), len(ids) - 1)
+
+
 def behaviour(replies: Sequence[Reply], where: str) -> list[Score]:
-    """The share of answers that end by themselves, and of those that reason exactly when asked to."""
+    """The share of answers that end by themselves, that reason exactly when asked to, that keep the format in both and
+    say something; and the mean length of the reasoning, in tokens, over the answers that have any."""
     found = []
     for name, marks in (
         ("stops by itself", [reply.stopped for reply in replies]),
         ("thinks exactly when asked", [reply.as_asked for reply in replies]),
+        ("keeps the format", [reply.keeps_format for reply in replies]),
     ):
         value, error = tasks.mean_and_error(marks)
         found.append(Score(f"{where}: {name}", "share", value, finite(error), n=len(marks)))
+    if lengths := [reply.n_thought for reply in replies if reply.n_thought is not None]:
+        value, error = tasks.mean_and_error(lengths)
+        found.append(Score(f"{where}: length of the reasoning", "tokens", value, finite(error), n=len(lengths)))
     return found
 
 

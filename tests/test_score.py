@@ -181,10 +181,26 @@ def test_gsm8k_is_read_in_both_layouts() -> None:
 
 def test_behaviour_counts_answers_that_stop_and_think_as_asked() -> None:
     replies = [
-        Reply(Answer(None, "a"), stopped, asked) for stopped, asked in ((True, True), (True, False), (False, True))
+        Reply(Answer("7, 8", "9"), True, True, 4),
+        Reply(Answer(None, "9"), True, False),
+        Reply(Answer("7, 8, 9", ""), False, True, 6),
+        Reply(Answer(None, " "), True, True),  # says nothing
     ]
-    shares = {found.task: found.value for found in score.behaviour(replies, "x")}
-    assert shares == {"x: stops by itself": pytest.approx(2 / 3), "x: thinks exactly when asked": pytest.approx(2 / 3)}
+    found = {one.task.removeprefix("x: "): one for one in score.behaviour(replies, "x")}
+    shares = {name: f.value for name, f in found.items() if f.metric == "share"}
+    assert shares == {"stops by itself": 0.75, "thinks exactly when asked": 0.75, "keeps the format": 0.25}
+    length = found["length of the reasoning"]
+    assert (length.value, length.n, length.metric) == (5.0, 2, "tokens")
+    assert score.in_words(length) == "5.0 ±  1.0"
+    assert "%" not in report.score_text({"value": 5.0, "stderr": 1.0, "metric": "tokens"})
+
+
+def test_reasoning_is_measured_in_tokens_between_its_signs(loaded: Loaded) -> None:
+    t = loaded.tokenizer
+    assert score.thinking_tokens([t.think, 40, 41, t.end_think, 42, t.end], t) == 2
+    assert score.thinking_tokens([t.think, 40, 41, t.end], t) == 2  # never closed
+    assert score.thinking_tokens([t.think, 40], t) == 1
+    assert score.thinking_tokens([40, t.end], t) is None
 
 
 def test_a_reply_tells_stopping_and_thinking_from_the_ids(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
