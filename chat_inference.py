@@ -52,11 +52,9 @@ class Options:
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None  # answer this once, then end
     checkpoint: str | None = None  # any checkpoint folder; None takes the newest of the furthest stage
     weights: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # how they are stored; auto: bfloat16 if many
-    cycles: Annotated[int | None, tyro.conf.arg(aliases=["--think-cycles"])] = (
-        None  # cycles of the reasoning head; None is as trained
-    )
-    early_exit: float | None = None  # leave them once the prediction moves by less, in nats of KL; None runs them all
-    guidance: float | None = None  # push the prediction on, away from the one a cycle earlier, by this factor
+    cycles: Annotated[int | None, tyro.conf.arg(aliases=["--think_cycles"])] = None  # of the head; None: as trained
+    early_exit: float | None = None  # leave the head's cycles once the prediction moves by less, in nats (KL)
+    guidance: float | None = None  # push the prediction on, away from that of a cycle earlier, by this factor
     think: bool = False  # ask for reasoning before the answer
     think_tokens: int | None = None  # longest reasoning, in tokens; None is as long as it likes
     stop: tuple[str, ...] = ()  # texts that end an answer

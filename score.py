@@ -190,6 +190,8 @@ def tasks_wanted(loaded: Loaded, options: Options) -> list[str]:
         raise UserError(
             f"There is no task {', '.join(unknown)}. Groups: bpb, world, core, chat. Tasks: {', '.join(known)}."
         )
+    if not chats and len(options.compare) > 1:  # beside chat models its places in the table stay empty
+        return [name for name in singles if name not in CHAT]
     return singles
 
 

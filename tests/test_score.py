@@ -258,6 +258,15 @@ def test_comparing_takes_scores_that_are_there(
         score.main(run, replace(options, limit=5))  # another limit is another score
 
 
+def test_beside_chat_models_a_base_model_is_not_asked_to_chat(loaded: Loaded) -> None:
+    base = replace(loaded, state={**loaded.state, "stage": "base"})
+    chat = replace(loaded, state={**loaded.state, "stage": "sft2"})
+    several, one = Options(compare=("base", "sft2"), tasks=("copa", "gsm8k_chat")), Options(tasks=("gsm8k_chat",))
+    assert score.tasks_wanted(base, several) == ["copa"]
+    assert score.tasks_wanted(chat, several) == ["copa", "gsm8k_chat"]
+    assert score.tasks_wanted(base, one) == ["gsm8k_chat"]  # and is told why not
+
+
 def test_a_new_checkpoint_of_a_stage_takes_the_old_ones_place(tmp_path: Path) -> None:
     path, found = tmp_path / "score.json", [score.Score("copa", "accuracy", 0.5)]
     for stage, step in (("base", 1), ("sft1", 1), ("base", 2)):
