@@ -349,7 +349,7 @@ def paint_chart(figure: Any, chart: Chart) -> None:
     columns = legend_columns([series.name for series in chart.series])
     lines = -(-len(chart.series) // columns) * named + bool(chart.marks)  # of text above the curves
     # the layout is fixed: one that measures its letters takes twice as long
-    axes = figure.add_axes((0.14, 0.17, 0.83, 0.79 - 0.065 * lines))
+    axes = figure.add_axes((0.155, 0.17, 0.815, 0.79 - 0.065 * lines))
     for i, series in enumerate(chart.series):
         colour = COLOURS[(i if series.colour is None else series.colour) % len(COLOURS)]
         dashes = DASHES[series.dash % len(DASHES)]
@@ -374,6 +374,7 @@ def paint_chart(figure: Any, chart: Chart) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: log.count(value)))
     axes.set_xlabel(chart.x)
     axes.set_ylabel(chart.y)
+    axes.yaxis.set_label_coords(-0.14, 0.5)  # at the figure's edge, whatever stands at the ticks
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     for x, text in fitting_marks(chart.marks, axes.get_xlim()[1]):

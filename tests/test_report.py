@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -353,6 +354,22 @@ def test_two_runs_stand_side_by_side(config: Config) -> None:
 
 
 # ------------------------------------------------------------------------------------------ in a browser
+
+
+@pytest.mark.parametrize("y", [(0.425, 0.35), (12500.0, 9000.0), (0.0625, 0.07)])
+def test_words_beside_an_axis_stay_on_the_picture_and_off_its_numbers(y: tuple[float, float]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    with matplotlib.rc_context({"font.size": 7.5}):
+        page.paint_chart(figure, page.Chart("title", (page.Series("x", (0.0, 1.0), y),), "tokens", "bits per byte"))
+        figure.canvas.draw()
+    (axes,) = figure.axes
+    words = axes.yaxis.label.get_window_extent()
+    assert words.x0 >= 0
+    assert all(words.x1 <= tick.label1.get_window_extent().x0 for tick in axes.yaxis.get_major_ticks())
 
 
 def test_marks_that_would_run_into_each_other_say_less() -> None:
