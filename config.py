@@ -135,12 +135,13 @@ class HRMConfig:
     horizon: int = 5  # truncated: module calls that keep their gradient, once warmed up from 2
     horizon_warmup: float = 0.2  # truncated: share of training over which the horizon grows
     deep_supervision: bool = False  # a loss after every H cycle, one cycle's graph alive at a time
+    supervise_every: int = 1  # deep supervision: cycles before the last read one token of this many, shifting each step
     random_cycles: int | None = (
         None  # train with 1 to this many H cycles, drawn anew each step; None is always h_cycles
     )
 
     def problems(self) -> list[str]:
-        names = ("l_layer", "h_layer", "h_cycles", "horizon")
+        names = ("l_layer", "h_layer", "h_cycles", "horizon", "supervise_every")
         found = [f"model.hrm.{n} is {getattr(self, n)}, must be at least 1" for n in names if getattr(self, n) < 1]
         if self.l_cycles < 0:
             found.append(f"model.hrm.l_cycles is {self.l_cycles}, must be at least 0")

@@ -8,6 +8,7 @@ Knows no optimizer, file, tokenizer or chat format.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from inspect import signature
@@ -125,8 +126,9 @@ class Model(nn.Module):
         module calls before the last `horizon`, which have no backward pass."""
         c = self.config
         hrm = c.hrm or HRMConfig(h_cycles=1)
-        n_losses = (h_cycles or hrm.h_cycles) if hrm.deep_supervision else 1
-        weights = n_losses * (c.vocab_size * c.d_model + (self.head.out.numel() if self.head else 0))
+        n_earlier = (h_cycles or hrm.h_cycles) - 1 if hrm.deep_supervision else 0  # losses before the last one
+        weights = (1 + n_earlier / hrm.supervise_every) * c.vocab_size * c.d_model
+        weights += (1 + n_earlier) * (self.head.out.numel() if self.head else 0)
         attended = 0.0
         passes = self.block_passes(h_cycles)
         kept = len(passes) if horizon is None else sum(len(m.blocks) for m in self.head.calls(h_cycles)[-horizon:])
@@ -239,6 +241,39 @@ class HRMModule(nn.Module):
         for block in self.blocks:
             z = block(z, where)
         return rms_norm(z)
+
+
+@torch.no_grad()
+def probe_head(model: Model, ids: Tensor, targets: Tensor, weights: Tensor, where: Where) -> dict[str, float]:
+    """What the head does to a batch of held-out tokens (N,); nothing for a dense model.
+
+    loss cycle c: cross-entropy in nats after c cycles, 0 the trunk alone. head last change: KL divergence in nats of
+    the last two distributions. head L size, head H size: root mean square of each module's residual stream at its last
+    call, before the norm that caps it. head time share: of the seconds of a forward pass without the loss.
+    """
+    if model.head is None:
+        return {}
+    stream: dict[str, Tensor] = {}
+    modules = {"head L size": model.head.fast, "head H size": model.head.slow}
+    hooks = [
+        module.blocks[-1].register_forward_hook(lambda _, __, z, name=name: stream.update({name: z}))
+        for name, module in modules.items()
+        if module is not None
+    ]
+    seconds, hidden, started = [], [], time.perf_counter()
+    for state in model.cycles(ids, where):
+        float(state[0, 0])  # waits for the device
+        hidden.append(state)
+        seconds.append(time.perf_counter() - started)
+    for hook in hooks:
+        hook.remove()
+    counts = max(1.0, float(weights.sum()))
+    figures = {f"loss cycle {c}": float(model.loss(y, targets, weights)) / counts for c, y in enumerate(hidden)}
+    some = weights.nonzero().squeeze(1)[:1024]
+    now, before = (model.logits(y[some]).log_softmax(dim=-1) for y in (hidden[-1], hidden[-2]))
+    figures["head last change"] = float((now.exp() * (now - before)).sum(dim=-1).mean())
+    figures |= {name: float(z.float().square().mean().sqrt()) for name, z in stream.items()}
+    return figures | {"head time share": 1 - seconds[0] / seconds[-1]}
 
 
 # --------------------------------------------------------------------------------------------- blocks

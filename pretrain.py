@@ -18,7 +18,7 @@ import log
 from batches import PretrainingBatches, validation_batches
 from config import Config, UserError
 from engine import Engine, Sampling
-from model import Model, build_model, compute_dtype
+from model import Model, Packed, build_model, compute_dtype, probe_head
 from optim import build_optimizers
 from report import Reporter, refresh
 from shards import TokenShards
@@ -62,10 +62,11 @@ def main(config: Config) -> None:
         return checkpoint.save(folder, model, optimizers, config, tokenizer, facts, loop.keep_checkpoints)
 
     def evaluate() -> dict[str, float]:
-        return {
+        figures = {
             f"bpb {name}": bits_per_byte(model, shards, config, tokenizer)
             for name, shards in zip(names, held_out, strict=True)
         }
+        return figures | evaluate_head(model, held_out[0], config, tokenizer)
 
     def sample() -> list[tuple[str, str]]:
         return continue_texts(model, tokenizer, loop.prompts, config.seed)
@@ -124,6 +125,15 @@ def bits_per_byte(model: Model, shards: TokenShards, config: Config, tokenizer: 
     nats, _ = evaluate_loss(model, batches)
     n_bytes = sum(int(tokenizer.token_bytes[b.targets[b.weights > 0].numpy()].sum()) for b in batches)
     return nats / math.log(2) / max(1, n_bytes)
+
+
+def evaluate_head(model: Model, shards: TokenShards, config: Config, tokenizer: Tokenizer) -> dict[str, float]:
+    """What the HRM head does to the first held-out row; nothing for a dense model."""
+    context = config.model.context
+    rows = validation_batches(shards, context=context, max_tokens=context, micro_tokens=context, bos=tokenizer.bos)
+    batch = next(rows).to(model.device)
+    where = Packed(batch.starts, batch.row_length, model.device)
+    return probe_head(model, batch.ids, batch.targets, batch.weights, where)
 
 
 def continue_texts(model: Model, tokenizer: Tokenizer, prompts: tuple[str, ...], seed: int) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ import hardware
 import log
 from batches import Batch
 from config import LoopConfig, UserError
-from gradients import accumulate, backward, head_schedule
+from gradients import HeadPlan, accumulate, backward, head_schedule
 from model import Model, Packed
 from optim import Optimizers, learning_rate_factor
 
@@ -179,8 +179,8 @@ def train_step(job: Job, progress: Progress, micro_tokens: int) -> tuple[dict[st
     factor = learning_rate_factor(step, steps, loop)
     job.optimizers.schedule(step, factor)
     hrm = model.head.hrm if model.head else None
-    h_cycles, horizon = head_schedule(hrm, job.seed, step, steps)
-    loss, micro_tokens = accumulate_within_memory(job, batch, micro_tokens, h_cycles, horizon)
+    plan = head_schedule(hrm, job.seed, step, steps)
+    loss, micro_tokens = accumulate_within_memory(job, batch, micro_tokens, plan)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), job.optimizers.config.clip))
     if progress.guard.allows(loss, norm):
         job.optimizers.step()
@@ -197,13 +197,11 @@ def train_step(job: Job, progress: Progress, micro_tokens: int) -> tuple[dict[st
     return figures | {"stage": job.batches.stage(step), "skipped": progress.guard.skipped}, micro_tokens
 
 
-def accumulate_within_memory(
-    job: Job, batch: Batch, micro_tokens: int, h_cycles: int | None, horizon: int | None
-) -> tuple[float, int]:
+def accumulate_within_memory(job: Job, batch: Batch, micro_tokens: int, plan: HeadPlan) -> tuple[float, int]:
     """`accumulate`; when memory runs out, the same batch again in micro-batches of half the size."""
     while True:
         try:
-            return accumulate(job.model, batch, micro_tokens, h_cycles, horizon), micro_tokens
+            return accumulate(job.model, batch, micro_tokens, plan), micro_tokens
         except torch.OutOfMemoryError as error:
             if micro_tokens <= batch.row_length:
                 raise UserError(
@@ -233,7 +231,7 @@ def fit_micro_batch(job: Job) -> int:
     def peak_bytes(n_rows: int) -> int:
         batch = job.batches.batch(job.batches.n_steps - 1)
         torch.cuda.reset_peak_memory_stats()
-        backward(model, next(batch.split(n_rows * row)).to(model.device), 1e-9, None, None)
+        backward(model, next(batch.split(n_rows * row)).to(model.device), 1e-9)
         job.optimizers.zero_grad()
         return torch.cuda.max_memory_allocated()
 

@@ -306,7 +306,7 @@ def step_seconds(config: Config, n_tokens: int) -> float:
     seconds = []
     for _ in range(ROUNDS):
         started = time.perf_counter()
-        training.accumulate(model, batch, n, None, None)
+        training.accumulate(model, batch, n)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds) * n_tokens / n
 

@@ -326,8 +326,7 @@ def run(row: Row, lr: float, subject: Reasoning | Text) -> dict[str, Any]:
 
 def train_step(model: Model, optimizers: Any, batch: Batch, step: int, steps: int, seed: int) -> None:
     optimizers.schedule(step, learning_rate_factor(step, steps, LOOP))
-    h_cycles, horizon = head_schedule(model.config.hrm, seed, step, steps)
-    accumulate(model, batch, len(batch.ids), h_cycles, horizon)
+    accumulate(model, batch, len(batch.ids), head_schedule(model.config.hrm, seed, step, steps))
     torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip)
     optimizers.step()
     optimizers.zero_grad()
@@ -340,7 +339,8 @@ def flops_a_token(arm: str, task: str, context: int) -> float:
     with torch.device("meta"):
         model = Model(config)
     hrm = config.hrm and replace(config.hrm, random_cycles=None)
-    return model.flops_per_token(context, *head_schedule(hrm, 0, 1, 1))
+    plan = head_schedule(hrm, 0, 1, 1)
+    return model.flops_per_token(context, plan.h_cycles, plan.horizon)
 
 
 # ------------------------------------------------------------------------------------------ examination

@@ -115,10 +115,10 @@ def measure(batches: Iterator[Batch], seconds: float) -> dict[str, float]:
     model = build_model(shape, seed=0)
     model.dtype = compute_dtype(model.device)
     trained = slots = filled = 0
-    gradients.accumulate(model, next(batches), 1 << 30, None, None)
+    gradients.accumulate(model, next(batches), 1 << 30)
     started = time.perf_counter()
     for batch in batches:
-        gradients.accumulate(model, batch, 1 << 30, None, None)
+        gradients.accumulate(model, batch, 1 << 30)
         model.zero_grad()
         trained += int(batch.weights.sum())
         slots += len(batch.ids)

@@ -139,7 +139,7 @@ class Hearth:
         from optim import learning_rate_factor
 
         self.optimizers.schedule(n, learning_rate_factor(n, n_steps, self.loop))
-        self.gradients.accumulate(self.model, self.batch(block), 1 << 30, None, None)
+        self.gradients.accumulate(self.model, self.batch(block), 1 << 30)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizers.config.clip)
         self.optimizers.step()
         self.optimizers.zero_grad()
@@ -439,7 +439,7 @@ def micro_step_rates(config: Any, n_tokens: int, n_steps: int) -> Iterator[float
         model.compile_blocks()
     for n in range(n_steps + 2):
         begin = time.perf_counter()
-        gradients.accumulate(model, batch, n_tokens, None, None)  # ends in a float: the card has finished
+        gradients.accumulate(model, batch, n_tokens)  # ends in a float: the card has finished
         model.zero_grad()
         if n >= 2:
             yield n_tokens / (time.perf_counter() - begin)

@@ -20,6 +20,7 @@ from model import (
     attend_varlen,
     build_model,
     initialise,
+    probe_head,
     rotary_table,
     rotate,
     think,
@@ -56,15 +57,31 @@ def test_initial_loss_is_ln_vocab(preset: str) -> None:
     assert abs(loss - math.log(config.vocab_size)) < 0.03 * math.log(config.vocab_size)
 
 
-@pytest.mark.parametrize("h_cycles", [1, 2, 4])
-def test_future_tokens_do_not_change_past_logits(tiny: ModelConfig, h_cycles: int) -> None:
+def test_future_tokens_change_no_earlier_logits_at_any_cycle(tiny: ModelConfig) -> None:
     model = awake(tiny)
     ids = random_ids(24, tiny)
     changed = ids.clone()
     changed[15:] = random_ids(9, tiny, seed=9)
-    a, b = (model(x, one_segment(24), h_cycles=h_cycles) for x in (ids, changed))
-    assert torch.equal(a[:15], b[:15])
-    assert not torch.allclose(a[15:], b[15:])
+    states = ([*model.cycles(x, one_segment(24), h_cycles=4)] for x in (ids, changed))
+    for a, b in zip(*states, strict=True):  # the trunk, then every cycle
+        assert torch.equal(a[:15], b[:15])
+        assert not torch.allclose(a[15:], b[15:])
+
+
+def test_more_cycles_begin_with_fewer(tiny: ModelConfig) -> None:
+    model, ids = awake(tiny), random_ids(24, tiny)
+    states = [*model.cycles(ids, one_segment(24), h_cycles=4)]
+    assert len(states) == 5
+    for cycles in (1, 2, 4):
+        assert torch.equal(states[cycles], model(ids, one_segment(24), h_cycles=cycles))
+
+
+def test_a_head_without_a_fast_module_loops_one_and_learns(tiny: ModelConfig) -> None:
+    model = awake(replace(tiny, hrm=replace(tiny.hrm, l_cycles=0, h_cycles=3)))
+    assert len(model.block_passes()) == 3 + 3 * 2
+    ids = random_ids(33, tiny)
+    model.loss(model(ids[:-1], one_segment(32)), ids[1:], torch.ones(32)).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 def test_other_documents_in_the_pack_change_nothing(tiny: ModelConfig) -> None:
@@ -242,6 +259,14 @@ def test_flops_count_every_pass(tiny: ModelConfig) -> None:
     assert dense.flops_per_token(32) == pytest.approx(6 * n + 12 * 32 * seen)
     deep = Model(tiny)
     assert len(deep.block_passes()) == 3 + 2 * (2 * 1 + 2)
+    whole, cut = deep.flops_per_token(32), deep.flops_per_token(32, horizon=2)  # the last L and the last H call
+    early = [p for m in deep.head.calls()[:-2] for block in m.blocks for p in block.parameters()]
+    spared = whole - cut - 4 * sum(p.numel() for p in early)  # what is left is attention's
+    reach = [sum(min(t + 1, b.window or 32) for t in range(32)) / 32 for m in deep.head.calls()[:-2] for b in m.blocks]
+    assert spared == pytest.approx(8 * 32 * sum(reach))
+    supervised = replace(tiny, hrm=replace(tiny.hrm, deep_supervision=True, supervise_every=4))
+    more = Model(supervised).flops_per_token(32) - whole
+    assert more == pytest.approx(6 * (deep.embedding.numel() / 4 + deep.head.out.numel()))
 
 
 # ---------------------------------------------------------------------------------- leaving cycles early
@@ -320,3 +345,44 @@ def test_a_dense_model_thinks_no_cycles(tiny: ModelConfig) -> None:
     torch.testing.assert_close(
         found[-1].logits, model.logits(model(ids[0], one_segment(12))[-1:]), atol=1e-4, rtol=1e-4
     )
+
+
+# -------------------------------------------------------------------------------------------- the probe
+
+
+def test_probed_losses_are_those_of_that_many_cycles(tiny: ModelConfig) -> None:
+    model = awake(replace(tiny, hrm=replace(tiny.hrm, h_cycles=3)))
+    ids, where, weights = random_ids(33, tiny), one_segment(32), torch.ones(32)
+    weights[:5] = 0
+    figures = probe_head(model, ids[:-1], ids[1:], weights, where)
+    with torch.no_grad():
+        for cycles in (1, 2, 3):
+            loss = model.loss(model(ids[:-1], where, h_cycles=cycles), ids[1:], weights) / 27
+            assert figures[f"loss cycle {cycles}"] == pytest.approx(float(loss), rel=1e-5)
+        trunk = model.loss(model.run_trunk(ids[:-1], where), ids[1:], weights) / 27
+        now, then = (model.logits(model(ids[:-1], where, h_cycles=c)[5:]).log_softmax(-1) for c in (3, 2))
+    assert figures["loss cycle 0"] == pytest.approx(float(trunk), rel=1e-5)
+    change = torch.nn.functional.kl_div(then, now, log_target=True, reduction="batchmean")
+    assert figures["head last change"] == pytest.approx(float(change), rel=1e-3)
+    assert 0 < figures["head time share"] < 1
+    assert not model.head.slow.blocks[-1]._forward_hooks
+
+
+def test_probed_sizes_grow_with_what_a_module_writes(tiny: ModelConfig) -> None:
+    model, ids = awake(tiny), random_ids(33, tiny)
+
+    def sizes() -> tuple[float, float]:
+        figures = probe_head(model, ids[:-1], ids[1:], torch.ones(32), one_segment(32))
+        return figures["head L size"], figures["head H size"]
+
+    before = sizes()
+    with torch.no_grad():
+        model.head.slow.blocks[-1].down *= 30
+    after = sizes()
+    assert after[1] > 2 * before[1]
+    assert after[0] < 1.5 * before[0]
+
+
+def test_a_dense_model_has_nothing_to_probe(tiny: ModelConfig) -> None:
+    ids = random_ids(33, tiny)
+    assert probe_head(build_model(replace(tiny, hrm=None), seed=0), ids[:-1], ids[1:], torch.ones(32), None) == {}
