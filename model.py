@@ -157,11 +157,14 @@ class HRMHead(nn.Module):
         h_cycles times:
             l_cycles times:  z_L = L(g0 z_L + g1 z_H + g2 e + call embedding)
             z_H = H(g3 z_H + g4 z_L + call embedding)
-            y = x + out(z_H)
+            y = e + out(z_H)
 
-    `out` starts at zero, so the head starts as the identity. With l_cycles = 0 there is no L, and e stands in for z_L:
-    one block looped, with the input injected at every call. After HRM (arXiv 2506.21734) and HRM-Text
-    (arXiv 2605.20613), with the input injected anew at every L call and a residual around the head.
+    `out` starts at zero, so the head starts as the identity (the output norms what it reads). It adds to e, not to x:
+    training lets x grow, and what one matrix makes of a state of size 1 would drown in it. With l_cycles = 0 there is
+    no L, and e stands in for z_L: one block looped, with the input injected at every call.
+
+    After HRM (arXiv 2506.21734) and HRM-Text (arXiv 2605.20613), with the input injected anew at every L call and a
+    residual around the head.
     """
 
     def __init__(self, config: ModelConfig, hrm: HRMConfig) -> None:
@@ -212,7 +215,7 @@ class HRMHead(nn.Module):
                         mixed = gain[-2] * z_slow + gain[-1] * (z_fast if self.fast else e) + embedding[step]
                         z_slow = self._call(self.slow, mixed, where, recompute)
                 call += 1
-            yield x + project(z_slow, self.out)
+            yield e + project(z_slow, self.out)
             if detach:
                 z_slow, z_fast = z_slow.detach(), z_fast.detach()
 

@@ -177,10 +177,19 @@ def test_rotation_depends_on_distance_alone() -> None:
     assert not torch.allclose(score(7, 3), score(7, 4))
 
 
-def test_head_starts_as_the_identity(tiny: ModelConfig) -> None:
-    model = build_model(tiny, seed=0)
+@pytest.mark.parametrize("l_cycles", [0, 2])
+def test_head_starts_as_the_identity(tiny: ModelConfig, l_cycles: int) -> None:
+    model = build_model(replace(tiny, hrm=replace(tiny.hrm, l_cycles=l_cycles)), seed=0)
     ids, where = random_ids(16, tiny), one_segment(16)
-    assert torch.equal(model(ids, where), model.run_trunk(ids, where))
+    torch.testing.assert_close(model.logits(model(ids, where)), model.logits(model.run_trunk(ids, where)))
+
+
+def test_the_head_weighs_the_same_however_large_the_trunk_grows(tiny: ModelConfig) -> None:
+    model, ids, where = awake(tiny), random_ids(16, tiny), one_segment(16)
+    x = model.run_trunk(ids, where)
+    small, large = (model.logits(list(model.head.cycles(scale * x, where))[-1]) for scale in (1, 100))
+    torch.testing.assert_close(small, large, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(small, model.logits(x), atol=1e-2)
 
 
 def test_every_parameter_receives_gradient(tiny: ModelConfig) -> None:
