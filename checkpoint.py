@@ -109,6 +109,12 @@ def save(
     return final
 
 
+def n_bytes(model: Model, optimizers: Optimizers) -> int:
+    """About what one checkpoint takes on disk: weights and optimizer state; the rest is small."""
+    weights = 4 * model.n_parameters()
+    return weights * (2 if optimizers.config.name == "schedulefree" else 1) + optimizers.state_bytes()
+
+
 def resume(folder: Path, model: Model, optimizers: Optimizers, config: Config, section: str) -> dict[str, Any] | None:
     """Load the newest checkpoint below `folder` into model and optimizers; its state, or None if there is none.
 
@@ -139,6 +145,7 @@ _FREE = {
     "save_every_minutes",
     "keep_checkpoints",
     "log_every_steps",
+    "log_to",
     "prompts",
     "probe_prompts",
     "probe_tokens",

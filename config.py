@@ -249,6 +249,7 @@ class LoopConfig:
     sample_every_steps: int = 1000  # steps between two sample texts
     save_every_minutes: float = 15.0  # minutes between two checkpoints
     keep_checkpoints: int = 2  # the newest ones kept
+    log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()  # where figures go beside metrics.jsonl
     max_skipped_steps: int = 20  # spiking or non-finite steps in a row after which the run stops
 
     def loop_problems(self, where: str) -> list[str]:

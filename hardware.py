@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
+import subprocess
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
+import log
 from config import UserError
 
 # Dense bfloat16 tensor-core peaks with float32 accumulation, in TFLOP/s, from NVIDIA's data sheets and white papers.
@@ -39,21 +43,47 @@ PEAK_TFLOPS = {
 def pick_device(wish: str) -> torch.device:
     """The device to run on. An NVIDIA card that torch cannot use is an error with its remedy, never a silent crawl."""
     if wish != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # of torchrun: a card for each process
         return torch.device("cuda")
     card = None if wish == "cpu" else nvidia_card()
     if wish == "cuda" or card:
-        built = torch.version.cuda or "no CUDA"
+        built = torch.version.cuda and f"CUDA {torch.version.cuda}"
         raise UserError(
             f"{'An NVIDIA card is here (' + card + ')' if card else 'A CUDA device was asked for'}, but torch "
-            f"{torch.__version__} (built with {built}) cannot use it. "
-            + (
-                "On Windows the default torch has no CUDA: install its CUDA build. "
-                if os.name == "nt"
-                else "Update the NVIDIA driver to one that supports that CUDA version and restart. "
-            )
-            + "To train on the processor on purpose, add --device cpu."
+            f"{torch.__version__} (built with {built or 'no CUDA'}) cannot use it. {card_remedy(torch.version.cuda)} "
+            f"To train on the processor on purpose, add --device cpu."
         )
     return torch.device("cpu")
+
+
+# The oldest driver for each CUDA (docs.nvidia.com/deploy/cuda-compatibility, minor version compatibility).
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+
+
+def card_remedy(cuda: str | None) -> str:
+    """What to do about a card that torch, built for `cuda`, cannot use."""
+    if cuda is None:
+        return "This torch has no CUDA: install the build with CUDA that https://pytorch.org/get-started names."
+    driver, oldest = driver_version(), OLDEST_DRIVER.get(int(cuda.split(".")[0]))
+    if driver and oldest and int(driver.split(".")[0]) < oldest:
+        return (
+            f"The NVIDIA driver {driver} is too old: CUDA {cuda} needs {oldest} or newer. Update the driver "
+            f"(https://www.nvidia.com/drivers) and restart."
+        )
+    return "Update the NVIDIA driver to one that supports that CUDA version and restart."
+
+
+def driver_version() -> str | None:
+    """The version of the NVIDIA driver, such as 535.183.01, or None."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        if not (tool := shutil.which("nvidia-smi")):
+            return None
+        query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+        text = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
+    return found and found[0]
 
 
 def nvidia_card() -> str | None:
@@ -109,8 +139,121 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
+def memory_limit(device: torch.device) -> int:
+    """Bytes that this process may fill: what is free on the card or already its own, or the machine's whole memory."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().total  # not what is free just now: that differs from start to start
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    return int(min(free + torch.cuda.memory_reserved(device), allowed))
+
+
 def memory_in_use(device: torch.device) -> float:
     """Peak memory of this process: the card's, or resident memory on the CPU; in 10^9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return psutil.Process().memory_info().rss / 1e9
+
+
+# ---------------------------------------------------------------------------------------------- energy
+
+
+class EnergyMeter:
+    """Joules drawn since it was made, by the card (NVML) or by the processor where its counters may be read (RAPL).
+
+    A card without an energy counter is sampled: its power times the time since the last reading.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.card = _nvml_card(device) if device.type == "cuda" else None
+        self.counters = sorted(RAPL.glob("intel-rapl:?/energy_uj")) if device.type == "cpu" else []
+        self._begin = self._last = time.monotonic()
+        self._sum = 0.0
+        self._before = self._counts()
+
+    def joules(self) -> float | None:
+        """None where nothing tells."""
+        now, counts = time.monotonic(), self._counts()
+        if counts is not None and self._before is not None:
+            for path, before, count in zip([*self.counters, None], self._before, counts, strict=False):
+                self._sum += count - before if count >= before else count - before + _rapl_range(path)
+        elif (watts := self._sampled_watts()) is not None:
+            self._sum += watts * (now - self._last)
+        else:
+            return None
+        self._before, self._last = counts, now
+        return self._sum
+
+    def watts(self) -> float | None:
+        """Mean power since the meter was made."""
+        joules = self.joules()
+        return joules / max(1e-9, self._last - self._begin) if joules is not None else None
+
+    def temperature(self) -> float | None:
+        """Of the card, in degrees Celsius."""
+        return _asked("nvmlDeviceGetTemperature", self.card, 0) if self.card else None
+
+    def _counts(self) -> list[float] | None:
+        if self.card:
+            millijoules = _asked("nvmlDeviceGetTotalEnergyConsumption", self.card)
+            return None if millijoules is None else [millijoules / 1e3]
+        try:
+            return [int(path.read_text()) / 1e6 for path in self.counters] or None
+        except OSError:  # since 2020 for root's eyes only on most systems
+            return None
+
+    def _sampled_watts(self) -> float | None:
+        milliwatts = _asked("nvmlDeviceGetPowerUsage", self.card) if self.card else None
+        return None if milliwatts is None else milliwatts / 1e3
+
+
+RAPL = Path("/sys/class/powercap")
+
+
+def _rapl_range(counter: Path | None) -> float:
+    """Joules at which a RAPL counter begins anew."""
+    return int(counter.with_name("max_energy_range_uj").read_text()) / 1e6 if counter else 0.0
+
+
+def _nvml_card(device: torch.device) -> Any:
+    """NVML's handle of a CUDA device, or None where the library or the card does not answer."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    except Exception:
+        return None
+
+
+def _asked(function: str, *words: Any) -> Any:
+    """What NVML answers, or None where the card cannot tell."""
+    import pynvml
+
+    try:
+        return getattr(pynvml, function)(*words)
+    except pynvml.NVMLError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------- preflight
+
+
+def check_disk(folder: Path, n_bytes: int) -> None:
+    """Raises `UserError` where the disk that will hold `folder` has no room for `n_bytes` more."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < n_bytes:
+        raise UserError(
+            f"The disk of {folder} has {log.size(free)} free; the checkpoints that will be kept, and the one being "
+            f"written, take {log.size(n_bytes)}. Make room, put the run on another disk with --runs, or lower "
+            f"keep_checkpoints."
+        )
+
+
+def on_battery() -> bool:
+    """Whether this is a laptop that runs on its battery."""
+    sensors = getattr(psutil, "sensors_battery", None)
+    battery = sensors() if sensors else None
+    return battery is not None and battery.power_plugged is False

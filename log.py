@@ -9,22 +9,29 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 
+def is_first() -> bool:
+    """Whether this is the process that talks, where torchrun started several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str = "") -> None:
     """Print a line without breaking a progress bar that is on screen."""
+    if not is_first():
+        return
     with tqdm.external_write_mode(file=sys.stdout):
         print(text, flush=True)
 
 
 def progress(total: float | None, unit: str, title: str, start: float = 0) -> tqdm:
     """A progress bar on a terminal, nothing in a pipe or a log file."""
-    hidden = not sys.stderr.isatty()
+    hidden = not (sys.stderr.isatty() and is_first())
     return tqdm(
         total=total,
         initial=start,
@@ -93,14 +100,21 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, start: int = 0) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
+        self.trackers: Sequence[Callable[[str, int, dict[str, Any]], None]] = ()  # what else gets each record
+        if not is_first():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             kept = [record for record in read_metrics(self.path) if record.get("step", 0) <= start]
             _replace(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def note(self, kind: str, step: int, **figures: Any) -> None:
         """Append one record to `metrics.jsonl`; `kind` says what it is: step, eval, sample, start."""
+        if not is_first():
+            return
+        for tracker in self.trackers:
+            tracker(kind, step, figures)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
 

@@ -125,6 +125,17 @@ class Optimizers:
         if "training_weights" in state:
             self.model.load_state_dict(state["training_weights"])
 
+    def state_bytes(self) -> int:
+        """Memory of the whole state in bytes, whether or not it is there yet: Muon keeps one float32 of each weight,
+        AdamW and its schedule-free form two."""
+        per_weight = {Muon: 4}
+        return sum(
+            per_weight.get(type(part), 8) * p.numel()
+            for part in self.parts
+            for group in part.param_groups
+            for p in group["params"]
+        )
+
     @contextmanager
     def inference_weights(self) -> Iterator[None]:
         """Inside, the model holds the weights meant for use; afterwards exactly those it is training."""

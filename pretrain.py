@@ -3,31 +3,49 @@
 In: runs/<preset>/tokens/ and tokenizer/. Out: runs/<preset>/base/step-*/, metrics.jsonl.
 
     uv run pretrain.py --preset 16gb
+    uv run pretrain.py --preset 16gb --plan                                   memory, speed and hours, before anything
+    uv run torchrun --nproc-per-node 2 pretrain.py --preset 16gb              on two cards
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import checkpoint
 import config as settings
 import hardware
 import log
+import parallel
 from batches import PretrainingBatches, validation_batches
 from config import Config, UserError
 from engine import Engine, Sampling
 from model import Model, Packed, build_model, compute_dtype, probe_head
-from optim import build_optimizers
-from report import Reporter, refresh
+from optim import Optimizers, build_optimizers
+from planning import GIB, make_plan, measure, table, time_update
+from report import Reporter, Trace, learning_charts, refresh, x_axes
 from shards import TokenShards
 from tokenizer import Tokenizer
 from training import Job, Progress, evaluate_loss, fit
 
 
-def main(config: Config) -> None:
+@dataclass(frozen=True)
+class Options:
+    """What only this script knows."""
+
+    plan: bool = False  # measure for about a minute what the run will take, print it, and train nothing
+
+
+def main(config: Config, options: Options) -> None:
     """Train the base model; continue if the run folder holds a checkpoint."""
+    if options.plan:
+        show_plan(config)
+        return
     folder = config.run_dir / "base"
     if checkpoint.is_finished(folder):
         log.say(f"pretraining: done, {checkpoint.newest(folder)}")
@@ -43,11 +61,7 @@ def main(config: Config) -> None:
         bos=tokenizer.bos,
         seed=config.seed,
     )
-    model = build_model(config.model, seed=config.seed, device=device)
-    model.dtype = compute_dtype(device)
-    if hardware.compiles(config.compile, device):
-        model.compile_blocks()
-    optimizers = build_optimizers(model, config.optim, loop.lr, round(loop.steps * loop.warmup_share))
+    model, optimizers = build(config, device)
     state = checkpoint.resume(folder, model, optimizers, config, "pretrain")
     progress = Progress.of(state)
     data = {shards.folder.name: shards.fingerprint for shards in train}
@@ -83,12 +97,45 @@ def main(config: Config) -> None:
         save=save,
         evaluate=evaluate,
         sample=sample,
-        command=config.command("pretrain.py"),
-        after_evaluation=Reporter(config).refresh,
+        command=parallel.command(config.command("pretrain.py")),
+        after_evaluation=partial(draw, config, Reporter(config)),
     )
     fit(job, progress)
-    refresh(config)
+    if log.is_first():
+        refresh(config)
     log.say(f"pretraining: done in {log.duration(progress.seconds)}, {checkpoint.newest(folder)}")
+
+
+def build(config: Config, device: torch.device) -> tuple[Model, Optimizers]:
+    """The untrained model and its optimizers."""
+    loop = config.pretrain
+    model = build_model(config.model, seed=config.seed, device=device)
+    model.dtype = compute_dtype(device)
+    if hardware.compiles(config.compile, device):
+        model.compile_blocks()
+    return model, build_optimizers(model, config.optim, loop.lr, round(loop.steps * loop.warmup_share))
+
+
+def show_plan(config: Config, seconds: float = 50) -> None:
+    """Measure the micro-batches that this machine could run and print what the whole run takes with each."""
+    device, loop = hardware.pick_device(config.device), config.pretrain
+    process = hardware.memory_in_use(device) if device.type == "cpu" else 0.0
+    model, optimizers = build(config, device)
+    stages = [(stage.context, stage.share) for stage in loop.stages]
+    plan = make_plan(model, optimizers, loop, stages=stages, n_steps=loop.steps)
+    time_update(plan, model, optimizers)
+    measure(plan, plan.rows, model, optimizers, seconds=seconds)
+    log.say(f"device      {hardware.describe(device)}, computing in {str(model.dtype).removeprefix('torch.')}")
+    log.say(f"model       {model.n_parameters():,} parameters, {len(model.block_passes())} block passes a token")
+    log.say(f"tokens      {log.count(plan.n_tokens)} in {loop.steps} steps of {log.count(loop.tokens_per_step)}")
+    log.say(f"peak        {plan.peak_flops / 1e12:.3g} TFLOP/s; a run may fill {plan.room / GIB:.1f} GiB")
+    for line in table(plan, plan.choose(loop.micro_batch_tokens, device)):
+        log.say(line)
+    log.say("> is what a run takes. Memory is that of tensors, time that of steps alone; – was not measured.")
+    if process:
+        log.say(f"The process itself takes {process * 1e9 / GIB:.1f} GiB more.")
+    if not any(row.watts for row in plan.rows):
+        log.say("power       not measured: neither NVML nor RAPL tells it here")
 
 
 def open_data(config: Config) -> tuple[Tokenizer, list[TokenShards], list[TokenShards]]:
@@ -149,6 +196,27 @@ def continue_texts(model: Model, tokenizer: Tokenizer, prompts: tuple[str, ...],
     return [(prompt, tokenizer.decode(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
+def draw(config: Config, reporter: Reporter) -> None:
+    """Refresh the report, and loss.png beside it: the training loss and the held-out figures over the tokens seen."""
+    reporter.refresh()
+    if not config.report.draw:
+        return
+    from matplotlib.figure import Figure
+
+    trace = Trace(config.run_dir / "base")
+    charts = learning_charts(trace, x_axes(trace)[0])
+    figure = Figure((6 * len(charts), 4), layout="constrained")
+    for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+        for series in chart.series:
+            axes.plot(series.x, series.y, label=series.name, marker="o" if series.style == "marked" else None)
+        axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    folder = config.run_dir / "report"
+    folder.mkdir(exist_ok=True)
+    figure.savefig(folder / "loss.png", dpi=120)
+
+
 def announce(config: Config, model: Model, batches: Any, device: Any, folder: Path, progress: Progress) -> None:
     """What is about to happen, on the console."""
     loop = config.pretrain
@@ -168,6 +236,6 @@ def announce(config: Config, model: Model, batches: Any, device: Any, folder: Pa
 
 if __name__ == "__main__":
     try:
-        main(settings.parse_cli(__doc__))
+        main(*settings.parse_cli_with(Options(), __doc__))
     except UserError as error:
         settings.fail(str(error))

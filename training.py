@@ -16,13 +16,17 @@ from typing import Any, Protocol
 
 import torch
 
+import checkpoint
 import hardware
 import log
+import parallel
 from batches import Batch
 from config import LoopConfig, UserError
-from gradients import HeadPlan, accumulate, backward, head_schedule
+from gradients import HeadPlan, accumulate, head_schedule
 from model import Model, Packed
 from optim import Optimizers, learning_rate_factor
+from planning import GIB, RECOMPUTE, make_plan, measure
+from trackers import open_trackers
 
 # ------------------------------------------------------------------------------------- spiking steps
 
@@ -94,12 +98,14 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0  # spent in steps, over all starts
     guard: SpikeGuard = field(default_factory=SpikeGuard)
+    joules: float = 0.0  # drawn over all starts, as far as the hardware tells
 
     @staticmethod
     def of(state: dict[str, Any] | None) -> Progress:
         if state is None:
             return Progress()
-        return Progress(state["step"], state["tokens"], state["seconds"], SpikeGuard(**state["guard"]))
+        guard, joules = SpikeGuard(**state["guard"]), state.get("joules", 0.0)
+        return Progress(state["step"], state["tokens"], state["seconds"], guard, joules)
 
 
 @dataclass
@@ -122,43 +128,71 @@ class Job:
 
 
 def fit(job: Job, progress: Progress) -> Progress:
-    """Train to the last step. A signal (Ctrl-C, SIGTERM) finishes the step, saves and leaves with exit code 0."""
+    """Train to the last step. A signal (Ctrl-C, SIGTERM) finishes the step, saves and leaves with exit code 0.
+
+    Of several processes (`parallel`) the first one alone logs, saves and evaluates.
+    """
+    with parallel.group(job.model.device), StopSignal() as stop:
+        return train(job, progress, stop)
+
+
+def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
+    """The loop itself."""
     model, loop, steps = job.model, job.loop, job.batches.n_steps
-    micro_tokens = loop.micro_batch_tokens or fit_micro_batch(job)
-    peak = hardware.peak_flops(model.device, model.dtype)
+    preflight(job)
+    micro_tokens = fit_micro_batch(job)
+    peak = parallel.n_ranks() * hardware.peak_flops(model.device, model.dtype)
+    start = {"micro_batch_tokens": micro_tokens, "peak_flops": peak, **facts(job)}
     run_log = log.RunLog(job.folder, progress.step)
-    run_log.note("start", progress.step, micro_batch_tokens=micro_tokens, peak_flops=peak, **facts(job))
-    clock = Clock(loop.save_every_minutes)
+    run_log.trackers = open_trackers(loop.log_to, job.folder, progress.step, start) if log.is_first() else ()
+    run_log.note("start", progress.step, **start)
+    clock, power = Clock(loop.save_every_minutes), Power(model.device)
     bar = log.progress(steps, "step", job.folder.name, progress.step)
-    with StopSignal() as stop:
-        while progress.step < steps:
-            started = time.perf_counter()
-            figures, micro_tokens = train_step(job, progress, micro_tokens)
-            seconds = time.perf_counter() - started
-            progress.seconds += seconds
-            clock.step(seconds)
-            add_speed(figures, job, progress, clock.typical, peak)
-            run_log.note("step", progress.step, **figures)
-            bar.update()
-            last = progress.step == steps
-            if progress.step % loop.log_every_steps == 0 or last or progress.step == 1:
-                log.say(log.step_line(progress.step, steps, figures))
-            evaluating = progress.step % loop.eval_every_steps == 0 or last
-            if evaluating or stop.asked or clock.save_is_due():
-                clock.saved()
-                checkpoint = job.save(state_of(progress, steps))
-            if stop.asked and not last:
-                bar.close()
-                log.say(f"Stopped at step {progress.step}, saved in {checkpoint}. Go on with: {job.command}")
-                raise SystemExit(0)
-            if evaluating:
-                report(job, progress.step, run_log)
-            if last or progress.step % loop.sample_every_steps == 0:
-                show_samples(job, progress, run_log)
-            if evaluating:
-                job.after_evaluation()
+    while progress.step < steps:
+        started = time.perf_counter()
+        figures, micro_tokens = train_step(job, progress, micro_tokens)
+        seconds = time.perf_counter() - started
+        progress.seconds += seconds
+        clock.step(seconds)
+        add_speed(figures, job, progress, clock.typical, peak)
+        figures |= power.figures(progress)
+        run_log.note("step", progress.step, **figures)
+        bar.update()
+        last = progress.step == steps
+        if progress.step % loop.log_every_steps == 0 or last or progress.step == 1:
+            log.say(log.step_line(progress.step, steps, figures))
+        evaluating = progress.step % loop.eval_every_steps == 0 or last
+        stopping = parallel.total(stop.asked, model.device) > 0
+        if log.is_first() and (evaluating or stopping or clock.save_is_due()):
+            clock.saved()
+            job.save(state_of(progress, steps))
+        if stopping and not last:
+            bar.close()
+            log.say(f"Stopped at step {progress.step}, saved in {job.folder}. Go on with: {job.command}")
+            raise SystemExit(0)
+        if log.is_first():
+            look_back(job, progress, run_log, evaluating=evaluating)
     bar.close()
     return progress
+
+
+def look_back(job: Job, progress: Progress, run_log: log.RunLog, *, evaluating: bool) -> None:
+    """Held-out figures, samples and whatever the stage does after them, where this step is due."""
+    if evaluating:
+        report(job, progress.step, run_log)
+    if progress.step == job.batches.n_steps or progress.step % job.loop.sample_every_steps == 0:
+        show_samples(job, progress, run_log)
+    if evaluating:
+        job.after_evaluation()
+
+
+def preflight(job: Job) -> None:
+    """What would end a long run badly, said before it starts."""
+    kept = len(list(job.folder.glob("step-*")))
+    to_write = max(1, job.loop.keep_checkpoints + 1 - kept)  # the oldest goes once the newest is there
+    hardware.check_disk(job.folder, to_write * checkpoint.n_bytes(job.model, job.optimizers))
+    if hardware.on_battery():
+        log.say("This laptop runs on its battery: slowly, and not for long. Plug it in; a run that stops can go on.")
 
 
 def facts(job: Job) -> dict[str, Any]:
@@ -180,7 +214,12 @@ def train_step(job: Job, progress: Progress, micro_tokens: int) -> tuple[dict[st
     job.optimizers.schedule(step, factor)
     hrm = model.head.hrm if model.head else None
     plan = head_schedule(hrm, job.seed, step, steps)
-    loss, micro_tokens = accumulate_within_memory(job, batch, micro_tokens, plan)
+    mine = share_of(batch)
+    loss, micro_tokens = accumulate_within_memory(job, mine, micro_tokens, plan)
+    if parallel.n_ranks() > 1:
+        weight = float(mine.weights.sum()) / max(1.0, float(batch.weights.sum()))
+        parallel.sum_gradients(model.parameters(), weight)
+        loss = parallel.total(weight * loss, model.device)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), job.optimizers.config.clip))
     if progress.guard.allows(loss, norm):
         job.optimizers.step()
@@ -197,13 +236,21 @@ def train_step(job: Job, progress: Progress, micro_tokens: int) -> tuple[dict[st
     return figures | {"stage": job.batches.stage(step), "skipped": progress.guard.skipped}, micro_tokens
 
 
+def share_of(batch: Batch) -> Batch:
+    """The rows of a step's batch that this process takes: all of them where it is alone."""
+    rows = parallel.rows_of_rank(len(batch.ids) // batch.row_length)
+    here = slice(rows.start * batch.row_length, rows.stop * batch.row_length)
+    return Batch(batch.ids[here], batch.targets[here], batch.weights[here], batch.starts[here], batch.row_length)
+
+
 def accumulate_within_memory(job: Job, batch: Batch, micro_tokens: int, plan: HeadPlan) -> tuple[float, int]:
-    """`accumulate`; when memory runs out, the same batch again in micro-batches of half the size."""
+    """`accumulate`; when memory runs out, the same batch again in micro-batches of half the size, and when there is but
+    one row in them, with more of its activations computed anew."""
     while True:
         try:
             return accumulate(job.model, batch, micro_tokens, plan), micro_tokens
         except torch.OutOfMemoryError as error:
-            if micro_tokens <= batch.row_length:
+            if micro_tokens <= batch.row_length and job.model.recompute == RECOMPUTE[-1]:
                 raise UserError(
                     f"Out of memory with one row of {batch.row_length} tokens. Take a smaller preset, or lower "
                     f"--model.context, --model.n_layer or --model.d_model."
@@ -211,44 +258,39 @@ def accumulate_within_memory(job: Job, batch: Batch, micro_tokens: int, plan: He
         job.optimizers.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        micro_tokens = max(batch.row_length, micro_tokens // 2)
+        if micro_tokens > batch.row_length:
+            micro_tokens = max(batch.row_length, micro_tokens // 2)
+        else:
+            job.model.recompute = RECOMPUTE[RECOMPUTE.index(job.model.recompute) + 1]
         log.say(
-            f"Memory ran out: the micro-batch is {micro_tokens} tokens from here on, tokens per step stay the same."
+            f"Memory ran out: the micro-batch is {micro_tokens} tokens from here on, activations computed anew: "
+            f"{job.model.recompute}. Tokens per step stay the same."
         )
 
 
 def fit_micro_batch(job: Job) -> int:
-    """The largest micro-batch, in tokens, that fits into 90% of the card's free memory; a power of two of rows.
+    """The micro-batch to start with, in tokens; sets what of the model's activations is computed anew.
 
-    Measured: memory of one and of two rows of the longest context gives the cost of a row, with recomputation of the
-    head's activations only where that buys a larger micro-batch. On a CPU: 16,384 tokens.
+    On a card the rows of the plan are run and the fastest that fits is taken. On a CPU memory is only reckoned.
     """
-    model, tokens = job.model, job.loop.tokens_per_step
-    if model.device.type != "cuda":
-        return min(tokens, 16_384)
-    row = job.context
-
-    def peak_bytes(n_rows: int) -> int:
-        batch = job.batches.batch(job.batches.n_steps - 1)
-        torch.cuda.reset_peak_memory_stats()
-        backward(model, next(batch.split(n_rows * row)).to(model.device), 1e-9)
-        job.optimizers.zero_grad()
-        return torch.cuda.max_memory_allocated()
-
-    def rows_that_fit() -> int:
-        one, two = peak_bytes(1), peak_bytes(2)
-        free, _ = torch.cuda.mem_get_info()
-        room = 0.9 * (free + torch.cuda.memory_reserved()) - one - 2 * 4 * model.n_parameters()  # optimizer state
-        return 1 + max(0, int(room // max(1, two - one)))
-
-    for recompute in ("none", "head", "all"):
-        model.recompute = recompute
-        fitting = rows_that_fit()
-        if fitting >= 8 or recompute == "all":
-            break
-    rows = 2 ** int(math.log2(min(fitting, tokens // row)))
-    log.say(f"micro-batch {rows} rows of {row} tokens, recomputing {model.recompute}: fitted to the card's free memory")
-    return rows * row
+    model, loop = job.model, job.loop
+    plan = make_plan(
+        model,
+        job.optimizers,
+        loop,
+        stages=[(job.context, 1.0)],
+        n_steps=job.batches.n_steps,
+        n_ranks=parallel.n_ranks(),
+    )
+    if model.device.type == "cuda":
+        measure(plan, plan.candidates(loop.micro_batch_tokens), model, job.optimizers, seconds=60)
+    row = plan.choose(loop.micro_batch_tokens, model.device)
+    model.recompute = row.recompute
+    anew = {"none": "", "head": ", the head's activations computed anew", "all": ", all activations computed anew"}
+    log.say(f"micro-batch {row.n_rows} rows of {row.context} tokens{anew[row.recompute]}")
+    if not row.fits(plan.room):
+        log.say(f"It takes about {row.memory.peak / GIB:.1f} GiB; a run here should fill {plan.room / GIB:.1f} GiB.")
+    return row.tokens
 
 
 def add_speed(figures: dict[str, Any], job: Job, progress: Progress, typical: float, peak: float) -> None:
@@ -281,6 +323,24 @@ def show_samples(job: Job, progress: Progress, run_log: log.RunLog) -> None:
         log.say(f"sample at step {progress.step}: {prompt!r} → {text!r}")
 
 
+class Power:
+    """What the hardware tells of its power, energy and temperature; nothing where it does not."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.meter, self._joules, self._at = hardware.EnergyMeter(device), 0.0, time.monotonic()
+
+    def figures(self, progress: Progress) -> dict[str, float]:
+        """Watts since the last call, kWh of the whole run so far, degrees Celsius; all processes together."""
+        joules, at, found = self.meter.joules(), time.monotonic(), {}
+        if joules is not None:
+            drawn = parallel.total(joules - self._joules, self.meter.device)
+            progress.joules += drawn
+            found = {"watts": drawn / max(1e-9, at - self._at), "kwh": progress.joules / 3.6e6}
+            self._joules, self._at = joules, at
+        temperature = self.meter.temperature()
+        return found if temperature is None else found | {"temperature_c": temperature}
+
+
 class Clock:
     """The median of the last 20 steps' seconds, and when the next checkpoint is due."""
 
@@ -307,14 +367,16 @@ class StopSignal:
     """SIGINT and SIGTERM noted instead of obeyed at once; a second one is obeyed."""
 
     def __enter__(self) -> StopSignal:
-        self.asked = False
+        self.asked, self._when = False, 0.0
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, number: int, frame: object) -> None:
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+            if parallel.n_ranks() == 1 or time.monotonic() > self._when + 10:  # torchrun passes on what came already
+                raise KeyboardInterrupt
+            return
+        self.asked, self._when = True, time.monotonic()
         log.say("Finishing this step, then saving; once more to stop at once.")
 
     def __exit__(self, *error: object) -> None:

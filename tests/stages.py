@@ -13,12 +13,14 @@ import runpy
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("create_shard.py", "train_tokenizer.py", "pretrain.py", "sft.py")
 
 
-def _run(script: str, words: list[str], output: str) -> None:
+def _run(script: str, words: list[str], output: str, environment: dict[str, Any]) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -27,12 +29,12 @@ def _run(script: str, words: list[str], output: str) -> None:
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-def start(script: str, words: list[str], output: Path) -> BaseProcess:
-    """The script begun; its output is appended to the file `output`."""
+def start(script: str, words: list[str], output: Path, environment: dict[str, Any] | None = None) -> BaseProcess:
+    """The script begun, with these further environment variables; its output is appended to the file `output`."""
     os.environ["OMP_NUM_THREADS"] = "1"  # for the fork server: models this small only wait for more threads
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "safetensors.torch", "tyro", "datasets", "tokenizers", "psutil", "tqdm"])
-    process = context.Process(target=_run, args=(script, words, str(output)))
+    process = context.Process(target=_run, args=(script, words, str(output), environment or {}))
     process.start()
     return process
 

@@ -14,10 +14,11 @@ FLOORS = (
     {"config", "log"},
     {"disk"},
     {"model", "optim", "matrices", "hardware", "tokenizer", "shards"}
-    | {"hub", "cleaning", "demo_world", "page", "terminal"},
+    | {"parallel", "trackers", "hub", "cleaning", "demo_world", "page", "terminal"},
     {"text_shards", "readers", "layouts", "conversation", "batches", "checkpoint", "engine"},
     {"corpora", "gradients", "report", "tasks"},
-    {"ingest", "training"},
+    {"ingest", "planning"},
+    {"training"},
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - set(FLOOR)

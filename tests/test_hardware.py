@@ -1,0 +1,174 @@
+"""What is wrong with a machine is said before hours are lost; what it draws is counted."""
+
+from __future__ import annotations
+
+import sys
+from collections import namedtuple
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+import hardware
+import training
+from config import UserError
+
+CPU, CARD = torch.device("cpu"), torch.device("cuda")
+
+
+# ------------------------------------------------------------------------------------------- preflight
+
+
+@pytest.fixture
+def unusable_card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "nvidia_card", lambda: "a card")
+    return monkeypatch
+
+
+def test_torch_without_cuda_beside_a_card_names_the_build_to_install(unusable_card: pytest.MonkeyPatch) -> None:
+    unusable_card.setattr(torch.version, "cuda", None)
+    with pytest.raises(UserError, match=r"a card.*no CUDA.*install the build with CUDA.*--device cpu"):
+        hardware.pick_device("auto")
+    assert hardware.pick_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "remedy"),
+    [
+        ("13.0", "570.86.10", "570.86.10 is too old: CUDA 13.0 needs 580"),
+        ("12.8", "470.256.02", "470.256.02 is too old: CUDA 12.8 needs 525"),
+        ("12.8", "535.183.01", "Update the NVIDIA driver"),
+        ("13.0", None, "Update the NVIDIA driver"),
+    ],
+)
+def test_a_driver_older_than_torchs_cuda_is_named_with_what_it_needs(
+    cuda: str, driver: str | None, remedy: str, unusable_card: pytest.MonkeyPatch
+) -> None:
+    unusable_card.setattr(torch.version, "cuda", cuda)
+    unusable_card.setattr(hardware, "driver_version", lambda: driver)
+    with pytest.raises(UserError, match=remedy):
+        hardware.pick_device("auto")
+
+
+def test_the_drivers_version_is_read_from_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15\nGCC version: 12.3.0"
+    monkeypatch.setattr(Path, "read_text", lambda path: told)
+    assert hardware.driver_version() == "535.183.01"
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hardware.check_disk(tmp_path / "not" / "there", 1000)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: usage(10, 9, 999))
+    with pytest.raises(UserError, match=r"999 B free.*1.0 kB.*--runs.*keep_checkpoints"):
+        hardware.check_disk(tmp_path / "not" / "there", 1000)
+
+
+def test_the_disk_must_hold_what_is_kept_and_what_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = []
+    monkeypatch.setattr(hardware, "check_disk", lambda folder, n_bytes: wanted.append(n_bytes))
+    monkeypatch.setattr(training.checkpoint, "n_bytes", lambda model, optimizers: 100)
+    job = SimpleNamespace(folder=tmp_path, loop=SimpleNamespace(keep_checkpoints=2), model=None, optimizers=None)
+    for there in range(4):
+        training.preflight(job)
+        (tmp_path / f"step-{there}").mkdir()
+    assert wanted == [300, 200, 100, 100]
+
+
+def test_a_laptop_on_its_battery_is_warned_not_stopped(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(training.checkpoint, "n_bytes", lambda model, optimizers: 1)
+    job = SimpleNamespace(folder=tmp_path, loop=SimpleNamespace(keep_checkpoints=1), model=None, optimizers=None)
+    on, off, unknown = (SimpleNamespace(power_plugged=plugged) for plugged in (True, False, None))
+    for state, warned in ((None, False), (on, False), (off, True), (unknown, False)):
+        monkeypatch.setattr(psutil, "sensors_battery", lambda state=state: state, raising=False)
+        training.preflight(job)
+        assert ("battery" in capsys.readouterr().out) == warned
+
+
+# ---------------------------------------------------------------------------------------------- energy
+
+
+class Clock:
+    """A clock that ticks a second each time it is read."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def fake_nvml(**answers: object) -> ModuleType:
+    """pynvml with only these answers; a function that is missing says what an old card says."""
+    module = ModuleType("pynvml")
+    module.NVMLError = RuntimeError
+
+    def refuses(*words: object) -> None:
+        raise RuntimeError("not supported")
+
+    for name in ("TotalEnergyConsumption", "PowerUsage", "Temperature"):
+        given = iter(answers.get(name, ()))
+        told = (lambda *words, given=given: next(given)) if name in answers else refuses
+        setattr(module, f"nvmlDeviceGet{name}", told)
+    return module
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(hardware, "_nvml_card", lambda device: "handle")
+    monkeypatch.setattr(hardware.time, "monotonic", Clock())
+    return monkeypatch
+
+
+def test_a_cards_energy_counter_is_read_in_joules(card: pytest.MonkeyPatch) -> None:
+    card.setitem(sys.modules, "pynvml", fake_nvml(TotalEnergyConsumption=[5000, 5400, 6000], Temperature=[61]))
+    meter = hardware.EnergyMeter(CARD)
+    assert meter.joules() == pytest.approx(0.4)
+    assert meter.watts() == pytest.approx(1.0 / 2)
+    assert meter.temperature() == 61
+
+
+def test_a_card_without_a_counter_is_sampled(card: pytest.MonkeyPatch) -> None:
+    card.setitem(sys.modules, "pynvml", fake_nvml(PowerUsage=[200_000, 100_000]))
+    meter = hardware.EnergyMeter(CARD)
+    assert meter.joules() == pytest.approx(200)
+    assert meter.joules() == pytest.approx(300)
+    assert meter.temperature() is None
+
+
+def test_a_card_that_tells_nothing_leaves_the_figures_out(card: pytest.MonkeyPatch) -> None:
+    card.setitem(sys.modules, "pynvml", fake_nvml())
+    assert hardware.EnergyMeter(CARD).joules() is None
+    assert training.Power(CARD).figures(training.Progress()) == {}
+
+
+def test_a_processors_counter_is_read_over_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    (zone / "max_energy_range_uj").write_text("10000000")
+    monkeypatch.setattr(hardware, "RAPL", tmp_path)
+    (zone / "energy_uj").write_text("8000000\n")
+    meter = hardware.EnergyMeter(CPU)
+    for counter, joules in (("9000000", 1), ("2000000", 4), ("3000000", 5)):
+        (zone / "energy_uj").write_text(counter)
+        assert meter.joules() == pytest.approx(joules)
+    (zone / "energy_uj").unlink()
+    assert hardware.EnergyMeter(CPU).joules() is None
+
+
+def test_watts_kilowatt_hours_and_temperature_join_the_step(card: pytest.MonkeyPatch) -> None:
+    counter, progress = [0, 3_600_000, 7_200_000], training.Progress(joules=3600.0)
+    card.setitem(sys.modules, "pynvml", fake_nvml(TotalEnergyConsumption=counter, Temperature=[50, 60]))
+    power = training.Power(CARD)
+    assert power.figures(progress)["kwh"] == pytest.approx(0.002)
+    figures = power.figures(progress)
+    assert set(figures) == {"watts", "kwh", "temperature_c"}
+    assert figures["kwh"] == pytest.approx(0.003)
+    assert figures["watts"] > 0
+    assert training.Progress.of(training.state_of(progress, 10)).joules == pytest.approx(3 * 3600)
