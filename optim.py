@@ -126,15 +126,15 @@ class Optimizers:
             self.model.load_state_dict(state["training_weights"])
 
     def state_bytes(self) -> int:
-        """Memory of the whole state in bytes, whether or not it is there yet: Muon keeps one float32 of each weight,
-        AdamW and its schedule-free form two."""
-        per_weight = {Muon: 4}
-        return sum(
-            per_weight.get(type(part), 8) * p.numel()
+        """Memory of the whole state in bytes, whether or not it is there yet: Muon keeps one float32 of each weight and
+        one of each row or column, AdamW and its schedule-free form two of each weight."""
+        sizes = (
+            p.numel() + max(p.shape) if isinstance(part, Muon) else 2 * p.numel()
             for part in self.parts
             for group in part.param_groups
             for p in group["params"]
         )
+        return 4 * sum(sizes)
 
     @contextmanager
     def inference_weights(self) -> Iterator[None]:
