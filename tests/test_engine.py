@@ -75,7 +75,7 @@ def test_cached_decode_equals_full_forward_over_the_window_edge(model: Model, ch
     cache = KVCache(1, 48)
     parts = torch.tensor([ids]).split(chunk, dim=1)
     logits = torch.cat([model.logits(decode(model, part, cache)[0]) for part in parts])
-    torch.testing.assert_close(logits, reference_logits(model, ids), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, reference_logits(model, ids), atol=1e-3, rtol=1e-3)
 
 
 def test_any_cut_into_chunks_gives_the_same_logits(model: Model) -> None:
@@ -86,7 +86,7 @@ def test_any_cut_into_chunks_gives_the_same_logits(model: Model) -> None:
             n = min(dice.choice([1, 1, 2, 3, 7, 11]), len(ids) - at)
             logits.append(model.logits(decode(model, torch.tensor([ids[at : at + n]]), cache)[0]))
             at += n
-        torch.testing.assert_close(torch.cat(logits), reference_logits(model, ids), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.cat(logits), reference_logits(model, ids), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("capacity", [40, 48])
@@ -96,7 +96,7 @@ def test_every_window_and_capacity_agrees_with_the_full_forward(window: int | No
     cache = KVCache(1, capacity)
     parts = torch.tensor([ids]).split([9, 1, 1, 14, 15], dim=1)
     logits = torch.cat([model.logits(decode(model, part, cache)[0]) for part in parts])
-    torch.testing.assert_close(logits, reference_logits(model, ids), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, reference_logits(model, ids), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("chunk_tokens", [4, 9, 512])
