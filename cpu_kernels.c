@@ -16,6 +16,7 @@
 #define DEPTH 256     /* columns of w unpacked at once, few enough for that */
 #define SHARED 262144 /* multiplications from which the work is shared between the processor's cores */
 #define KEYS 64       /* keys scored at a time */
+#define TRIO 3        /* query heads that share a stay of keys and values in registers */
 #define SHARE 256     /* columns of a share of attention */
 #define LOWEST -1e30f /* less than any score; no infinity, so that the compiler may assume there is none */
 
@@ -27,11 +28,62 @@ typedef struct {
   int64_t store, n, d;
 } matrix;
 
+typedef float vec __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(32), aligned(2), may_alias));
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (words){__VA_ARGS__})
+#endif
+
 static inline float from_bf16(uint16_t w) {
   uint32_t bits = (uint32_t)w << 16;
   float f;
   memcpy(&f, &bits, 4);
   return f;
+}
+
+/* The nearest number, of two the even one. */
+static inline uint16_t to_bf16(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+/* Eight entries of w: neighbours from `at` + 8 * `half` on if stored in float32; if in bfloat16, every second of the
+   sixteen from `at` on, so that a shift or a mask unpacks them. */
+static inline vec load(const void *w, int64_t at, int half, int store) {
+  if (store == FLOAT32) return *(const vec *)((const float *)w + at + 8 * half);
+  words pairs = *(const words *)((const uint16_t *)w + at);
+  return half ? (vec)(pairs & 0xffff0000) : (vec)(pairs << 16);
+}
+
+/* Has the 32 entries of w from `at` on brought from memory. */
+static inline void fetch(const void *w, int64_t at, int store) {
+  const char *from = (const char *)w + at * (store == FLOAT32 ? 4 : 2);
+  __builtin_prefetch(from);
+  if (store == FLOAT32) __builtin_prefetch(from + 64);
+}
+
+/* Where entry e stands in the order in which `load` gives them. */
+static inline int64_t place(int64_t e, int64_t store) {
+  return store == BFLOAT16 ? e / 16 * 16 + e % 2 * 8 + e % 16 / 2 : e;
+}
+
+/* n rows of d entries of w, one behind the other from entry `at` on, as float32 rows of `stride`. */
+static inline void unpack(float *restrict to, int64_t stride, const void *w, int64_t store, int64_t at, int64_t n,
+                          int64_t d) {
+  for (int64_t r = 0; r < n; r++, to += stride, at += d) {
+    if (store == INT8) {
+      const int8_t *from = (const int8_t *)w + at;
+      for (int64_t k = 0; k < d; k++) to[k] = from[k];
+    } else if (store == BFLOAT16) {
+      const uint16_t *from = (const uint16_t *)w + at;
+      for (int64_t k = 0; k < d; k++) to[k] = from_bf16(from[k]);
+    } else
+      memcpy(to, (const float *)w + at, sizeof(float) * d);
+  }
 }
 
 /* -------------------------------------------------------------------------------------------- one row */
@@ -96,8 +148,6 @@ void times_row(float *restrict y, const matrix *m, const float *restrict x, cons
    BLOCK_ROWS rows of w are unpacked, DEPTH columns at a time, and multiplied with tiles of 8 or 16 rows of x.
    columns[c][j] holds x[j][c]: a tile's sums grow by w[r][c] times one vector of neighbouring rows. */
 
-typedef float vec __attribute__((vector_size(32), aligned(4)));
-
 static inline __attribute__((always_inline)) void add_tile(float *sums, float unpacked[BLOCK_ROWS][DEPTH],
                                                            const float *columns, int64_t depth, int64_t stride,
                                                            const int vectors) {
@@ -109,17 +159,6 @@ static inline __attribute__((always_inline)) void add_tile(float *sums, float un
       for (int v = 0; v < vectors; v++) s[r][v] += unpacked[r][c] * *(const vec *)(columns + c * stride + 8 * v);
   for (int r = 0; r < BLOCK_ROWS; r++)
     for (int v = 0; v < vectors; v++) *(vec *)(sums + r * stride + 8 * v) = s[r][v];
-}
-
-static void unpack(float *restrict to, const matrix *m, int64_t at, int64_t depth) {
-  if (m->store == INT8) {
-    const int8_t *w = (const int8_t *)m->w + at;
-    for (int64_t k = 0; k < depth; k++) to[k] = w[k];
-  } else if (m->store == BFLOAT16) {
-    const uint16_t *w = (const uint16_t *)m->w + at;
-    for (int64_t k = 0; k < depth; k++) to[k] = from_bf16(w[k]);
-  } else
-    memcpy(to, (const float *)m->w + at, sizeof(float) * depth);
 }
 
 /* y (rows, n) = x w for x (rows, d); `add` (rows, n) is added unless it is NULL. */
@@ -141,7 +180,7 @@ void times_rows(float *restrict y, const matrix *m, const float *restrict x, con
       for (int64_t first = 0; first < in_group; first += BLOCK_ROWS) {
         for (int64_t r = 0; r < BLOCK_ROWS; r++) { /* the last block may reach past the end of w: it repeats a row */
           int64_t row = first + r < in_group ? group + first + r : n - 1;
-          unpack(unpacked[r], m, row * d + c, depth);
+          unpack(unpacked[r], DEPTH, m->w, m->store, row * d + c, 1, depth);
         }
         int64_t j = 0;
         for (; j + 16 <= stride; j += 16)
@@ -160,6 +199,14 @@ void times_rows(float *restrict y, const matrix *m, const float *restrict x, con
 }
 
 /* ---------------------------------------------------------------- a block of model.py, a token of each row */
+
+/* d float32 numbers into entries of w, stored in 32 or 16 bits, from entry `at` on. */
+static void pack(void *w, int64_t store, int64_t at, const float *from, int64_t d) {
+  if (store == BFLOAT16)
+    for (int64_t k = 0; k < d; k++) ((uint16_t *)w)[at + k] = to_bf16(from[k]);
+  else
+    memcpy((float *)w + at, from, sizeof(float) * d);
+}
 
 static void rms_norm(float *restrict to, const float *restrict x, int64_t n) {
   float squares = 0;
@@ -181,58 +228,128 @@ static inline float exponential(float x) {
 }
 
 typedef struct {
+  void *keys, *values; /* (rows, G, entries, E), a ring of columns */
+  int64_t store, entries;
+} cache;
+
+typedef struct {
   float largest, total; /* score, and the sum of e^(score - largest) */
 } weight;
 
-/* One share of the work of `attend`: `heads` query heads q (heads, E) over the keys and values (entries, E) of columns
-   `from` to `to`, a ring. Gives the unfinished sums y (heads, E) and their weights, as in arXiv 2205.14135. */
-static void attend_share(float *restrict y, weight *restrict sums, const float *restrict q, const float *restrict keys,
-                         const float *restrict values, int64_t from, int64_t to, int64_t entries, int64_t heads,
-                         int64_t E) {
-  float score[KEYS];
-  memset(y, 0, sizeof(float) * heads * E);
+/* Scores and sums of `heads` query heads (at most TRIO, a constant) over n keys and values (n, stride) in `store` (a
+   constant): a key or value that was loaded serves all of them. */
+static inline __attribute__((always_inline)) void attend_tile(vec *restrict y, weight *restrict sums,
+                                                              const vec *restrict queries, const void *keys,
+                                                              const void *values, int64_t n, int64_t stride,
+                                                              const int store, const int heads) {
+  float score[TRIO][KEYS + 4];
+  for (int64_t j = 0; j < n; j += 4) {
+    vec sum[TRIO][4];
+    for (int64_t e = 0; e < stride * 4; e += 32) fetch(keys, (j + KEYS) * stride + e, store);
+    for (int pair = 0; pair < 4; pair += 2) { /* as many sums at a time as there are registers for */
+      vec part[TRIO][2] = {0};
+      for (int64_t e = 0; e < stride; e += 16)
+        for (int i = 0; i < 2; i++) { /* the last may reach past the end: it repeats a key */
+          int64_t at = (j + pair + i < n ? j + pair + i : n - 1) * stride + e;
+          vec one = load(keys, at, 0, store), other = load(keys, at, 1, store);
+          for (int h = 0; h < heads; h++)
+            part[h][i] += queries[(h * stride + e) / 8] * one + queries[(h * stride + e) / 8 + 1] * other;
+        }
+      for (int h = 0; h < heads; h++) sum[h][pair] = part[h][0], sum[h][pair + 1] = part[h][1];
+    }
+    for (int h = 0; h < heads; h++) {
+      /* neighbours are added until each place of `twos` holds a half of a key's sum */
+      vec a = SHUFFLE(sum[h][0], sum[h][1], 0, 8, 2, 10, 4, 12, 6, 14) +
+              SHUFFLE(sum[h][0], sum[h][1], 1, 9, 3, 11, 5, 13, 7, 15);
+      vec b = SHUFFLE(sum[h][2], sum[h][3], 0, 8, 2, 10, 4, 12, 6, 14) +
+              SHUFFLE(sum[h][2], sum[h][3], 1, 9, 3, 11, 5, 13, 7, 15);
+      float twos[8];
+      *(vec *)twos = SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+      for (int i = 0; i < 4; i++) score[h][j + i] = twos[i] + twos[i + 4];
+    }
+  }
+  for (int h = 0; h < heads; h++) {
+    float largest = sums[h].largest, total = 0;
+    for (int64_t j = 0; j < n; j++) largest = score[h][j] > largest ? score[h][j] : largest;
+    for (int64_t j = 0; j < n; j++) score[h][j] = exponential(score[h][j] - largest);
+    for (int64_t j = 0; j < n; j++) total += score[h][j];
+    float shrink = exponential(sums[h].largest - largest);
+    for (int64_t v = 0; v < stride / 8; v++) y[h * stride / 8 + v] *= shrink;
+    sums[h] = (weight){largest, sums[h].total * shrink + total};
+  }
+  for (int64_t e = 0; e < stride; e += 16) {
+    vec sum[TRIO][2];
+    for (int h = 0; h < heads; h++)
+      for (int half = 0; half < 2; half++) sum[h][half] = y[(h * stride + e) / 8 + half];
+    for (int64_t j = 0; j < n; j++) {
+      if (e % 32 == 0) fetch(values, (j + KEYS) * stride + e, store);
+      for (int half = 0; half < 2; half++) {
+        vec value = load(values, j * stride + e, half, store);
+        for (int h = 0; h < heads; h++) sum[h][half] += score[h][j] * value;
+      }
+    }
+    for (int h = 0; h < heads; h++)
+      for (int half = 0; half < 2; half++) y[(h * stride + e) / 8 + half] = sum[h][half];
+  }
+}
+
+/* One share of the work of `attend`: `heads` query heads (heads, stride) over the keys and values (entries, E) of
+   columns `from` to `to`, a ring. Gives the unfinished sums y (heads, stride) and their weights, as in arXiv
+   2205.14135. `stride` is E rounded up to whole vectors; where it is more than E, keys and values are copied. */
+static void attend_share(float *restrict y, weight *restrict sums, const float *restrict queries, const void *keys,
+                         const void *values, int64_t store, int64_t from, int64_t to, int64_t entries, int64_t heads,
+                         int64_t E, int64_t stride) {
+  int64_t width = store == BFLOAT16 ? 2 : 4;
+  float *copied = stride > E ? calloc(2 * KEYS * stride, sizeof(float)) : NULL;
+  memset(y, 0, sizeof(float) * heads * stride);
   for (int64_t h = 0; h < heads; h++) sums[h] = (weight){LOWEST, 0};
   for (int64_t column = from, here; column < to; column += here) {
     int64_t entry = column % entries;
     here = to - column < KEYS ? to - column : KEYS;
     if (here > entries - entry) here = entries - entry; /* the ring begins anew */
-    const float *key = keys + entry * E, *value = values + entry * E;
-    for (int64_t h = 0; h < heads; h++) {
-      float largest = sums[h].largest, total = 0;
-      for (int64_t j = 0; j < here; j++) {
-        float dot = 0;
-        for (int64_t e = 0; e < E; e++) dot += q[h * E + e] * key[j * E + e];
-        score[j] = dot / sqrtf(E);
-        largest = score[j] > largest ? score[j] : largest;
-      }
-      float shrink = exponential(sums[h].largest - largest);
-      for (int64_t j = 0; j < here; j++) score[j] = exponential(score[j] - largest);
-      for (int64_t j = 0; j < here; j++) total += score[j];
-      for (int64_t e = 0; e < E; e++) y[h * E + e] *= shrink;
-      for (int64_t j = 0; j < here; j++)
-        for (int64_t e = 0; e < E; e++) y[h * E + e] += score[j] * value[j * E + e];
-      sums[h] = (weight){largest, sums[h].total * shrink + total};
+    const char *key = (const char *)keys + entry * E * width, *value = (const char *)values + entry * E * width;
+    if (copied) {
+      unpack(copied, stride, key, store, 0, here, E);
+      unpack(copied + KEYS * stride, stride, value, store, 0, here, E);
+      key = (const char *)copied, value = (const char *)(copied + KEYS * stride);
+    }
+    for (int64_t h = 0; h < heads; h += TRIO) {
+      vec *out = (vec *)(y + h * stride);
+      const vec *query = (const vec *)(queries + h * stride);
+      int64_t left = heads - h;
+#define TILE(store, n_heads) attend_tile(out, sums + h, query, key, value, here, stride, store, n_heads)
+#define TILES(store) left == 1 ? TILE(store, 1) : left == 2 ? TILE(store, 2) : TILE(store, TRIO)
+      store == FLOAT32 || copied ? (TILES(FLOAT32)) : (TILES(BFLOAT16));
     }
   }
+  free(copied);
 }
 
-/* y (rows, H, E): attention of q (rows, ·, E), `q_stride` floats a row, over keys and values (rows, G, entries, E):
-   row r sees the columns from pad[r] to `end` that the ring still holds. Shares of the columns are worked on apart
-   and put together at the end. */
-static void attend(float *restrict y, const float *q, int64_t q_stride, const float *keys, const float *values,
-                   const int64_t *pad, int64_t rows, int64_t end, int64_t entries, int64_t H, int64_t G, int64_t E) {
-  int64_t oldest = end > entries ? end - entries : 0, heads = H / G;
+/* y (rows, H, E): attention of q (rows, ·, E), `q_stride` floats a row, over keys and values (rows, G, entries, E),
+   stored in float32 or bfloat16: row r sees the columns from pad[r] to `end` that the ring still holds. Shares of the
+   columns are worked on apart and put together at the end. */
+static void attend(float *restrict y, const float *q, int64_t q_stride, const cache *c, const int64_t *pad,
+                   int64_t rows, int64_t end, int64_t H, int64_t G, int64_t E) {
+  int64_t entries = c->entries, oldest = end > entries ? end - entries : 0, heads = H / G;
   int64_t shares = (end - oldest + SHARE - 1) / SHARE, each = (end - oldest + shares - 1) / shares;
-  float *part = malloc(sizeof(float) * rows * shares * H * E);
+  int64_t stride = (E + 31) / 32 * 32, width = c->store == BFLOAT16 ? 2 : 4;
+  int64_t order = stride > E ? FLOAT32 : c->store; /* of a head's channels */
+  float *queries = calloc(rows * H * stride, sizeof(float));
+  float *part = malloc(sizeof(float) * rows * shares * H * stride);
   weight *sums = malloc(sizeof(weight) * rows * shares * H);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t h = 0; h < H; h++)
+      for (int64_t e = 0; e < E; e++)
+        queries[(r * H + h) * stride + place(e, order)] = q[r * q_stride + h * E + e] / sqrtf(E);
 #pragma omp parallel for schedule(static) if (rows * (end - oldest) * G * E >= SHARED / 4)
   for (int64_t task = 0; task < rows * shares * G; task++) {
     int64_t r = task / (shares * G), share = task / G % shares, g = task % G;
     int64_t from = oldest + share * each, to = from + each < end ? from + each : end;
     if (from < pad[r]) from = pad[r];
-    int64_t at = (r * G + g) * entries * E, out = (r * shares + share) * H + g * heads;
-    attend_share(part + out * E, sums + out, q + r * q_stride + g * heads * E, keys + at, values + at, from, to,
-                 entries, heads, E);
+    int64_t at = (r * G + g) * entries * E * width, out = (r * shares + share) * H + g * heads;
+    const float *query = queries + (r * H + g * heads) * stride;
+    const char *keys = (const char *)c->keys + at, *values = (const char *)c->values + at;
+    attend_share(part + out * stride, sums + out, query, keys, values, c->store, from, to, entries, heads, E, stride);
   }
   for (int64_t r = 0; r < rows; r++)
     for (int64_t h = 0; h < H; h++) {
@@ -240,12 +357,15 @@ static void attend(float *restrict y, const float *q, int64_t q_stride, const fl
       float largest = LOWEST, total = 0, *out = y + (r * H + h) * E;
       for (int64_t s = 0; s < shares; s++) largest = sum[s * H].largest > largest ? sum[s * H].largest : largest;
       for (int64_t s = 0; s < shares; s++) total += sum[s * H].total * exponential(sum[s * H].largest - largest);
-      memset(out, 0, sizeof(float) * E);
+      float whole[stride];
+      memset(whole, 0, sizeof(whole));
       for (int64_t s = 0; s < shares; s++) {
         float by = exponential(sum[s * H].largest - largest) / total;
-        for (int64_t e = 0; e < E; e++) out[e] += by * part[((r * shares + s) * H + h) * E + e];
+        for (int64_t e = 0; e < stride; e++) whole[e] += by * part[((r * shares + s) * H + h) * stride + e];
       }
+      for (int64_t e = 0; e < E; e++) out[e] = whole[place(e, order)];
     }
+  free(queries);
   free(part);
   free(sums);
 }
@@ -256,11 +376,10 @@ typedef struct {
   int64_t H, G, E;
 } block;
 
-/* y (rows, D): what the block makes of x (rows, D). The rows' keys and values join keys and values (rows, G, entries,
-   E), a ring, as column `end` - 1. cos and sin (rows, E/2) turn the rows' positions. */
+/* y (rows, D): what the block makes of x (rows, D). The rows' keys and values join the cache as column `end` - 1. cos
+   and sin (rows, E/2) turn the rows' positions. */
 void run_block(float *restrict y, const block *b, const float *restrict x, const float *restrict cos,
-               const float *restrict sin, float *keys, float *values, const int64_t *pad, int64_t rows, int64_t end,
-               int64_t entries) {
+               const float *restrict sin, const cache *c, const int64_t *pad, int64_t rows, int64_t end) {
   int64_t H = b->H, G = b->G, E = b->E, D = b->o.n, F = b->down.d, all = (H + 2 * G) * E;
   float *normed = malloc(sizeof(float) * rows * (D + all + H * E + 3 * F));
   float *heads = normed + rows * D, *attended = heads + rows * all, *gate_up = attended + rows * H * E;
@@ -269,22 +388,23 @@ void run_block(float *restrict y, const block *b, const float *restrict x, const
   for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, D);
   times_rows(heads, &b->qkv, normed, NULL, rows);
   for (int64_t r = 0; r < rows; r++) {
-    const float *c = cos + r * E / 2, *s = sin + r * E / 2;
+    const float *cosines = cos + r * E / 2, *sines = sin + r * E / 2;
     for (int64_t h = 0; h < H + G; h++) {
       float *head = heads + r * all + h * E, unturned[E];
-      float *to = h < H ? head : keys + ((r * G + h - H) * entries + (end - 1) % entries) * E;
       float heat = h < H ? b->heat[h] : 1;
       rms_norm(unturned, head, E);
       for (int64_t i = 0; i < E / 2; i++) {
-        to[i] = heat * (unturned[i] * c[i] - unturned[i + E / 2] * s[i]);
-        to[i + E / 2] = heat * (unturned[i + E / 2] * c[i] + unturned[i] * s[i]);
+        head[i] = heat * (unturned[i] * cosines[i] - unturned[i + E / 2] * sines[i]);
+        head[i + E / 2] = heat * (unturned[i + E / 2] * cosines[i] + unturned[i] * sines[i]);
       }
     }
-    for (int64_t g = 0; g < G; g++)
-      memcpy(values + ((r * G + g) * entries + (end - 1) % entries) * E, heads + r * all + (H + G + g) * E,
-             sizeof(float) * E);
+    for (int64_t g = 0; g < G; g++) {
+      int64_t entry = ((r * G + g) * c->entries + (end - 1) % c->entries) * E;
+      pack(c->keys, c->store, entry, heads + r * all + (H + g) * E, E);
+      pack(c->values, c->store, entry, heads + r * all + (H + G + g) * E, E);
+    }
   }
-  attend(attended, heads, all, keys, values, pad, rows, end, entries, H, G, E);
+  attend(attended, heads, all, c, pad, rows, end, H, G, E);
   times_rows(y, &b->o, attended, x, rows);
 
   for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, y + r * D, D);

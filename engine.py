@@ -140,7 +140,7 @@ class Engine:
         longest = max(map(len, prompts))
         pad = [longest - len(prompt) for prompt in prompts]
         capacity = longest + min(rules.max_tokens, self.context)
-        cache = KVCache(len(prompts), capacity, pad=pad, device=self.model.device)
+        cache = KVCache(len(prompts), capacity, pad=pad, device=self.model.device, dtype=self.model.cache_dtype)
         logits, cycles = self._read([[0] * gap + list(prompt) for gap, prompt in zip(pad, prompts, strict=True)], cache)
         if len(prompts) < len(rows):
             copies = [prompts.index(tuple(row.ids)) for row in rows]
@@ -188,10 +188,8 @@ class Engine:
                 break
             common += 1
         if self.cache is None or self.cache_cycles != (self.h_cycles, self.settled):
-            self.cache, self.cache_cycles = (
-                KVCache(1, self.context, device=self.model.device),
-                (self.h_cycles, self.settled),
-            )
+            self.cache = KVCache(1, self.context, device=self.model.device, dtype=self.model.cache_dtype)
+            self.cache_cycles = (self.h_cycles, self.settled)
         common = self.cache.rewind(common)
         self.held = self.held[:common]
         return common
@@ -240,7 +238,7 @@ class Engine:
         """Memory of one row's keys and values at `n_tokens` (default: the whole context), in bytes."""
         c, n_tokens = self.model.config, n_tokens or self.context
         columns = sum(min(block.window or n_tokens, n_tokens) for block in self.model.block_passes(self.h_cycles))
-        return columns * 2 * c.n_kv_head * c.head_dim * self.model.dtype.itemsize
+        return columns * 2 * c.n_kv_head * c.head_dim * (self.model.cache_dtype or self.model.dtype).itemsize
 
 
 class Stream(Iterator[int]):
@@ -336,10 +334,12 @@ class _Row:
 
 
 def compress(model: Model, store: str) -> Model:
-    """A copy of `model` for decoding, its matrices stored as float32, bfloat16 or int8."""
+    """A copy of `model` for decoding, its matrices stored as float32, bfloat16 or int8; keys and values as float32
+    only where the weights are."""
     copy = for_decoding(model, lambda weight: Matrix(weight, store))
     if model.device.type == "cpu":
         copy.dtype = torch.float32
+        copy.cache_dtype = torch.float32 if store == "float32" else torch.bfloat16
         if copy.embedding.kernels is not None:
             for blocks in [module for module in copy.modules() if isinstance(module, torch.nn.ModuleList)]:
                 for place, block in enumerate(blocks):

@@ -42,6 +42,12 @@ class _Block(ctypes.Structure):
     )
 
 
+class _Cache(ctypes.Structure):
+    """`cache` of cpu_kernels.c."""
+
+    _fields_ = (*((name, ctypes.c_void_p) for name in "kv"), *((name, ctypes.c_int64) for name in ("store", "entries")))
+
+
 class Matrix:
     """A weight matrix (n, d) for inference, stored as `store` says; int8 has one scale a row.
 
@@ -113,10 +119,11 @@ class BlockKernel:
         self, x: Tensor, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, *, pad: Tensor, end: int
     ) -> Tensor:
         """The block's output (B, D) for x (B, D). Its keys and values join keys and values (B, G, entries, E), a ring,
-        as column `end` - 1; row r attends to the columns from pad[r] on that the ring still holds."""
+        float32 or bfloat16, as column `end` - 1; row r attends to the columns from pad[r] on that the ring holds."""
         x, y = x.contiguous(), torch.empty(x.shape)
-        tensors = (x, *rotary, keys, values, pad)
-        self._run(y.data_ptr(), self._address, *(t.data_ptr() for t in tensors), x.shape[0], end, keys.shape[2])
+        cache = _Cache(keys.data_ptr(), values.data_ptr(), int(keys.dtype == torch.bfloat16), keys.shape[2])
+        cos, sin = (t.data_ptr() for t in rotary)
+        self._run(y.data_ptr(), self._address, x.data_ptr(), cos, sin, cache, pad.data_ptr(), x.shape[0], end)
         return y
 
 
@@ -135,7 +142,7 @@ def compiled_kernels() -> ctypes.CDLL | None:
                 continue
             pointer, size = ctypes.c_void_p, ctypes.c_int64
             kernels.times_rows.argtypes = [pointer] * 4 + [size]
-            kernels.run_block.argtypes = [pointer] * 8 + [size] * 3
+            kernels.run_block.argtypes = [*[pointer] * 5, ctypes.POINTER(_Cache), pointer, size, size]
             kernels.times_rows.restype = kernels.run_block.restype = None
             return kernels
     return None

@@ -43,6 +43,7 @@ class Model(nn.Module):
         self.value_embeddings = nn.ParameterList(tables)
         self.value_gates = nn.Parameter(torch.empty(n, G, GATE_CHANNELS)) if n else None
         self.dtype = torch.float32  # of the activations; the weights stay float32
+        self.cache_dtype: torch.dtype | None = None  # of keys and values while decoding; None is `dtype`
         self.recompute = "none"  # activations computed anew in the backward pass: none, head (module calls) or all
 
     def forward(self, ids: Tensor, where: Where, *, h_cycles: int | None = None, horizon: int | None = None) -> Tensor:
@@ -589,9 +590,16 @@ class KVCache:
     """
 
     def __init__(
-        self, n_rows: int, capacity: int, *, pad: Sequence[int] | None = None, device: torch.device | str = "cpu"
+        self,
+        n_rows: int,
+        capacity: int,
+        *,
+        pad: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.capacity, self.device = capacity, torch.device(device)
+        self.dtype = dtype  # of keys and values; None is that of the first pass's activations
         self.pad = torch.tensor(pad or [0] * n_rows, device=device)  # (B,)
         self.longest_pad = max(pad or [0])
         self.slots: list[tuple[Tensor, Tensor]] = []  # k, v (B, G, C, E) in call order
@@ -612,7 +620,7 @@ class KVCache:
         self.length += self.n_new
 
     def begin(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        self.next_slot, self.dtype = 0, dtype
+        self.next_slot, self.dtype = 0, self.dtype or dtype
         positions = (self.columns - self.pad[:, None]).clamp(min=0)  # (B, T)
         self.rotary = rotary_table(positions.flatten(), config.head_dim, config.rope_base, dtype)
 
@@ -620,8 +628,8 @@ class KVCache:
         T, B = self.n_new, len(self.pad)
         N, H, E = q.shape
         G = k.shape[1]
-        k, v = (x.view(B, T, G, E).transpose(1, 2) for x in (k, v))  # (B, G, T, E)
-        keys, values = self._write(k, v, window)
+        k, v = (x.view(B, T, G, E).transpose(1, 2).to(self.dtype) for x in (k, v))  # (B, G, T, E)
+        keys, values = (x.to(q.dtype) for x in self._write(k, v, window))
         # the query heads that share a key/value head become its queries: (B, G, H/G · T, E)
         q = q.view(B, T, G, H // G, E).permute(0, 2, 3, 1, 4).reshape(B, G, -1, E)
         mask = self._mask(window, keys.shape[2])
