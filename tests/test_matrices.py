@@ -98,7 +98,8 @@ def test_a_block_in_one_call_equals_the_common_way(
     """Over the edge of the window and of the shares that attention is cut into, in rows of different length."""
     if compiled_kernels() is None:
         pytest.skip("this machine has no C compiler")
-    model, rows = awake(window=window, **shape), len(pad)
+    # a rounding that falls the other way is small in the trunk, but a random head makes ten times as much of it
+    model, rows = awake(window=window, **shape, **({} if stored == torch.float32 else {"hrm": None})), len(pad)
     common = for_decoding(model, lambda weight: Matrix(weight, "float32"))
     fast = Engine(model, weights="float32").model
     assert isinstance(fast.trunk[0], FastBlock)
@@ -106,7 +107,7 @@ def test_a_block_in_one_call_equals_the_common_way(
     caches = [KVCache(rows, 300, pad=pad, dtype=stored) for _ in range(2)]
     for m, cache in zip((common, fast), caches, strict=True):
         decode(m, ids[:, :265], cache)
-    tolerance = 1e-4 if stored == torch.float32 else 2e-2  # a key that lies between two numbers takes either
+    tolerance = 1e-4 if stored == torch.float32 else 2e-3  # a key that lies between two numbers takes either
     for tokens in ids[:, 265:].T:
         a, b = (decode(m, tokens[:, None], cache) for m, cache in zip((common, fast), caches, strict=True))
         assert (a - b).norm(dim=-1).max() <= tolerance * a.norm(dim=-1).max()
