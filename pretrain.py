@@ -193,7 +193,8 @@ def continue_texts(model: Model, tokenizer: Tokenizer, prompts: tuple[str, ...],
         sampling=Sampling(temperature=0.7, top_p=0.95),
         seeds=[seed + i for i in range(len(ids))],
     )
-    return [(prompt, tokenizer.decode(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+    written = (tokenizer.decode(id for id in answer if id != tokenizer.bos) for answer in answers)
+    return list(zip(prompts, written, strict=True))
 
 
 def draw(config: Config, reporter: Reporter) -> None:

@@ -37,7 +37,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, ROW, ROWS = 4096, 1024, 2  # entries, tokens of a row, rows of a step
 HELD_OUT_ROWS, EVALUATIONS, SKIPPED = 32, 6, 3  # rows read by an evaluation, evaluations a run, steps not timed
-RATES = {"hearth": (1.2e-2, 2.4e-2, 4.8e-2), "nanogpt": (1e-3, 2e-3, 4e-3), "nanochat": (0.1, 0.2, 0.4)}
+RATES = {"hearth": (1.2e-2, 2.4e-2, 4.8e-2), "nanogpt": (1e-3, 2e-3, 4e-3), "nanochat": (0.2, 0.4, 0.8)}
 
 
 def main() -> None:
