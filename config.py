@@ -210,7 +210,7 @@ class OptimConfig:
     weight_decay: float = 0.1  # of matrices only, decoupled, multiplied by the learning rate
     momentum: float = 0.95  # of Muon
     momentum_warmup_steps: int = 200  # Muon's momentum climbs from 0.85 over this many steps
-    beta1: float = 0.9  # of AdamW
+    beta1: float = 0.8  # of AdamW
     beta2: float = 0.95  # of AdamW
     clip: float = 1.0  # largest gradient norm; gradients beyond it are scaled down
 

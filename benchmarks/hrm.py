@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import reasoning_tasks
 from reasoning_tasks import TASKS, lay, problems

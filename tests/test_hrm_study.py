@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import hrm
 from hrm import ARMS, RATES, Row, Study, Tally, leave_early, plan
@@ -65,7 +65,7 @@ def test_a_row_that_was_killed_is_run_again_and_its_torn_line_hurts_no_other(tmp
 
 
 def test_a_row_of_a_living_process_is_left_alone_and_one_of_a_dead_is_taken_over(tmp_path: Path) -> None:
-    claim = f"import sys; sys.path[:0] = {sys.path[:3]!r}; import hrm, pathlib; "
+    claim = f"import sys; sys.path[:0] = {sys.path!r}; import hrm, pathlib; "
     claim += f"print(hrm.Study(pathlib.Path({str(tmp_path)!r})).claim('a'), flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", claim], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "True\n"
@@ -83,7 +83,7 @@ def test_rows_wait_for_their_learning_rate(tmp_path: Path, ran, monkeypatch) -> 
     assert study.claim(TUNING[0].key)
     monkeypatch.setattr("time.sleep", lambda seconds: study.release(TUNING[0].key))
     study.work(ROWS, lambda row: None)
-    assert [key for key, _ in ran] == [row.key for row in [*TUNING[1:], TUNING[0], *ROWS[3:]]]
+    assert [key for key, _ in ran] == [row.key for row in [*TUNING[1:], TUNING[0], *ROWS[len(TUNING) :]]]
 
 
 def test_every_row_of_the_plan_is_told_apart_and_tuned_before_it_is_needed() -> None:
