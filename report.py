@@ -294,6 +294,7 @@ BPB = "bits per byte"
 NO_SHARES = (BPB, "tokens")  # metrics of scores that are no part of one
 UNITS = {"bpb": BPB, "loss": "loss"}
 CYCLES, PROBES = "loss by cycle of the reasoning head", "probes"
+HEAD = "reasoning head: size of its states, change by its last cycle in nats, share of the time"
 
 
 def is_figure(name: str) -> bool:
@@ -302,6 +303,8 @@ def is_figure(name: str) -> bool:
 
 def group_of(name: str) -> str:
     """The chart that an evaluation's figure belongs to: a unit that its first word names, cycles, or probes."""
+    if name.startswith("head "):
+        return HEAD
     return CYCLES if "cycle" in name else UNITS.get(name.split()[0], PROBES)
 
 
@@ -363,7 +366,7 @@ def learning_charts(trace: Trace, x: XAxis) -> list[Chart]:
             at = trace.at(trace.kinds[kind], x.at)
             series = tuple(marked(short_name(name), at, trace.column(name, kind)) for name in mine)
             title = f"Held-out {group}" if group in UNITS.values() else group.capitalize()
-            y = {BPB: group, PROBES: "share"}.get(group, "nats a token")
+            y = {BPB: group, PROBES: "share", HEAD: "value"}.get(group, "nats a token")
             charts.append(Chart(f"{title} over {x.unit}", series, x.unit, y, curriculum(trace, x)))
     return charts
 
