@@ -557,7 +557,7 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: in
     """`scaled_dot_product_attention` under an explicit mask: a block of each row's queries at a time, over no more keys
     than one of them may see."""
     N, H, E = q.shape
-    L, size = packed.row_length, max(32, min(128, window or 128))
+    L, size = packed.row_length, query_block(window)
 
     def blocks(x: Tensor) -> tuple[Tensor, ...]:  # (N, ·, E) -> L / size times (R, ·, size, E)
         return x.reshape(N // L, L, x.shape[1], E).transpose(1, 2).split(size, dim=2)
@@ -570,6 +570,11 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: in
         key, value = (torch.cat(x[first : n + 1], dim=2) for x in (keys, values))
         attended.append(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True))
     return torch.cat(attended, dim=2).transpose(1, 2).reshape(N, H, E)
+
+
+def query_block(window: int | None) -> int:
+    """Queries that `attend_in_blocks` takes at once: few, so that little is scored beyond a window or the future."""
+    return max(32, min(128, window or 128))
 
 
 # ------------------------------------------------------------------------------------------- KV cache

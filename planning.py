@@ -20,7 +20,7 @@ import log
 from batches import Batch
 from config import LoopConfig
 from gradients import backward, head_schedule
-from model import LOGITS_PER_CHUNK, ROWS_PER_CHUNK, Block, HRMModule, Model
+from model import LOGITS_PER_CHUNK, ROWS_PER_CHUNK, Block, HRMModule, Model, query_block
 from optim import Muon, Optimizers
 
 GIB = 2**30
@@ -122,7 +122,7 @@ def mask_bytes(model: Model, n_rows: int, context: int) -> int:
 
 def query_blocks(context: int, window: int | None) -> list[tuple[int, int]]:
     """Queries and keys of each piece of a row that `attend_in_blocks` takes at once."""
-    size = max(32, min(128, window or 128))
+    size = query_block(window)
     pieces = []
     for start in range(0, context, size):
         end = min(start + size, context)

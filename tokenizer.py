@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+import disk
 from config import UserError
 
 BOS, SYSTEM, USER, ASSISTANT, END = "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -87,12 +87,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`, in the `tokenizers` format; a kill leaves the old file or the new one."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        part = Path(folder) / (FILE + ".part")
-        with part.open("w", encoding="utf-8") as file:
-            file.write(self._backend.to_str(pretty=True))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(Path(folder) / FILE)
+        disk.write_text(Path(folder) / FILE, self._backend.to_str(pretty=True))
 
     @classmethod
     def load(cls, folder: Path, command: str = "uv run train_tokenizer.py") -> Tokenizer:
