@@ -2,7 +2,7 @@
 
 A row is an arm on a task with a seed; its result is a line of OUT/results.jsonl. Rows that are there are skipped, so a
 study that was killed goes on where it was, and several processes may share one OUT. Each arm's learning rate is tuned
-first, by rows of their own.
+first, by rows of their own; the best of them is seed 0's.
 
     uv run benchmarks/hrm.py OUT --data FOLDER    every row that is missing; FOLDER holds .parquet files of text
     uv run benchmarks/hrm.py OUT --plan           the rows, with estimated minutes on one core
@@ -87,11 +87,10 @@ TEXT = ModelConfig(
 )
 LOOP = LoopConfig(warmup_share=0.05, decay_share=0.3)
 OPTIM = OptimConfig(momentum_warmup_steps=50)
-RATES = {  # peak learning rates tried for each arm; a short tuning row flatters higher ones
-    "automaton": (1e-2, 2.5e-2),  # serves the other reasoning tasks too
-    "text": (1e-2, 2.5e-2),
+RATES = {  # peak learning rates tried for each arm, over all steps: a shorter row flatters high ones
+    "automaton": (5e-3, 1e-2, 2e-2),  # serves the other reasoning tasks too
+    "text": (5e-3, 1e-2, 2e-2),
 }
-TUNED_SHARE = 1.0  # of the steps, in a tuning row: after a quarter of them a higher rate looks better than it is
 N_POINTS = 4  # of a learning curve
 CYCLES = 8  # most H cycles tried at inference
 THRESHOLDS = (1e-3, 1e-2, 3e-2, 1e-1)  # nats of KL divergence under which a token leaves early
@@ -122,8 +121,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Row:
-    """kind: `tune` is short and has its own learning rate; `main` has all steps; `flops` those that cost what `full`'s
-    cost."""
+    """kind: `tune` tries a learning rate; `main` takes the best; `flops` too, but trains for the FLOPs of `full`."""
 
     kind: str
     task: str
@@ -137,8 +135,6 @@ class Row:
 
     def steps(self, context: int) -> int:
         steps = SIZES[self.task].steps
-        if self.kind == "tune":
-            return round(steps * TUNED_SHARE)
         if self.kind == "flops":
             full, own = (flops_a_token(arm, self.task, context) for arm in ("full", self.arm))
             return round(steps * full / own)
@@ -161,19 +157,15 @@ def plan() -> list[Row]:
     return [
         *tuning("automaton", COMPARED),
         *main("automaton", COMPARED, 0, 1, 2),
+        *equal_flops("automaton", OTHER_COST[:2], 0, 1, 2),
         *tuning("text", COMPARED),
-        *main("text", COMPARED, 0),
-        *equal_flops("text", OTHER_COST, 0),
+        *main("text", COMPARED, 0, 1, 2),
+        *equal_flops("text", OTHER_COST, 0, 1, 2),
+        *main("automaton", ["full_random"], 0, 1, 2),
         *main(SECOND_TASK, COMPARED, 0),
-        *equal_flops("automaton", OTHER_COST[:2], 0),
-        *main("automaton", ["full_random"], 0),
-        *[row for task in others for row in main(task, COMPARED, 0)],
-        *main("text", COMPARED, 1, 2),
-        *equal_flops("text", OTHER_COST[:2], 1, 2),
         *main("text", ["full_random"], 0),
+        *[row for task in others for row in main(task, COMPARED, 0)],
         *main(SECOND_TASK, COMPARED, 1, 2),
-        *equal_flops("automaton", OTHER_COST[:2], 1, 2),
-        *main("automaton", ["full_random"], 1, 2),
     ]
 
 
@@ -297,7 +289,7 @@ def run(row: Row, lr: float, subject: Reasoning | Text) -> dict[str, Any]:
         started = time.process_time()
         train_step(model, optimizers, batch, step, steps, row.seed)
         seconds += time.process_time() - started
-        if step + 1 in points and (row.kind != "tune" or step + 1 == steps):
+        if step + 1 in points:
             curve.append({"step": step + 1, "cpu_seconds": seconds, **score(model, subject, subject.exam)})
     flops = flops_a_token(row.arm, row.task, subject.context)
     result = {
@@ -314,7 +306,7 @@ def run(row: Row, lr: float, subject: Reasoning | Text) -> dict[str, Any]:
         "curve": curve,
         "final": curve[-1],
     }
-    if row.kind == "main":
+    if row.kind != "flops":
         result["sizes"] = {name: score(model, subject, {name: exam}) for name, exam in subject.exam.items()}
         result["sizes"] |= {name: score(model, subject, {name: exam}) for name, exam in subject.beyond.items()}
         if row.arm.startswith("full"):
@@ -503,6 +495,11 @@ class Study:
             return None
         return min(tuned, key=tuning_loss)["lr"]
 
+    def tuned(self, row: Row, lr: float) -> dict[str, Any] | None:
+        """The result of the tuning row that did what this row would do, under this row's name."""
+        done = self.results().get(replace(row, kind="tune", lr=lr).key) if row.kind == "main" else None
+        return done and {**done, "key": row.key, "kind": row.kind}
+
     def work(self, rows: list[Row], subject_of: Callable[[Row], Reasoning | Text]) -> None:
         """Run what is missing, in order, until nothing is."""
         while missing := [row for row in rows if row.key not in self.results()]:
@@ -517,7 +514,7 @@ class Study:
             if row.key in self.results():  # finished between the look and the claim
                 return True
             started = time.perf_counter()
-            result = run(row, lr, subject_of(row))
+            result = self.tuned(row, lr) or run(row, lr, subject_of(row))
             self.add(result)
             figures = {k: v for k, v in result["final"].items() if k not in ("step", "cpu_seconds")}
             told = " ".join(f"{name} {value:.3f}" for name, value in figures.items())
@@ -531,12 +528,14 @@ class Study:
 
 
 def estimated_seconds(row: Row) -> float:
-    """CPU seconds that the row should take on one core, examinations included."""
+    """CPU seconds that the row should take on one core, examinations included; 0 for what a tuning row has done."""
+    if row.kind == "main" and row.seed == 0 and replace(row, kind="tune", lr=RATES.get(row.task, [None])[0]) in plan():
+        return 0.0
     size = SIZES[row.task]
     context = TEXT.context if row.task == "text" else TASKS[row.task].row_length
     flops = flops_a_token(row.arm, row.task, context)
     examined = N_POINTS * 64 * 256 if row.task == "text" else N_POINTS * 384 * 2 * context
-    tokens = row.steps(context) * size.rows * context + (examined / 3 if row.kind != "tune" else examined / 12)
+    tokens = row.steps(context) * size.rows * context + examined / 3
     return tokens * flops / size.gflops / 1e9
 
 
@@ -707,7 +706,7 @@ def tuning_loss(result: dict[str, Any]) -> float:
 
 
 def print_rates(results: list[dict[str, Any]]) -> None:
-    print(f"Tuning, {TUNED_SHARE:.0%} of the steps: held-out loss by peak learning rate, the best is taken\n")
+    print("Tuning: held-out loss of seed 0 by peak learning rate, the best is taken\n")
     head("arm", *[f"{task} {lr:g}" for task in ("text", "automaton") for lr in RATES[task]])
     for arm in COMPARED:
         tuned = [select(results, task=t, arm=arm, kind="tune", lr=lr) for t in ("text", "automaton") for lr in RATES[t]]

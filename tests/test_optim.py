@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+import optim
 from config import LoopConfig, ModelConfig, OptimConfig
 from model import Packed, build_model
 from optim import Muon, build_optimizers, even_out, learning_rate_factor, orthogonalise
@@ -33,6 +34,15 @@ def test_orthogonalising_keeps_the_singular_vectors() -> None:
     u, _, v = torch.linalg.svd(x[0], full_matrices=False)
     inner = u.T @ orthogonalise(x)[0] @ v.T
     torch.testing.assert_close(inner, torch.diag(inner.diagonal()), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 80), (2, 80, 24)])
+def test_the_way_through_the_gram_matrix_equals_the_steps_written_out(shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    u, _, v = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    x = (u * torch.logspace(0, -5, 24)) @ v  # singular values far below what five steps can lift
+    short = orthogonalise(x)
+    monkeypatch.setattr(optim, "WIDE", math.inf)
+    torch.testing.assert_close(short, orthogonalise(x), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 10), (2, 10, 6)])
