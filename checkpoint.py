@@ -118,7 +118,7 @@ def n_bytes(model: Model, optimizers: Optimizers) -> int:
 def resume(folder: Path, model: Model, optimizers: Optimizers, config: Config, section: str) -> dict[str, Any] | None:
     """Load the newest checkpoint below `folder` into model and optimizers; its state, or None if there is none.
 
-    Raises `UserError` when the seed, the model, the optimizer or the stage's own `section` of the config has changed.
+    Raises `UserError` when the seed, the precision, the model, the optimizer or the stage's own `section` has changed.
     """
     last = newest(folder)
     if last is None:
@@ -126,7 +126,7 @@ def resume(folder: Path, model: Model, optimizers: Optimizers, config: Config, s
     saved = from_json(Config, (last / "config.json").read_text(encoding="utf-8"))
     different = [
         difference
-        for part in ("seed", "model", "optim", section)
+        for part in ("seed", "eight_bit", "model", "optim", section)
         for difference in _differences(getattr(saved, part), getattr(config, part), part)
     ]
     if different:

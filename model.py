@@ -113,6 +113,12 @@ class Model(nn.Module):
             if isinstance(module, Block):
                 module.compiled = True
 
+    def multiply_with(self, linear: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Use `linear` instead of F.linear for the products of the blocks while gradients are taken."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.linear = linear
+
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
@@ -294,6 +300,7 @@ class Block(nn.Module):
         D, E = config.d_model, config.head_dim
         self.window = window
         self.compiled = False  # small operations fused while training: see `compile_blocks`
+        self.linear = F.linear  # of its products while training: see `Model.multiply_with`
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, E
         self.q = nn.Parameter(torch.empty(config.n_head * E, D))
         self.k = nn.Parameter(torch.empty(config.n_kv_head * E, D))
@@ -315,7 +322,7 @@ class Block(nn.Module):
         """q (N, H, E), k and v (N, G, E) of attention; `value` as in `Model.token_values`."""
         H, G, E = self.n_head, self.n_kv_head, self.head_dim
         x = rms_norm(x)
-        heads = project(x, self.q, self.k, self.v).view(-1, H + 2 * G, E)  # (N, H + 2G, E)
+        heads = self.project(x, self.q, self.k, self.v).view(-1, H + 2 * G, E)  # (N, H + 2G, E)
         qk, v = rotate(rms_norm(heads[:, : H + G]), rotary), heads[:, H + G :]
         if value is not None:
             of_token, gate = value
@@ -325,12 +332,15 @@ class Block(nn.Module):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """The block's output (N, D) for its input x and what attention made of it, y (N, H, E)."""
-        x = x + project(y.flatten(1), self.o)
+        x = x + self.project(y.flatten(1), self.o)
         return x + self.mlp(rms_norm(x))
 
     def mlp(self, x: Tensor) -> Tensor:
-        gate, up = project(x, self.gate, self.up).chunk(2, dim=-1)  # (N, d_ff) each
-        return project(F.silu(gate) * up, self.down)
+        gate, up = self.project(x, self.gate, self.up).chunk(2, dim=-1)  # (N, d_ff) each
+        return self.project(F.silu(gate) * up, self.down)
+
+    def project(self, x: Tensor, *weights: Tensor) -> Tensor:
+        return project(x, *weights, linear=self.linear if torch.is_grad_enabled() else F.linear)
 
 
 @cache
@@ -339,12 +349,12 @@ def compiled_parts() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return torch.compile(Block.before, dynamic=False), torch.compile(Block.after, dynamic=False)
 
 
-def project(x: Tensor, *weights: Tensor) -> Tensor:
+def project(x: Tensor, *weights: Tensor, linear: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
     """x (N, D) times the weights (·, D) laid one under the other, in x's dtype: one product for several matrices."""
     if not isinstance(weights[0], Tensor):  # see `for_decoding`
         return weights[0](x)
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    return F.linear(x, weight.to(x.dtype))
+    return linear(x, weight.to(x.dtype))
 
 
 def look_up(ids: Tensor, table: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ import log
 import parallel
 from batches import PretrainingBatches, validation_batches
 from config import Config, UserError
+from eight_bit import linear_that_pays
 from engine import Engine, Sampling
 from model import Model, Packed, build_model, compute_dtype, probe_head
 from optim import Optimizers, build_optimizers
@@ -111,8 +112,11 @@ def build(config: Config, device: torch.device) -> tuple[Model, Optimizers]:
     loop = config.pretrain
     model = build_model(config.model, seed=config.seed, device=device)
     model.dtype = compute_dtype(device)
-    if hardware.compiles(config.compile, device):
+    compiled = hardware.compiles(config.compile, device)
+    if compiled:
         model.compile_blocks()
+    if config.eight_bit:
+        model.multiply_with(linear_that_pays(config.eight_bit, config.model, device, model.dtype, compiled))
     return model, build_optimizers(model, config.optim, loop.lr, round(loop.steps * loop.warmup_share))
 
 

@@ -15,7 +15,7 @@ FLOORS = (
     {"disk"},
     {"model", "optim", "matrices", "hardware", "tokenizer", "shards"}
     | {"parallel", "trackers", "hub", "cleaning", "demo_world", "page", "terminal"},
-    {"text_shards", "readers", "layouts", "conversation", "batches", "checkpoint", "engine"},
+    {"text_shards", "readers", "layouts", "conversation", "batches", "checkpoint", "engine", "eight_bit"},
     {"corpora", "gradients", "report", "tasks"},
     {"ingest", "planning"},
     {"training"},
