@@ -32,7 +32,7 @@ from planning import GIB, make_plan, measure, table, time_update
 from report import Reporter, Trace, learning_charts, refresh, x_axes
 from shards import TokenShards
 from tokenizer import Tokenizer
-from training import Job, Progress, evaluate_loss, fit
+from training import Job, Progress, evaluate_loss, fit, resume
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,8 @@ def main(config: Config, options: Options) -> None:
         seed=config.seed,
     )
     model, optimizers = build(config, device)
-    state = checkpoint.resume(folder, model, optimizers, config, "pretrain")
-    progress = Progress.of(state)
     data = {shards.folder.name: shards.fingerprint for shards in train}
-    if state and state["data"] != data:
-        raise UserError(
-            f"The token shards have changed since {checkpoint.newest(folder)} was trained. Bring them back, or remove "
-            f"{folder} to begin anew."
-        )
+    progress = resume(folder, model, optimizers, config, "pretrain", data)
 
     def save(figures: dict[str, Any]) -> Path:
         facts = {"stage": "base", **figures, "data": data}

@@ -21,6 +21,7 @@ import corpora
 import hardware
 import ingest
 import log
+import parallel
 from batches import ConversationBatches, held_out_conversations
 from config import ChatSource, Config, SFTConfig, UserError
 from conversation import CHAT_TEMPLATE, Rendered, parse_answer, render
@@ -30,7 +31,7 @@ from optim import build_optimizers
 from report import Reporter, refresh
 from shards import SPLITS, TokenShards, TokenShardWriter
 from tokenizer import Tokenizer
-from training import Job, Progress, evaluate_loss, fit
+from training import Job, Progress, evaluate_loss, fit, resume
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class Options:
 
 def main(config: Config, options: Options) -> None:
     """Train the stages asked for, each from the one before it."""
+    if parallel.n_ranks() > 1:
+        said = f"sft.py trains in one process, but torchrun started {parallel.n_ranks()}"
+        raise UserError(f"{said}. Use `{config.command('sft.py')}`.")
     for stage in (options.stage,) if options.stage else (1, 2):
         first = stage == (options.stage or 1)
         train_stage(config, stage, Path(options.from_) if options.from_ and first else None)
@@ -71,14 +75,11 @@ def train_stage(config: Config, stage: int, start: Path | None) -> None:
     model.load_state_dict(before.model.state_dict())
     model.dtype = compute_dtype(device)
     optimizers = build_optimizers(model, config.optim, loop.lr, round(batches.n_steps * loop.warmup_share))
-    state = checkpoint.resume(folder, model, optimizers, config, name)
-    progress = Progress.of(state)
-    origin = {"from": str(start), "data": {shards.folder.name: shards.fingerprint for shards in train}}
-    if state and state["data"] != origin["data"]:
-        raise UserError(f"The conversations have changed since {folder} was trained. Remove {folder} to begin anew.")
+    data = {shards.folder.name: shards.fingerprint for shards in train}
+    progress = resume(folder, model, optimizers, config, name, data)
 
     def save(figures: dict[str, Any]) -> Path:
-        facts = {"stage": name, **figures, **origin}
+        facts = {"stage": name, **figures, "from": str(start), "data": data}
         template = {"tokenizer/chat_template.jinja": CHAT_TEMPLATE}
         return checkpoint.save(folder, model, optimizers, config, tokenizer, facts, loop.keep_checkpoints, template)
 

@@ -21,7 +21,7 @@ import hardware
 import log
 import parallel
 from batches import Batch
-from config import LoopConfig, UserError
+from config import Config, LoopConfig, UserError
 from gradients import HeadPlan, accumulate, head_schedule
 from model import Model, Packed
 from optim import Optimizers, learning_rate_factor
@@ -106,6 +106,22 @@ class Progress:
             return Progress()
         guard, joules = SpikeGuard(**state["guard"]), state.get("joules", 0.0)
         return Progress(state["step"], state["tokens"], state["seconds"], guard, joules)
+
+
+def resume(
+    folder: Path, model: Model, optimizers: Optimizers, config: Config, section: str, data: dict[str, str]
+) -> Progress:
+    """Bring model and optimizers to the newest checkpoint below `folder`, if there is one; where the run then stands.
+
+    Raises `UserError` when settings (see `checkpoint.resume`) or `data`, a fingerprint a set of shards, have changed.
+    """
+    state = checkpoint.resume(folder, model, optimizers, config, section)
+    if state and state["data"] != data:
+        raise UserError(
+            f"The token shards have changed since {checkpoint.newest(folder)} was trained. Bring them back, or remove "
+            f"{folder} to begin anew."
+        )
+    return Progress.of(state)
 
 
 @dataclass

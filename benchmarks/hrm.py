@@ -88,7 +88,7 @@ TEXT = ModelConfig(
 LOOP = LoopConfig(warmup_share=0.05, decay_share=0.3)
 OPTIM = OptimConfig(momentum_warmup_steps=50)
 RATES = {  # peak learning rates tried for each arm, over all steps: a shorter row flatters high ones
-    "automaton": (5e-3, 1e-2, 2e-2),  # serves the other reasoning tasks too
+    "automaton": (2.5e-3, 5e-3, 1e-2, 2e-2),  # serves the other reasoning tasks too
     "text": (5e-3, 1e-2, 2e-2),
 }
 N_POINTS = 4  # of a learning curve

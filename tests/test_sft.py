@@ -13,7 +13,7 @@ import corpora
 import sft
 import training
 from batches import ConversationBatches
-from config import PRESETS, ChatSource, ModelConfig, SFTConfig
+from config import PRESETS, ChatSource, ModelConfig, SFTConfig, UserError
 from conversation import render
 from model import Model, Packed, build_model
 from shards import TokenShards, TokenShardWriter
@@ -136,6 +136,13 @@ def test_probes_count_stopping_looping_and_reasoning(model: Model, words: Tokeni
         "loops": pytest.approx(1 / 3),
         "reasons": pytest.approx(2 / 3),
     }
+
+
+def test_several_processes_are_refused_with_the_command_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"torchrun started 2\. Use `uv run sft.py --preset demo`"):
+        sft.main(PRESETS["demo"], sft.Options())
 
 
 def test_stage_2_may_see_a_share_of_stage_1_again() -> None:

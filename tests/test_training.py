@@ -83,7 +83,9 @@ def make_job(
     progress = Progress.of(checkpoint.resume(folder, model, optimizers, config, "pretrain"))
 
     def save(state: dict[str, Any]) -> Path:
-        return checkpoint.save(folder, model, optimizers, config, words, {"stage": "base", **state}, keep=2)
+        return checkpoint.save(
+            folder, model, optimizers, config, words, {"stage": "base", "data": {"world": "a"}, **state}, keep=2
+        )
 
     job = Job(
         model=model,
@@ -184,6 +186,16 @@ def test_another_learning_rate_does_not_silently_go_on(tmp_path: Path, tiny, wor
     training.fit(job, progress)
     with pytest.raises(UserError, match=r"pretrain.lr was 0.002, is 0.5"):
         make_job(tmp_path, tiny, words, lr=0.5)
+
+
+def test_other_shards_do_not_silently_go_on(tmp_path: Path, tiny, words) -> None:
+    job, progress = make_job(tmp_path, tiny, words)
+    training.fit(job, progress)
+    config = checkpoint.load_for_inference(tmp_path).config
+    given = (tmp_path, job.model, job.optimizers, config, "pretrain")
+    assert training.resume(*given, {"world": "a"}).step == 12
+    with pytest.raises(UserError, match=r"have changed since .*step-00000012 was trained"):
+        training.resume(*given, {"world": "b"})
 
 
 def test_only_the_newest_checkpoints_are_kept_and_unfinished_ones_never_trusted(tmp_path: Path, tiny, words) -> None:
