@@ -166,7 +166,7 @@ class ModelConfig:
     window: int | None = 1024  # attention reach of a short layer, in tokens; None is the whole context
     pattern: str = "SSSL"  # short (S) and long (L) layers, repeated over the trunk; the last layer is always long
     rope_base: float = 10_000.0  # base of the rotary frequencies
-    n_value_embeddings: int = 0  # trunk layers that learn a value a token, every other one from the last
+    n_value_embeddings: int = 0  # trunk layers that learn a value a token: every other one from the last, then the rest
     hrm: HRMConfig | None = field(default_factory=HRMConfig)  # the reasoning head; None is the plain dense model
 
     @property
@@ -191,9 +191,10 @@ class ModelConfig:
             found.append(f"model.pattern is {self.pattern!r}, must be made of S (short) and L (long)")
         if self.window is not None and self.window < 1:
             found.append(f"model.window is {self.window}, must be at least 1 or None")
-        if not 0 <= self.n_value_embeddings <= (self.n_layer + 1) // 2:
-            most = (self.n_layer + 1) // 2
-            found.append(f"model.n_value_embeddings is {self.n_value_embeddings}, must lie between 0 and {most}")
+        if not 0 <= self.n_value_embeddings <= self.n_layer:
+            found.append(
+                f"model.n_value_embeddings is {self.n_value_embeddings}, must lie between 0 and n_layer {self.n_layer}"
+            )
         return found + (self.hrm.problems() if self.hrm else [])
 
 

@@ -80,13 +80,14 @@ class Model(nn.Module):
         return x
 
     def token_values(self, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """For every other trunk block, from the last one back: a value a token (N, G·E) and its gate (G, channels).
+        """A value a token (N, G·E) and its gate (G, channels) for the last trunk block and every other one before it;
+        for those between them too, where there are more tables.
 
         Value embeddings, from the modded-nanogpt speed runs (after ResFormer, arXiv 2410.17897): they add to what a
         model can remember of each token without adding a product.
         """
         n = len(self.value_embeddings)
-        places = range(len(self.trunk) - 1, -1, -2)
+        places = [*range(len(self.trunk) - 1, -1, -2), *range(len(self.trunk) - 2, -1, -2)]
         rows = (look_up(ids, table).to(self.dtype) for table in self.value_embeddings)
         return {places[i]: (value, self.value_gates[i]) for i, value in zip(range(n), rows, strict=True)}
 

@@ -332,6 +332,7 @@ def training_blocks(trace: Trace) -> list[Any]:
         curve(trace, "Model FLOPs utilisation", "share of the peak", {"MFU": "mfu"}, tokens, from_zero=True),
         curve(trace, "Memory", "GB", {"memory": "memory_gb"}, tokens, from_zero=True),
         curve(trace, "Power", "watts", {"power": "watts"}, tokens, from_zero=True),
+        curve(trace, "Temperature", "degrees Celsius", {"card": "temperature_c"}, tokens),
     ]
     skipped = max((number(step.get("skipped")) for step in trace.steps), default=math.nan)
     facts = [("Steps", f"{trace.step}" + (f" of {trace.n_steps}" if trace.n_steps else ""))]

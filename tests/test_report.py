@@ -44,7 +44,7 @@ def metrics(n_steps: int, **figures: Callable[[int], Any]) -> list[dict[str, Any
             "stage": 2 * step // (n_steps + 1),
         }
         known |= {"skipped": int(step > 15), "seconds": 36.0 * step, "tokens_per_second": 1000 / 36, "mfu": 0.4}
-        known |= {"memory_gb": 9.5, "eta_seconds": 36.0 * (n_steps - step), "watts": 200.0}
+        known |= {"memory_gb": 9.5, "eta_seconds": 36.0 * (n_steps - step), "watts": 200.0, "temperature_c": 61.0}
         records.append({"kind": "step", "step": step, **known, **{k: f(step) for k, f in figures.items()}})
         if step % 10 == 0:
             records.append({"kind": "eval", "step": step, "bpb sea": 2.0 / step, "bpb land": 3.0 / step, "stops": 0.5})
@@ -96,7 +96,7 @@ def test_every_part_of_a_run_is_shown(config: Config) -> None:
             assert section in text
     for chart in ("Training loss over tokens", "Held-out bits per byte over minutes", "Learning rate", "Gradient norm"):
         assert f"<figcaption>{chart}</figcaption>" in html
-    for chart in ("Speed", "Model FLOPs utilisation", "Memory", "Power", "Probes over tokens", "Scores"):
+    for chart in ("Speed", "Model FLOPs utilisation", "Memory", "Power", "Temperature", "Probes over tokens", "Scores"):
         assert f"<figcaption>{chart}</figcaption>" in html
 
 
