@@ -67,8 +67,13 @@ ARMS = {
     "full": Arm("HRM, full gradient", 2, HRM),
     "full_ds": Arm("HRM, full + deep supervision", 2, replace(HRM, deep_supervision=True)),
     "full_random": Arm("HRM, full, 1 to 4 cycles at random", 2, replace(HRM, random_cycles=4)),
+    "h1_l1": Arm("HRM, 1 × (1 L + H)", 2, replace(HRM, h_cycles=1, l_cycles=1)),
+    "h1_l3": Arm("HRM, 1 × (3 L + H)", 2, replace(HRM, h_cycles=1, l_cycles=3)),
+    "h2_l1": Arm("HRM, 2 × (1 L + H)", 2, replace(HRM, h_cycles=2, l_cycles=1)),
+    "h3_l2": Arm("HRM, 3 × (2 L + H)", 2, replace(HRM, h_cycles=3, l_cycles=2)),
 }
-COMPARED = [name for name in ARMS if name != "full_random"]
+CYCLED = ["h1_l1", "h1_l3", "h2_l1", "h3_l2"]  # other numbers of cycles than `full`'s, at its FLOPs and learning rate
+COMPARED = [name for name in ARMS if name not in ("full_random", *CYCLED)]
 OTHER_COST = ("dense", "one_step", "truncated", "full_ds")  # other FLOPs a token than `full`: also run at equal FLOPs
 
 REASONING = ModelConfig(
@@ -162,6 +167,8 @@ def plan() -> list[Row]:
         *main("text", COMPARED, 0, 1, 2),
         *equal_flops("text", OTHER_COST, 0, 1, 2),
         *main("automaton", ["full_random"], 0, 1, 2),
+        *equal_flops("automaton", tuple(CYCLED), 0),
+        *equal_flops("text", tuple(CYCLED), 0),
         *main(SECOND_TASK, COMPARED, 0),
         *main("text", ["full_random"], 0),
         *[row for task in others for row in main(task, COMPARED, 0)],
@@ -171,7 +178,7 @@ def plan() -> list[Row]:
 
 def tuned_on(row: Row) -> list[Row]:
     """The tuning rows that this row's learning rate comes from; the reasoning tasks share the automaton's."""
-    arm = "full" if row.arm == "full_random" else row.arm
+    arm = row.arm if row.arm in COMPARED else "full"
     task = "text" if row.task == "text" else "automaton"
     return [Row("tune", task, arm, 0, lr) for lr in RATES[task]]
 
@@ -565,6 +572,7 @@ def print_tables(study: Study) -> None:
     print("Means ± standard deviations; behind them the number of seeds.\n")
     print_text(results)
     print_reasoning(results)
+    print_cycles(results)
     print_curves(results)
     print_inference(results)
     print_rates(results)
@@ -640,7 +648,7 @@ def print_reasoning(results: list[dict[str, Any]]) -> None:
         print(f"{task}: {TASKS[task].what} {sizes} in training; accuracy a token, and exact answers\n")
         names = list(select(results, task=task, kind="main")[0]["sizes"])
         head("arm", "steps", "CPU s", "accuracy", "exact", *[f"exact at {name}" for name in names])
-        for arm in ARMS:
+        for arm in (arm for arm in ARMS if arm not in CYCLED):
             for kind in ("main", "flops"):
                 rows = select(results, task=task, arm=arm, kind=kind)
                 if not rows:
@@ -657,6 +665,22 @@ def print_reasoning(results: list[dict[str, Any]]) -> None:
                     *by_size,
                 )
         print()
+
+
+def print_cycles(results: list[dict[str, Any]]) -> None:
+    """Heads of other numbers of cycles, each trained for the FLOPs of `full`."""
+    print("Other numbers of cycles at the FLOPs of HRM, full (2 × (2 L + H)), seed 0\n")
+    head("head", "text steps", "bits per byte", "automaton steps", "accuracy", "exact")
+    for arm in ("full", *CYCLED):
+        kind = "main" if arm == "full" else "flops"
+        text, cells = (select(results, task=task, arm=arm, kind=kind, seed=0) for task in ("text", "automaton"))
+        line(
+            ARMS[arm].label,
+            *([text[0]["steps"], f"{text[0]['final']['bpb']:.3f}"] if text else ["missing"] * 2),
+            *([cells[0]["steps"]] if cells else ["missing"]),
+            *([f"{cells[0]['final'][name]:.3f}" for name in ("accuracy", "exact")] if cells else ["missing"] * 2),
+        )
+    print()
 
 
 def print_curves(results: list[dict[str, Any]]) -> None:
