@@ -133,7 +133,7 @@ def sudoku_grids() -> np.ndarray:
 TASKS = {
     task.name: task
     for task in (
-        Task("automaton", "steps of rule 30", (6,), 7, automaton),
+        Task("automaton", "steps of rule 30", (2, 4, 6), 7, automaton),
         Task("permutation", "permutations of 5", (2, 3, 4), 5, permutations),
         Task("arithmetic", "nesting depth", (1, 2, 3), 4, arithmetic),
         Task("hops", "hops from node to node", (1, 2, 3), 4, hops),

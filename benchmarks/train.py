@@ -257,7 +257,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         start = clock()
         side.step(block, n, n_steps)
         taken.append(clock() - start)
-        if (n + 1) % max(1, n_steps // EVALUATIONS) == 0 or n + 1 == n_steps:
+        if n + 1 == n_steps or (n_steps >= 10 * EVALUATIONS and (n + 1) % (n_steps // EVALUATIONS) == 0):
             curve.append((n + 1, training_seconds(taken), bits_per_byte()))
     return {
         "side": options.side,
