@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import HRMConfig, ModelConfig
+from config import HRMConfig, ModelConfig, UserError
 
 # N tokens laid flat (packed segments, or B rows of T positions), D d_model, H query heads, G key/value heads,
 # E head_dim, V vocab_size, R rows of L tokens, C entries of a cache
@@ -558,9 +558,19 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int |
 
 @cache
 def varlen_attention() -> Callable[..., Tensor]:
-    """`varlen_attn` of this torch; those that must be told about grouped queries are told."""
-    from torch.nn.attention.varlen import varlen_attn
-
+    """The flash-attn package where it is installed (its extra), else `varlen_attn` of torch, told about grouped queries
+    where that must be told."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ModuleNotFoundError:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        raise UserError(
+            f"flash-attn is installed but cannot be loaded ({error}). Build it anew for torch {torch.__version__}, or "
+            "do without it: `uv sync`."
+        ) from error
+    else:
+        return partial(flash_attn_varlen_func, causal=True)
     return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else varlen_attn
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 
-from config import PRESETS, ModelConfig
+from config import PRESETS, ModelConfig, UserError
 from model import (
     ChunkedCrossEntropy,
     KVCache,
@@ -24,6 +26,7 @@ from model import (
     rotary_table,
     rotate,
     think,
+    varlen_attention,
 )
 
 
@@ -125,6 +128,41 @@ def test_attention_in_blocks_equals_attention_a_query_at_a_time(window: int | No
     weights = torch.randn(fast.shape, generator=torch.Generator().manual_seed(1))
     for a, b in zip(*(torch.autograd.grad((y * weights).sum(), heads) for y in (fast, slow)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def flash_attn_varlen_func(q, k, v, edges_q, edges_k, longest_q, longest_k, causal, window_size):
+    """What the flash-attn package documents of its function of this name."""
+    left, right = window_size
+    out = []
+    assert causal
+    assert torch.equal(edges_q, edges_k)
+    assert max(longest_q, longest_k) >= int(edges_q.diff().max())
+    for start, end in zip(edges_q.tolist(), edges_q.tolist()[1:], strict=False):
+        query, key = torch.arange(end - start)[:, None], torch.arange(end - start)
+        seen = (key <= query) if left < 0 else (key <= query + right) & (key >= query - left)
+        heads = (x[None, start:end].transpose(1, 2) for x in (q, k, v))
+        out.append(torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen, enable_gqa=True))
+    return torch.cat(out, dim=2)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_flash_attn_package_is_used_where_it_is_installed(window: int | None, monkeypatch) -> None:
+    package = ModuleType("flash_attn")
+    package.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr("model.varlen_attention", varlen_attention.__wrapped__)  # asked anew, not remembered
+    starts = torch.zeros(600, dtype=torch.bool)
+    starts[[3, 130, 131, 290, 450]] = True
+    packed, heads = Packed(starts, 300), random_heads(600)
+    torch.testing.assert_close(
+        attend_varlen(*heads, packed, window), attend_in_blocks(*heads, packed, window), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_flash_attn_of_another_torch_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))  # without the function: ImportError
+    with pytest.raises(UserError, match="Build it anew for torch"):
+        varlen_attention.__wrapped__()
 
 
 @pytest.mark.gpu
