@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,10 @@ INLINE = [c for c in re.findall(r"`(uv run [^`]+)`", README) if "…" not in c]
 @pytest.mark.parametrize("command", [*COMMANDS, *INLINE])
 def test_every_command_names_a_script_and_options_that_exist(command: str) -> None:
     words = shlex.split(command)[2:]
+    if words[0] == "--extra":
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert words[1] in project["optional-dependencies"]
+        words = words[2:]
     if words[0] == "pytest":
         return
     assert (ROOT / words[0]).exists(), command
