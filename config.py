@@ -136,9 +136,7 @@ class HRMConfig:
     horizon_warmup: float = 0.2  # truncated: share of training over which the horizon grows
     deep_supervision: bool = False  # a loss after every H cycle, one cycle's graph alive at a time
     supervise_every: int = 1  # deep supervision: cycles before the last read one token of this many, shifting each step
-    random_cycles: int | None = (
-        None  # train with 1 to this many H cycles, drawn anew each step; None is always h_cycles
-    )
+    random_cycles: int | None = None  # a step trains with 1 to this many H cycles, drawn; None is always h_cycles
 
     def problems(self) -> list[str]:
         names = ("l_layer", "h_layer", "h_cycles", "horizon", "supervise_every")
