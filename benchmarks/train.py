@@ -38,7 +38,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, ROW, ROWS = 4096, 1024, 2  # entries, tokens of a row, rows of a step
 HELD_OUT_ROWS, EVALUATIONS, SKIPPED = 32, 6, 3  # rows read by an evaluation, evaluations a run, steps not timed
-RATES = {"hearth": (1.2e-2, 2.4e-2, 4.8e-2), "nanogpt": (2e-3, 4e-3, 8e-3), "nanochat": (0.4, 0.8, 1.6)}
+RATES = {"hearth": (1.2e-2, 2.4e-2, 4.8e-2), "nanogpt": (1e-3, 2e-3), "nanochat": (0.2, 0.4, 0.8)}
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--nanogpt", help="a clone of nanoGPT")
     parser.add_argument("--nanochat", help="a clone of nanochat")
     parser.add_argument("--seconds", type=float, default=240.0, help="training time of a run, on every side")
-    parser.add_argument("--tuning-seconds", type=float, default=90.0, help="the same of a run that tunes")
+    parser.add_argument("--tuning-seconds", type=float, help="the same of a run that tunes, if another")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--side", choices=list(SIDES))
@@ -325,11 +325,15 @@ def present(options: argparse.Namespace) -> list[str]:
 
 
 def race(options: argparse.Namespace) -> None:
-    """Tune each side's learning rate on seed 0, then train it over the seeds, all for the same time."""
+    """Tune each side's learning rate on seed 0, then train it over the seeds, all for the same time (a shorter run that
+    tunes likes other rates)."""
     tokens(options)
     best = {}
     for side in present(options):
-        tuned = [run_apart(options, side=side, lr=lr, seconds=options.tuning_seconds) for lr in RATES[side]]
+        tuned = [
+            run_apart(options, side=side, lr=lr, seconds=options.tuning_seconds or options.seconds)
+            for lr in RATES[side]
+        ]
         best[side] = min(tuned, key=lambda r: r["bpb"])["lr"]
     for seed in options.seeds:
         for side in present(options):
