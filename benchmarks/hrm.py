@@ -702,7 +702,7 @@ def print_curves(results: list[dict[str, Any]]) -> None:
 
 
 def print_inference(results: list[dict[str, Any]]) -> None:
-    rows = [r for r in results if "inference" in r]
+    rows = [r for r in results if "inference" in r and r["kind"] == "main"]
     for task in dict.fromkeys(r["task"] for r in rows):
         figure = "bpb" if task == "text" else "accuracy"
         print(f"{task}: {figure} by the number of cycles at inference (0 is the trunk alone)\n")
