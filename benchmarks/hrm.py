@@ -598,8 +598,9 @@ def print_text(results: list[dict[str, Any]]) -> None:
     """Bits per byte at equal tokens, FLOPs and seconds."""
     full = select(results, task="text", arm="full", kind="main")
     budget = statistics.fmean(r["cpu_seconds"] for r in full) if full else None
+    dense = {r["seed"]: r["final"]["bpb"] for r in select(results, task="text", arm="dense", kind="main")}
     print("Held-out bits per byte of real text\n")
-    columns = ("equal tokens", "its CPU s", "equal FLOPs", "its CPU s", "at full's CPU s")
+    columns = ("equal tokens", "less dense, by seed", "its CPU s", "equal FLOPs", "its CPU s", "at full's CPU s")
     head("arm", "parameters", "MFLOPs/token", *columns)
     for arm in COMPARED:
         main, longer = (select(results, task="text", arm=arm, kind=kind) for kind in ("main", "flops"))
@@ -611,6 +612,7 @@ def print_text(results: list[dict[str, Any]]) -> None:
             f"{main[0]['parameters']:,}",
             f"{main[0]['flops_per_token'] / 1e6:.1f}",
             spread([r["final"]["bpb"] for r in main]),
+            spread([r["final"]["bpb"] - dense[r["seed"]] for r in main if r["seed"] in dense]),
             f"{statistics.fmean(r['cpu_seconds'] for r in main):.0f}",
             spread([r["final"]["bpb"] for r in shown]),
             f"{statistics.fmean(r['cpu_seconds'] for r in shown):.0f}" if shown else "missing",
