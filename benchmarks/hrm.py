@@ -170,6 +170,7 @@ def plan() -> list[Row]:
         *main("automaton", ["full_random"], 1, 2, 3),
         *equal_flops("automaton", tuple(CYCLED), 1),
         *equal_flops("text", tuple(CYCLED), 0),
+        *equal_flops("text", ("h1_l1",), 1, 2),  # the best of them
         *main(SECOND_TASK, COMPARED, 0),
         *main("text", ["full_random"], 0),
         *[row for task in others for row in main(task, COMPARED, 0)],
@@ -672,14 +673,15 @@ def print_reasoning(results: list[dict[str, Any]]) -> None:
 
 def print_cycles(results: list[dict[str, Any]]) -> None:
     """Heads of other numbers of cycles, each trained for the FLOPs of `full`."""
-    print("Other numbers of cycles at the FLOPs of HRM, full (2 × (2 L + H)), one seed\n")
+    print("Other numbers of cycles at the FLOPs of HRM, full (2 × (2 L + H)); the automaton with one seed\n")
     head("head", "text steps", "bits per byte", "automaton steps", "accuracy", "exact")
     for arm in ("full", *CYCLED):
         kind = "main" if arm == "full" else "flops"
-        text, cells = (select(results, task=t, arm=arm, kind=kind, seed=s) for t, s in (("text", 0), ("automaton", 1)))
+        text, cells = (select(results, task=task, arm=arm, kind=kind) for task in ("text", "automaton"))
+        cells = [r for r in cells if r["seed"] == 1]
         line(
             ARMS[arm].label,
-            *([text[0]["steps"], f"{text[0]['final']['bpb']:.3f}"] if text else ["missing"] * 2),
+            *([text[0]["steps"], spread([r["final"]["bpb"] for r in text])] if text else ["missing"] * 2),
             *([cells[0]["steps"]] if cells else ["missing"]),
             *([f"{cells[0]['final'][name]:.3f}" for name in ("accuracy", "exact")] if cells else ["missing"] * 2),
         )
