@@ -113,8 +113,8 @@ def test_every_layer_of_every_module_learns_in_every_mode(tiny: ModelConfig, hrm
 def test_head_schedule_follows_the_gradient_mode() -> None:
     assert head_schedule(None, 0, 0, 10) == HeadPlan(None, None)
     assert head_schedule(HRMConfig(h_cycles=3), 0, 0, 10) == HeadPlan(3, None)
-    assert head_schedule(HRMConfig(gradient="one_step"), 0, 0, 10) == HeadPlan(2, 2)
-    growing = HRMConfig(gradient="truncated", horizon=5, horizon_warmup=0.5)
+    assert head_schedule(HRMConfig(h_cycles=2, gradient="one_step"), 0, 0, 10) == HeadPlan(2, 2)
+    growing = HRMConfig(h_cycles=2, l_cycles=3, gradient="truncated", horizon=5, horizon_warmup=0.5)
     horizons = [head_schedule(growing, 0, step, 100).horizon for step in range(100)]
     assert horizons[0] == 2
     assert horizons[50:] == [5] * 50
