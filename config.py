@@ -386,9 +386,7 @@ class Config:
     seed: int = 0  # of initialisation, data order and samples
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes an NVIDIA card where torch can use it
     compile: bool | None = None  # fuse the blocks' small operations with torch.compile; None does so on a card
-    eight_bit: Literal["float8", "int8"] | None = (
-        None  # the blocks' products in pretraining; refused where it is slower
-    )
+    eight_bit: Literal["float8", "int8"] | None = None  # products in pretraining; refused where that is slower
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -54,10 +54,8 @@ def float8_linear() -> Linear:
 def int8_linear() -> Linear:
     from torchao.prototype.quantized_training import int8_mixed_precision as torchao_int8
 
-    product, config = (
-        torchao_int8._Int8MixedPrecisionTrainingLinearFunction,
-        torchao_int8.int8_mixed_precision_training(),
-    )
+    product = torchao_int8._Int8MixedPrecisionTrainingLinearFunction
+    config = torchao_int8.int8_mixed_precision_training()
     return lambda x, weight: product.apply(x, weight, None, config)
 
 

@@ -328,12 +328,9 @@ def race(options: argparse.Namespace) -> None:
     """Tune each side's learning rate on seed 0, then train it over the seeds, all for the same time (a shorter run that
     tunes likes other rates)."""
     tokens(options)
-    best = {}
+    tuning, best = options.tuning_seconds or options.seconds, {}
     for side in present(options):
-        tuned = [
-            run_apart(options, side=side, lr=lr, seconds=options.tuning_seconds or options.seconds)
-            for lr in RATES[side]
-        ]
+        tuned = [run_apart(options, side=side, lr=lr, seconds=tuning) for lr in RATES[side]]
         best[side] = min(tuned, key=lambda r: r["bpb"])["lr"]
     for seed in options.seeds:
         for side in present(options):
