@@ -1,7 +1,8 @@
 """Six reasoning tasks whose answers need several dependent steps, written down in none.
 
-In: dice and a size. Out: a problem as symbols, with the places of its answer; batches of problems; held-out problems.
-A problem is held out by a hash of its symbols, so it never enters training whatever the seed.
+In: dice and a size. Out: a problem as symbols, with the places of its answer; rows of problems; held-out rows.
+A problem is held out by a hash of its symbols, so it never enters training whatever the seed; of the problems of one
+row, all are or none is.
 Knows nothing of models.
 """
 
@@ -27,7 +28,7 @@ HELD_OUT = 8  # one problem of this many is held out
 MODULUS = 5  # of the nested arithmetic
 CELLS = 16  # of the automaton
 NODES = 6  # of the hops
-ITEMS = 5  # of the permutations
+ITEMS = 3  # of the permutations
 
 Problem = tuple[list[str], list[bool]]  # symbols, and which of them are the answer
 
@@ -41,11 +42,12 @@ class Task:
     sizes: tuple[int, ...]
     beyond: int
     make: Callable[[random.Random, int], Problem]
+    a_row: int = 1  # problems of one size asked in a row: answers of one symbol teach too little a row
 
     @property
     def row_length(self) -> int:
-        """Tokens in a row: the longest training problem, less its last symbol, which nothing follows."""
-        return max(len(self.make(random.Random(0), size)[0]) for size in self.sizes) - 1
+        """Tokens in a row: a start and the longest training problems, less the last symbol, which nothing follows."""
+        return self.a_row * max(len(self.make(random.Random(0), size)[0]) for size in self.sizes)
 
 
 # ------------------------------------------------------------------------------------------- problems
@@ -73,11 +75,12 @@ def automaton(dice: random.Random, size: int) -> Problem:
 
 
 def hops(dice: random.Random, size: int) -> Problem:
-    """A random map of 6 nodes as shuffled pairs, then four times `size` hops (one `>` each) from a start: its end."""
+    """A random map of 6 nodes as shuffled pairs, then 8 times `size` hops (one `>` each) from a start: its end."""
     to = [dice.randrange(NODES) for _ in range(NODES)]
     pairs = dice.sample(range(NODES), NODES)
-    symbols, answers = question([symbol for a in pairs for symbol in (str(a), str(to[a]))], [])
-    for at in dice.sample(range(NODES), 4):
+    symbols = [symbol for a in pairs for symbol in (str(a), str(to[a]))]
+    answers = [False] * len(symbols)
+    for at in dice.choices(range(NODES), k=8):
         asked = [NEXT, *[ARROW] * size, str(at)]
         for _ in range(size):
             at = to[at]
@@ -86,13 +89,16 @@ def hops(dice: random.Random, size: int) -> Problem:
     return symbols, answers
 
 
+PERMUTATIONS = list(itertools.permutations(range(ITEMS)))
+
+
 def permutations(dice: random.Random, size: int) -> Problem:
-    """`size` permutations of 5 items, and their product: the first is applied first."""
-    given = [dice.sample(range(ITEMS), ITEMS) for _ in range(size)]
-    product = list(range(ITEMS))
-    for permutation in given:
-        product = [permutation[i] for i in product]
-    return question([symbol for p in given for symbol in (NEXT, *map(str, p))], [*map(str, product)])
+    """`413=2`: `size` permutations of 3 items, each named by a digit, and their product: the first is applied first."""
+    given = [dice.randrange(len(PERMUTATIONS)) for _ in range(size)]
+    product = tuple(range(ITEMS))
+    for name in given:
+        product = tuple(PERMUTATIONS[name][i] for i in product)
+    return question([*map(str, given)], [str(PERMUTATIONS.index(product))])
 
 
 def sudoku(dice: random.Random, size: int) -> Problem:
@@ -115,8 +121,8 @@ def addition(dice: random.Random, size: int) -> Problem:
 
 
 def question(asked: list[str], answer: list[str]) -> Problem:
-    """`start asked = answer`; without an answer, `start asked`."""
-    before = [START, *asked, IS] if answer else [START, *asked]
+    """`asked = answer`."""
+    before = [*asked, IS]
     return before + answer, [False] * len(before) + [True] * len(answer)
 
 
@@ -134,11 +140,11 @@ TASKS = {
     task.name: task
     for task in (
         Task("automaton", "steps of rule 30", (2, 4, 6), 7, automaton),
-        Task("permutation", "permutations of 5", (2, 3, 4), 5, permutations),
-        Task("arithmetic", "nesting depth", (1, 2, 3), 4, arithmetic),
+        Task("permutation", "permutations of 3", (2, 3, 4), 5, permutations, a_row=6),
+        Task("arithmetic", "nesting depth", (1, 2, 3), 4, arithmetic, a_row=4),
         Task("hops", "hops from node to node", (1, 2, 3), 4, hops),
         Task("sudoku", "blanks", (4, 6, 8), 10, sudoku),
-        Task("addition", "digits", (2, 3, 4), 5, addition),
+        Task("addition", "digits", (2, 3, 4), 5, addition, a_row=3),
     )
 }
 
@@ -147,23 +153,26 @@ TASKS = {
 
 
 def is_held_out(problem: Problem) -> bool:
-    """By a hash of what is asked; the answer follows from it."""
+    """By a hash of what is asked, as it stands alone in a row; the answer follows from it."""
     asked = [symbol for symbol, answers in zip(*problem, strict=True) if not answers]
-    return zlib.crc32(" ".join(asked).encode()) % HELD_OUT == 0
+    return zlib.crc32(" ".join([START, *asked]).encode()) % HELD_OUT == 0
 
 
-def problems(task: Task, seed: str, *, held_out: bool, size: int | None = None) -> Iterator[Problem]:
-    """Problems without end, of `size` or of the training sizes in turn."""
+def rows(task: Task, seed: str, *, held_out: bool, size: int | None = None) -> Iterator[Problem]:
+    """Rows without end, of problems of `size` or of the training sizes in turn: a start, then the row's problems."""
     dice = random.Random(f"{task.name} {seed}")
     for i in itertools.count():
         wanted = size or task.sizes[i % len(task.sizes)]
-        while is_held_out(problem := task.make(dice, wanted)) != held_out:
-            pass
-        yield problem
+        symbols, answers = [START], [False]
+        for _ in range(task.a_row):
+            while is_held_out(problem := task.make(dice, wanted)) != held_out:
+                pass
+            symbols, answers = symbols + problem[0], answers + problem[1]
+        yield symbols, answers
 
 
 def lay(given: list[Problem], row_length: int) -> Batch:
-    """One problem a row, padded behind; only the answers' symbols carry loss."""
+    """`given` as rows of a batch, padded behind; only the answers' symbols carry loss."""
     ids = torch.full((len(given), row_length + 1), IDS[PAD])
     weights = torch.zeros(len(given), row_length)
     for row, (symbols, answers) in enumerate(given):

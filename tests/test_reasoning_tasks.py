@@ -12,19 +12,24 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import reasoning_tasks
-from reasoning_tasks import IDS, TASKS, lay, problems
+from reasoning_tasks import IDS, TASKS, lay, rows
 
 RULE_30 = {"111": 0, "110": 0, "101": 0, "100": 1, "011": 1, "010": 1, "001": 1, "000": 0}
 
 
 def some(task: str, size: int, n: int = 40) -> list[tuple[list[str], list[str]]]:
-    """What is asked (without the opening symbol and the `=`) and what is answered."""
+    """What is asked (without the `=`) and what is answered, of every problem of some rows."""
     found = []
-    for symbols, answers in islice(problems(TASKS[task], "a seed", held_out=False, size=size), n):
-        first = answers.index(True)
+    for symbols, answers in islice(rows(TASKS[task], "a seed", held_out=False, size=size), n):
         assert symbols[0] == "start"
-        assert symbols[first - 1] == "="
-        found.append((symbols[1 : first - 1], symbols[first:]))
+        length = (len(symbols) - 1) // TASKS[task].a_row
+        problems = [slice(i, i + length) for i in range(1, len(symbols), length)]
+        assert len(problems) == TASKS[task].a_row
+        for problem in problems:
+            asked = answers[problem].index(True)
+            assert symbols[problem][asked - 1] == "="
+            assert all(answers[problem][asked:])
+            found.append((symbols[problem][: asked - 1], symbols[problem][asked:]))
     return found
 
 
@@ -49,7 +54,7 @@ def test_automaton_follows_the_rules_table(size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_nodes_are_followed_hop_by_hop(size: int) -> None:
-    for symbols, answers in islice(problems(TASKS["hops"], "x", held_out=False, size=size), 40):
+    for symbols, answers in islice(rows(TASKS["hops"], "x", held_out=False, size=size), 40):
         table, *questions = "".join(symbols[1:]).split(",")
         to = dict(zip(table[::2], table[1::2], strict=True))
         assert len(to) == reasoning_tasks.NODES
@@ -64,14 +69,14 @@ def test_nodes_are_followed_hop_by_hop(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_permutations_move_every_item_in_turn(size: int) -> None:
+    named = dict(zip("012345", ("012", "021", "102", "120", "201", "210"), strict=True))
     for asked, answer in some("permutation", size):
-        given = "".join(asked)[1:].split(",")
-        assert len(given) == size
-        for item in range(reasoning_tasks.ITEMS):
+        assert len(asked) == size
+        for item in range(3):
             at = item
-            for permutation in given:
-                at = int(permutation[at])
-            assert answer[item] == str(at)
+            for name in asked:
+                at = int(named[name][at])
+            assert named[answer[0]][item] == str(at)
 
 
 def solutions(cells: list[str]) -> list[list[str]]:
@@ -108,21 +113,26 @@ def test_sums_are_right(size: int) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_held_out_problems_never_enter_training(task: str) -> None:
     def asked(held_out: bool) -> set[str]:
-        size = TASKS[task].sizes[0]
-        given = islice(problems(TASKS[task], f"{held_out}", held_out=held_out, size=size), 300)
-        return {" ".join(s for s, a in zip(*problem, strict=True) if not a) for problem in given}
+        """Every problem of some rows, each by itself."""
+        size, a_row = TASKS[task].sizes[0], TASKS[task].a_row
+        found = set()
+        for symbols, answers in islice(rows(TASKS[task], f"{held_out}", held_out=held_out, size=size), 300):
+            length = (len(symbols) - 1) // a_row
+            for i in range(1, len(symbols), length):
+                here = zip(symbols[i : i + length], answers[i : i + length], strict=True)
+                found.add(" ".join(symbol for symbol, answer in here if not answer))
+        return found
 
     assert not asked(True) & asked(False)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_rows_carry_loss_on_the_answers_alone(task: str) -> None:
-    given = list(islice(problems(TASKS[task], "b", held_out=False), 6))
+    given = list(islice(rows(TASKS[task], "b", held_out=False), 6))
     batch = lay(given, TASKS[task].row_length)
     answers = [IDS[s] for symbols, places in given for s, a in zip(symbols, places, strict=True) if a]
     assert batch.targets[batch.weights > 0].tolist() == answers
-    rows = batch.ids.view(6, -1)
-    for row, (symbols, _) in zip(rows, given, strict=True):
+    for row, (symbols, _) in zip(batch.ids.view(6, -1), given, strict=True):
         n = len(symbols) - 1
         assert row[:n].tolist() == [IDS[s] for s in symbols[:-1]]
     assert batch.starts.view(6, -1)[:, 0].all()
