@@ -22,14 +22,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-import checkpoint
 import config as settings
-import hardware
 from config import PRESETS, REASONING_PROMPT, ChatConfig, Config, UserError
-from conversation import AnswerReader, Message, close_turn, parse_answer, render, render_turn, stop_ids
-from engine import Budget, Engine, Sampling
-from log import count, size
-from terminal import (
+from hearth import checkpoint, hardware
+from hearth.conversation import AnswerReader, Message, close_turn, parse_answer, render, render_turn, stop_ids
+from hearth.engine import Budget, Engine, Sampling
+from hearth.log import count, size
+from hearth.terminal import (
     Keyboard,
     PlainScreen,
     RichScreen,

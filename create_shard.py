@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import config as settings
-import log
 from config import ChatSource, Config, TextSource, UserError
-from disk import disk_free
-from ingest import CHAT_UNIT_BYTES, PROBE_BYTES, Estimate, estimate, write_chat_shards, write_text_shards
-from report import refresh
-from shards import is_finished
+from hearth import log
+from hearth.disk import disk_free
+from hearth.ingest import CHAT_UNIT_BYTES, PROBE_BYTES, Estimate, estimate, write_chat_shards, write_text_shards
+from hearth.report import refresh
+from hearth.shards import is_finished
 
 BYTES_PER_TOKEN = 4.3  # of English text, before a tokenizer is there to ask
 

@@ -17,22 +17,19 @@ from typing import Any
 
 import torch
 
-import checkpoint
 import config as settings
-import hardware
-import log
-import parallel
-from batches import PretrainingBatches, validation_batches
 from config import Config, UserError
-from eight_bit import linear_that_pays
-from engine import Engine, Sampling
+from hearth import checkpoint, hardware, log, parallel
+from hearth.batches import PretrainingBatches, validation_batches
+from hearth.eight_bit import linear_that_pays
+from hearth.engine import Engine, Sampling
+from hearth.optim import Optimizers, build_optimizers
+from hearth.planning import GIB, make_plan, measure, table, time_update
+from hearth.report import Reporter, Trace, learning_charts, refresh, x_axes
+from hearth.shards import TokenShards
+from hearth.tokenizer import Tokenizer
+from hearth.training import Job, Progress, evaluate_loss, fit, resume
 from model import Model, Packed, build_model, compute_dtype, probe_head
-from optim import Optimizers, build_optimizers
-from planning import GIB, make_plan, measure, table, time_update
-from report import Reporter, Trace, learning_charts, refresh, x_axes
-from shards import TokenShards
-from tokenizer import Tokenizer
-from training import Job, Progress, evaluate_loss, fit, resume
 
 
 @dataclass(frozen=True)

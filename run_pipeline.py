@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import config as settings
-import log
 from config import Config
+from hearth import log
 
 HERE = Path(__file__).resolve().parent
 ROAD = ("create_shard.py", "train_tokenizer.py", "pretrain.py", "sft.py")

@@ -27,22 +27,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 import config as settings
-import demo_world
-import hardware
-import log
-import report
-import tasks
-from batches import validation_batches
-from checkpoint import Loaded
 from config import REASONING_PROMPT, Config, UserError
-from conversation import Answer, parse_answer, render
-from disk import write_json
-from engine import Engine
+from hearth import checkpoint, demo_world, hardware, log, report, tasks
+from hearth.batches import validation_batches
+from hearth.checkpoint import Loaded
+from hearth.conversation import Answer, parse_answer, render
+from hearth.disk import write_json
+from hearth.engine import Engine
+from hearth.shards import TokenShards
+from hearth.tokenizer import Tokenizer
 from model import Packed
-from shards import TokenShards
-from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -550,11 +545,13 @@ def lm_eval_scores(bench: Bench) -> list[Score]:
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
+
+        from hearth.harness import HearthLM
     except ImportError as error:
         raise UserError("lm-eval is not installed: get it with `uv sync --extra lm-eval`.") from error
     options = bench.options
     results = simple_evaluate(
-        model=lm_eval_model(bench.loaded),
+        model=HearthLM(bench.loaded),
         tasks=list(options.lm_eval),
         limit=options.limit,
         bootstrap_iters=100,
@@ -573,72 +570,6 @@ def lm_eval_scores(bench: Bench) -> list[Score]:
             scores.append(Score(f"lm-eval {task}: {metric}", "share", float(value), error, n=n, shots=shots))
             log.say(line(scores[-1]))
     return scores
-
-
-def lm_eval_model(loaded: Loaded) -> Any:
-    """The checkpoint as a model of lm-eval (its `TemplateLM`), every text opened by `<|bos|>`."""
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-    tokenizer, context, engine = loaded.tokenizer, loaded.model.config.context, Engine(loaded.model)
-
-    def likelihoods(pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each ending after its beginning, and whether it is the likeliest one throughout.
-
-        Neighbours with the same beginning are options of one item: it is computed once for all of them.
-        """
-        asked: list[tasks.Prompt] = []
-        for before, ending in pairs:
-            before = before[1:] if before[:1] == [tokenizer.bos] else before
-            alone = tasks.prompt_of([("", "", "")], [([], before, ending)], 0, "", tokenizer.bos, context)
-            last = asked[-1] if asked else None
-            start = alone.starts[0]
-            if last and last.starts[0] == start and last.rows[0][:start] == alone.rows[0][:start]:
-                asked[-1] = tasks.Prompt(last.rows + alone.rows, last.starts + alone.starts, [], 0)
-            else:
-                asked.append(alone)
-        found = tasks.outcomes(loaded.model, asked)
-        return [(-nats, greedy) for o in found for nats, greedy in zip(o.nats, o.greedy, strict=True)]
-
-    class HearthLM(TemplateLM):
-        @property
-        def eot_token_id(self) -> int:
-            return tokenizer.bos  # what ends a document begins the next
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            return tokenizer.encode(string)
-
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[Any]:
-            return likelihoods([(before, ending) for _, before, ending in requests])
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            sums = []
-            for request in requests:
-                ids = tokenizer.encode(request.args[0])
-                looks = {"prefix_token": tokenizer.bos, "max_seq_len": context - 1, "context_len": 1}
-                windows = map(make_disjoint_window, get_rolling_token_windows(ids, **looks))
-                sums.append(sum(nats for nats, _ in likelihoods([(list(a), list(b)) for a, b in windows])))
-            return sums
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            return [until_stop(*request.args) for request in requests]
-
-    def until_stop(text: str, wishes: dict[str, Any]) -> str:
-        """The likeliest continuation, up to the first of the texts that end it."""
-        until = wishes.get("until") or []
-        until = [until] if isinstance(until, str) else until
-        longest = min(int(wishes.get("max_gen_toks", 256)), context // 2)
-        ids = [tokenizer.bos, *tokenizer.encode(text)[-(context - longest - 1) :]]
-
-        def stops(answer: list[int]) -> bool:
-            said = tokenizer.decode(answer[-64:])
-            return any(stop in said for stop in until)
-
-        (answer,) = engine.generate([ids], max_tokens=longest, stop_ids=[tokenizer.bos, tokenizer.end], stop_when=stops)
-        said = tokenizer.decode(token for token in answer if token not in (tokenizer.bos, tokenizer.end))
-        return min((said.split(stop)[0] for stop in until), key=len, default=said)
-
-    return HearthLM()
 
 
 if __name__ == "__main__":

@@ -15,23 +15,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import checkpoint
 import config as settings
-import corpora
-import hardware
-import ingest
-import log
-import parallel
-from batches import ConversationBatches, held_out_conversations
 from config import ChatSource, Config, SFTConfig, UserError
-from conversation import CHAT_TEMPLATE, Rendered, parse_answer, render
-from engine import Engine, Sampling
+from hearth import checkpoint, corpora, hardware, ingest, log, parallel
+from hearth.batches import ConversationBatches, held_out_conversations
+from hearth.conversation import CHAT_TEMPLATE, Rendered, parse_answer, render
+from hearth.engine import Engine, Sampling
+from hearth.optim import build_optimizers
+from hearth.report import Reporter, refresh
+from hearth.shards import SPLITS, TokenShards, TokenShardWriter
+from hearth.tokenizer import Tokenizer
+from hearth.training import Job, Progress, evaluate_loss, fit, resume
 from model import Model, build_model, compute_dtype
-from optim import build_optimizers
-from report import Reporter, refresh
-from shards import SPLITS, TokenShards, TokenShardWriter
-from tokenizer import Tokenizer
-from training import Job, Progress, evaluate_loss, fit, resume
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,12 @@ import numpy as np
 import psutil
 
 import config as settings
-import log
-import shards
-import text_shards
 from config import Config, TextSource, UserError
-from disk import write_text, writing
-from report import refresh
-from shards import SPLITS, TokenShardWriter
-from tokenizer import FILE, Tokenizer
+from hearth import log, shards, text_shards
+from hearth.disk import write_text, writing
+from hearth.report import refresh
+from hearth.shards import SPLITS, TokenShardWriter
+from hearth.tokenizer import FILE, Tokenizer
 
 BATCH_CHARS = 1 << 20  # text encoded in one call
 REPORT_BYTES = 2_000_000  # held-out text of each corpus that the report measures

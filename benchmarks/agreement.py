@@ -23,14 +23,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import checkpoint
-import hardware
-import score
-import tasks
-from checkpoint import Loaded
 from config import PRESETS
+from hearth import checkpoint, hardware, tasks
+from hearth.checkpoint import Loaded
+from hearth.tokenizer import Tokenizer
 from model import Packed, build_model
-from tokenizer import Tokenizer
 
 QUESTIONS = {  # how each task's query is put, in lm-eval's templates
     "copa": "{{query}}",
@@ -129,13 +126,14 @@ def as_lm_eval_task(name: str, file: Path) -> dict[str, Any]:
 
 
 def alone_model(loaded: Loaded) -> Any:
-    """The checkpoint as a model of lm-eval that scores one text a pass: no code of score.py but the tokenizer's."""
+    """The checkpoint as a model of lm-eval that scores one text a pass: no code of tasks.py but the tokenizer's."""
+    from hearth.harness import HearthLM
 
-    class Alone(type(score.lm_eval_model(loaded))):
+    class Alone(HearthLM):
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[Any]:
             return [alone(loaded, before, ending) for _, before, ending in requests]
 
-    return Alone()
+    return Alone(loaded)
 
 
 @torch.inference_mode()

@@ -33,16 +33,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import config as settings  # noqa: E402
-import corpora  # noqa: E402
-import ingest  # noqa: E402
-import log  # noqa: E402
-import shards  # noqa: E402
 import train_tokenizer  # noqa: E402
-import training  # noqa: E402
-from batches import PretrainingBatches  # noqa: E402
 from config import PRESETS, Config, DataConfig, TextSource  # noqa: E402
+from hearth import corpora, ingest, log, shards, training  # noqa: E402
+from hearth.batches import PretrainingBatches  # noqa: E402
+from hearth.tokenizer import Tokenizer  # noqa: E402
 from model import Model, build_model  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
 
 SHARD_MEMORY = 1.0e9  # bars: bytes, bytes, and shares of the reference
 TOKENIZER_MEMORY = 4.0e9

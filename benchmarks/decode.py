@@ -35,11 +35,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import checkpoint
-import hardware
 from config import PRESETS, ModelConfig
-from engine import Engine, compress
-from matrices import Matrix, compiled_kernels
+from hearth import checkpoint, hardware
+from hearth.engine import Engine, compress
+from hearth.matrices import Matrix, compiled_kernels
 from model import Model, Packed, build_model
 
 DENSE_LAYERS = 19  # of the dense model with as many parameters as the 16gb preset

@@ -37,13 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reasoning_tasks
 from reasoning_tasks import TASKS, lay
 
-import log
-from batches import Batch
 from config import HRMConfig, LoopConfig, ModelConfig, OptimConfig, UserError, fail
-from gradients import accumulate, head_schedule
+from hearth import log
+from hearth.batches import Batch
+from hearth.gradients import accumulate, head_schedule
+from hearth.optim import build_optimizers, learning_rate_factor
+from hearth.tokenizer import Tokenizer
 from model import Model, Packed, build_model
-from optim import build_optimizers, learning_rate_factor
-from tokenizer import Tokenizer
 
 # -------------------------------------------------------------------------------------- what is varied
 
@@ -100,7 +100,7 @@ TEXT = ModelConfig(
 LOOP = LoopConfig(warmup_share=0.05, decay_share=0.3)
 OPTIM = OptimConfig(momentum_warmup_steps=50)
 RATES = {  # peak learning rates tried for each arm, over all steps: a shorter row flatters high ones
-    "automaton": (2.5e-3, 5e-3, 1e-2, 2e-2),  # serves the other reasoning tasks too
+    "automaton": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),  # serves the other reasoning tasks too
     "text": (5e-3, 1e-2, 2e-2),
 }
 N_POINTS = 4  # of a learning curve

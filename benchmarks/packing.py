@@ -21,14 +21,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import corpora
-import gradients
-import hardware
-from batches import Batch, pack_rows
 from config import ChatSource, ModelConfig
-from conversation import Rendered, render
+from hearth import corpora, gradients, hardware
+from hearth.batches import Batch, pack_rows
+from hearth.conversation import Rendered, render
+from hearth.tokenizer import SPECIAL_TOKENS, Tokenizer
 from model import build_model, compute_dtype
-from tokenizer import SPECIAL_TOKENS, Tokenizer
 
 CONTEXT = 1024  # longest conversation kept, in tokens
 PAD = SPECIAL_TOKENS.index("<|pad|>")

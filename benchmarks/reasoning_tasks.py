@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from batches import Batch
+from hearth.batches import Batch
 
 PAD, START, IS, ARROW, BLANK, NEXT = "pad", "start", "=", ">", ".", ","
 SYMBOLS = (PAD, START, IS, ARROW, BLANK, NEXT, "(", ")", "+", "-", "*", *"0123456789")

@@ -23,13 +23,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import checkpoint
-import hardware
-import log
-import tasks
 from config import PRESETS, UserError
+from hearth import checkpoint, hardware, log, tasks
+from hearth.tokenizer import Tokenizer
 from model import Model, Packed, build_model
-from tokenizer import Tokenizer
 
 
 @torch.inference_mode()

@@ -80,7 +80,7 @@ def tokens(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndar
         sys.path.insert(0, str(ROOT))
         import pyarrow.parquet as parquet
 
-        from tokenizer import Tokenizer
+        from hearth.tokenizer import Tokenizer
 
         texts = []
         for file in sorted(Path(options.data).glob("*.parquet")):
@@ -115,11 +115,11 @@ class Hearth:
 
     def __init__(self, options: argparse.Namespace) -> None:
         sys.path.insert(0, options.hearth)
-        import gradients
-        from batches import Batch
         from config import LoopConfig, ModelConfig, OptimConfig
+        from hearth import gradients
+        from hearth.batches import Batch
+        from hearth.optim import build_optimizers
         from model import build_model
-        from optim import build_optimizers
 
         shape = {"n_layer": 2, "d_model": 192, "n_head": 3, "n_kv_head": 3, "d_ff": 576, "window": 128, "hrm": None}
         config = ModelConfig(vocab_size=VOCABULARY, context=options.row, n_value_embeddings=2, **shape)
@@ -137,7 +137,7 @@ class Hearth:
     def step(self, block: Any, n: int, n_steps: int) -> None:
         import torch
 
-        from optim import learning_rate_factor
+        from hearth.optim import learning_rate_factor
 
         self.optimizers.schedule(n, learning_rate_factor(n, n_steps, self.loop))
         self.gradients.accumulate(self.model, self.batch(block), 1 << 30)
@@ -430,8 +430,8 @@ def micro_step_rates(config: Any, n_tokens: int, n_steps: int) -> Iterator[float
     """Tokens a second of forward and backward over one micro-batch of whole documents."""
     import torch
 
-    import gradients
-    from batches import Batch
+    from hearth import gradients
+    from hearth.batches import Batch
     from model import build_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -456,8 +456,8 @@ def card(options: argparse.Namespace) -> None:
 
     if not torch.cuda.is_available():
         raise SystemExit("No NVIDIA card that torch can use is here: nothing was measured.")
-    import hardware
     from config import PRESETS
+    from hearth import hardware
     from model import Model
 
     print(hardware.describe(torch.device("cuda")))

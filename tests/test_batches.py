@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from batches import ConversationBatches, PretrainingBatches, pack_rows, validation_batches
 from config import ChatSource, PretrainConfig, SFTConfig, Stage, UserError
-from shards import TokenShards, TokenShardWriter
+from hearth.batches import ConversationBatches, PretrainingBatches, pack_rows, validation_batches
+from hearth.shards import TokenShards, TokenShardWriter
 
 BOS, PAD = 0, 7
 

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 import chat_inference
 import config as settings
 from chat_inference import Chat, Options, Terminal, find_checkpoint
-from checkpoint import load_for_inference
 from config import PRESETS, REASONING_PROMPT, Config, HRMConfig, ModelConfig, UserError, to_json
-from conversation import render
+from hearth.checkpoint import load_for_inference
+from hearth.conversation import render
+from hearth.tokenizer import Tokenizer
 from model import build_model
-from tokenizer import Tokenizer
 
 ROOT = Path(chat_inference.__file__).parent
 CONFIG = replace(

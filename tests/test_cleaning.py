@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-import cleaning
-from cleaning import Seen, repeated_line_share
 from config import DataConfig, UserError
+from hearth import cleaning
+from hearth.cleaning import Seen, repeated_line_share
 
 
 def slow_share(text: bytes) -> float:

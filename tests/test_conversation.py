@@ -7,8 +7,17 @@ import itertools
 import jinja2
 import pytest
 
-from conversation import CHAT_TEMPLATE, Answer, AnswerReader, close_turn, parse_answer, render, render_turn, stop_ids
-from tokenizer import SPECIAL_TOKENS, Tokenizer
+from hearth.conversation import (
+    CHAT_TEMPLATE,
+    Answer,
+    AnswerReader,
+    close_turn,
+    parse_answer,
+    render,
+    render_turn,
+    stop_ids,
+)
+from hearth.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 AWKWARD = (
     "",

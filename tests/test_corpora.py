@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from test_readers import own
 
-import corpora
 from config import ChatSource, UserError
-from corpora import text_documents
-from layouts import conversation
-from readers import Rows, local_files, read_rows
+from hearth import corpora
+from hearth.corpora import text_documents
+from hearth.layouts import conversation
+from hearth.readers import Rows, local_files, read_rows
 
 
 def test_text_column_is_guessed_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,13 +17,9 @@ import pytest
 import stages
 from hub_server import Fault, Hub, write_set
 
-import corpora
 import create_shard
-import disk
-import ingest
-import shards
-import text_shards
 from config import PRESETS, ChatSource, Config, TextSource, UserError
+from hearth import corpora, disk, ingest, shards, text_shards
 
 WORDS = "river stone light house green seven apple morning paper winter music garden table window".split()  # noqa: SIM905
 
@@ -445,7 +441,8 @@ sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # the hub's own client waits long between its attempts
 from dataclasses import replace
 from pathlib import Path
-import config, hub, ingest
+import config
+from hearth import hub, ingest
 hub.HUB_BLOCK = 1 << 16
 folder, minutes, name = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 data = config.DataConfig(shard_mb=1, text_files=("x",), min_chars=8, validation_share=0.02, retry_minutes=minutes)

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-import demo_world as world
+from hearth import demo_world as world
 
 COLUMNS = {
     "alpaca": ["instruction", "input", "output"],

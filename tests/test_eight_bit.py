@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import eight_bit
 from config import ModelConfig, UserError
-from eight_bit import linear, linear_that_pays
+from hearth import eight_bit
+from hearth.eight_bit import linear, linear_that_pays
 from model import Packed, build_model
 
 CPU = torch.device("cpu")

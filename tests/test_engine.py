@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from config import PRESETS, HRMConfig, ModelConfig
-from engine import Budget, Engine, Sampling, penalise, pick, probabilities
+from hearth.engine import Budget, Engine, Sampling, penalise, pick, probabilities
 from model import KVCache, Model, Packed, build_model, decode
 
 
@@ -208,7 +208,7 @@ def test_samples_of_one_prompt_come_from_one_prefill(model: Model, monkeypatch: 
         [p for p in prompts for _ in range(4)], max_tokens=8, sampling=sampling, seeds=range(8), n_samples=1
     )
     read = []
-    monkeypatch.setattr("engine.decode", lambda m, ids, *a: read.append(ids.numel()) or decode(m, ids, *a))
+    monkeypatch.setattr("hearth.engine.decode", lambda m, ids, *a: read.append(ids.numel()) or decode(m, ids, *a))
     together = Engine(model).generate(prompts, max_tokens=8, sampling=sampling, seeds=range(8), n_samples=4)
     assert together == apart
     assert read[0] == 2 * 30  # two rows, not eight

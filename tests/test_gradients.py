@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from batches import Batch
 from config import HRMConfig, ModelConfig
-from gradients import HeadPlan, accumulate, head_schedule
+from hearth.batches import Batch
+from hearth.gradients import HeadPlan, accumulate, head_schedule
 from model import Model, Packed, build_model
 
 

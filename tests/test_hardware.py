@@ -11,9 +11,8 @@ import psutil
 import pytest
 import torch
 
-import hardware
-import training
 from config import UserError
+from hearth import hardware, training
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 

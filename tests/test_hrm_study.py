@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import hrm
 from hrm import ARMS, RATES, Row, Study, Tally, leave_early, plan
 
-from batches import Batch
+from hearth.batches import Batch
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from cleaning import Bad
 from config import REASONING_PROMPT
-from layouts import conversation, reasoning_taken
+from hearth.cleaning import Bad
+from hearth.layouts import conversation, reasoning_taken
 
 THOUGHT = {"role": "system", "content": REASONING_PROMPT, "thinking": None}
 

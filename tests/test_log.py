@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import log
+from hearth import log
 
 
 def test_step_line_has_fixed_width_columns() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import matrices
 from config import HRMConfig, ModelConfig
-from engine import Engine, FastBlock
-from matrices import STORES, Matrix, compiled_kernels
+from hearth import matrices
+from hearth.engine import Engine, FastBlock
+from hearth.matrices import STORES, Matrix, compiled_kernels
 from model import KVCache, Model, build_model, decode, for_decoding
 
 SHAPES = ((1, 2), (6, 32), (33, 70), (128, 64), (61, 1031), (12, 2500))

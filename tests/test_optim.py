@@ -10,10 +10,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-import optim
 from config import LoopConfig, ModelConfig, OptimConfig
+from hearth import optim
+from hearth.optim import Muon, build_optimizers, even_out, learning_rate_factor, orthogonalise
 from model import Packed, build_model
-from optim import Muon, build_optimizers, even_out, learning_rate_factor, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 48), (2, 48, 16), (1, 32, 32)])

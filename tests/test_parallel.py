@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import stages
 
-import parallel
+from hearth import parallel
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-import planning
 import pretrain
 from config import PRESETS, HRMConfig, ModelConfig, OptimConfig, PretrainConfig
+from hearth import planning
+from hearth.optim import Optimizers, build_optimizers
+from hearth.planning import RECOMPUTE, Memory, Plan, Row, make_plan, measure, time_update
 from model import Model, build_model
-from optim import Optimizers, build_optimizers
-from planning import RECOMPUTE, Memory, Plan, Row, make_plan, measure, time_update
 
 DENSE = ModelConfig(
     vocab_size=512, n_layer=3, d_model=64, n_head=4, n_kv_head=2, d_ff=160, context=256, window=64, hrm=None

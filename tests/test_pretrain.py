@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import log
 import pretrain
 from config import PRESETS
-from report import Reporter
+from hearth import log
+from hearth.report import Reporter
 
 
 def test_the_loss_is_drawn_beside_the_report(tmp_path: Path) -> None:

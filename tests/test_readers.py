@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-import readers
-from cleaning import Bad, as_bytes, unfit
 from config import DataConfig, TextSource, UserError
-from corpora import column_picker, text_documents
-from hub import HubFile, NetworkFailure
-from readers import Rows, local_files, read_rows
+from hearth import readers
+from hearth.cleaning import Bad, as_bytes, unfit
+from hearth.corpora import column_picker, text_documents
+from hearth.hub import HubFile, NetworkFailure
+from hearth.readers import Rows, local_files, read_rows
 
 TEXTS = [f"Document {i} — naïve café 🎉, with {'many words ' * (i % 40)}and an end." for i in range(600)]
 

@@ -18,10 +18,9 @@ import numpy as np
 import pytest
 
 import config as settings
-import page
-import report
 from config import Config, ReportConfig
-from report import Reporter, Run, Trace
+from hearth import page, report
+from hearth.report import Reporter, Run, Trace
 
 CURSE = '<script>alert("&amp;")</script> **bold** | `code`'
 

@@ -16,22 +16,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 import config as settings
-import report
 import score
-import tasks
-from batches import validation_batches
 from benchmarks import agreement
-from checkpoint import Loaded
 from config import Config, ModelConfig, ReportConfig, UserError
-from conversation import Answer
+from hearth import checkpoint, report, tasks
+from hearth.batches import validation_batches
+from hearth.checkpoint import Loaded
+from hearth.conversation import Answer
+from hearth.optim import build_optimizers
+from hearth.shards import TokenShards, TokenShardWriter
+from hearth.tokenizer import Tokenizer
+from hearth.training import evaluate_loss
 from model import Model, Packed, initialise
-from optim import build_optimizers
 from score import Options, Reply
-from shards import TokenShards, TokenShardWriter
-from tokenizer import Tokenizer
-from training import evaluate_loss
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "saw", "two", "red", "birds", "over", "there", "by", "water"]
 
@@ -333,8 +331,10 @@ def test_lm_eval_agrees_item_by_item(
     pytest.importorskip("lm_eval", reason="lm-eval is an extra: uv sync --extra lm-eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from hearth.harness import HearthLM
+
     ours = agreement.by_us(loaded, name, files / f"{name}.jsonl", None)
-    for model in (score.lm_eval_model(loaded), agreement.alone_model(loaded)):
+    for model in (HearthLM(loaded), agreement.alone_model(loaded)):
         theirs, accuracy = agreement.by_lm_eval(model, name, files / f"{name}.jsonl", None)
         for mine, other in zip(ours, theirs, strict=True):
             assert mine.nats == pytest.approx(other.nats, rel=1e-4)
@@ -347,7 +347,9 @@ def test_lm_eval_generates_and_reads_whole_texts(loaded: Loaded) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is an extra: uv sync --extra lm-eval")
     from lm_eval.api.instance import Instance
 
-    model, text = score.lm_eval_model(loaded), " ".join(WORDS * 12)  # longer than the context
+    from hearth.harness import HearthLM
+
+    model, text = HearthLM(loaded), " ".join(WORDS * 12)  # longer than the context
     wishes = [{"until": [], "max_gen_toks": 12}]
     (whole,) = model.generate_until([Instance("generate_until", {}, ("the cat", wishes[0]), 0)])
     stop = whole[len(whole) // 2]

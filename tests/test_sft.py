@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import corpora
 import sft
-import training
-from batches import ConversationBatches
 from config import PRESETS, ChatSource, ModelConfig, SFTConfig, UserError
-from conversation import render
+from hearth import corpora, training
+from hearth.batches import ConversationBatches
+from hearth.conversation import render
+from hearth.shards import TokenShards, TokenShardWriter
+from hearth.tokenizer import Tokenizer
 from model import Model, Packed, build_model
-from shards import TokenShards, TokenShardWriter
-from tokenizer import Tokenizer
 
 
 def talk(*turns: tuple[str, str], thinking: str | None = None) -> list[dict]:

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import disk
-import shards
 from config import UserError
-from shards import TokenShards, TokenShardWriter
+from hearth import disk, shards
+from hearth.shards import TokenShards, TokenShardWriter
 
 
 def write(folder: Path, documents: list[list[int]], *, masked: bool = False, vocab_size: int = 1000, cap: int = 10):

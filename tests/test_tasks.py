@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import tasks
 from config import ModelConfig, UserError
+from hearth import tasks
+from hearth.tasks import Outcome, Prompt, Task
+from hearth.tokenizer import Tokenizer
 from model import Model, Packed, initialise
-from tasks import Outcome, Prompt, Task
-from tokenizer import Tokenizer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "saw", "two", "red", "birds", "over", "there", "by", "water"]
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from terminal import PlainScreen, RichScreen, block_end, fitting, lines_of, markdown, neutral, say
+from hearth.terminal import PlainScreen, RichScreen, block_end, fitting, lines_of, markdown, neutral, say
 
 HOSTILE = (
     "\x1b[2J\x1b[H",  # clears the screen

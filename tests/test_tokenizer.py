@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from config import UserError
-from tokenizer import SPECIAL_TOKENS, Tokenizer
+from hearth.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 AWKWARD = (
     "",

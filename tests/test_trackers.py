@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-import log
-import trackers
 from config import UserError
+from hearth import log, trackers
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])

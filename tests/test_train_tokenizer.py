@@ -14,12 +14,11 @@ import stages
 from test_create_shard import MANY_KILLS, contents, files, kill_and_compare, make_texts, small_disk, texts_of  # noqa: F401
 
 import create_shard
-import shards
-import tokenizer
 import train_tokenizer
 from config import PRESETS, Config, TextSource, UserError
-from shards import TokenShards
-from tokenizer import SPECIAL_TOKENS, Tokenizer
+from hearth import shards, tokenizer
+from hearth.shards import TokenShards
+from hearth.tokenizer import SPECIAL_TOKENS, Tokenizer
 from train_tokenizer import Options
 
 SPELT = "A text that spells <|bos|> and <think> and <|end|>, line after line. " * 3
@@ -312,7 +311,7 @@ def test_token_shards_are_read_without_the_packages_that_made_them(config: Confi
 import sys
 for name in {missing}: sys.modules[name] = None
 from pathlib import Path
-import shards, ingest, tokenizer
+from hearth import shards, ingest, tokenizer
 reader = shards.TokenShards(Path({str(config.run_dir / "tokens/prose")!r}), "train")
 print(reader.n_tokens, len(reader.ends), reader.read(0, 5)[0])
 """

@@ -12,15 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-import checkpoint
-import gradients
-import training
-from batches import Batch
 from config import Config, DataConfig, ModelConfig, OptimConfig, PretrainConfig, SFTConfig, Stage, UserError
+from hearth import checkpoint, gradients, training
+from hearth.batches import Batch
+from hearth.optim import build_optimizers
+from hearth.tokenizer import Tokenizer
+from hearth.training import Job, Progress, SpikeGuard
 from model import build_model
-from optim import build_optimizers
-from tokenizer import Tokenizer
-from training import Job, Progress, SpikeGuard
 
 
 def random_batch(step: int = 0, n: int = 128, row_length: int = 32, vocab: int = 128) -> Batch:

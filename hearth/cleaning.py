@@ -12,8 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import log
 from config import DataConfig, UserError
+from hearth import log
 
 MAX_BYTES = 1 << 30  # of a document
 SEEN_LIMIT = 24_000_000  # document hashes held in memory, 8 bytes each in a table at most 3/4 full

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-import disk
 from config import UserError
+from hearth import disk
 
 BOS, SYSTEM, USER, ASSISTANT, END = "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 THINK, END_THINK, PAD = "<think>", "</think>", "<|pad|>"

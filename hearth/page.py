@@ -17,9 +17,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import log
+from hearth import log
 
-STYLE = Path(__file__).resolve().parent / "assets" / "report.css"
+STYLE = Path(__file__).with_name("report.css")
 
 # ------------------------------------------------------------------------------------------- blocks
 

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 import torch
 
-import log
 from config import UserError
+from hearth import log
 
 # Dense bfloat16 tensor-core peaks with float32 accumulation, in TFLOP/s, from NVIDIA's data sheets and white papers.
 PEAK_TFLOPS = {

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batches import Batch
 from config import HRMConfig
+from hearth.batches import Batch
 from model import Model, Packed
 
 

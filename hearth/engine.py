@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matrices import BlockKernel, Matrix
+from hearth.matrices import BlockKernel, Matrix
 from model import Block, KVCache, Model, decode, for_decoding, think
 
 # B rows, T positions of a chunk, V vocab_size

@@ -16,17 +16,14 @@ from typing import Any, Protocol
 
 import torch
 
-import checkpoint
-import hardware
-import log
-import parallel
-from batches import Batch
 from config import Config, LoopConfig, UserError
-from gradients import HeadPlan, accumulate, head_schedule
+from hearth import checkpoint, hardware, log, parallel
+from hearth.batches import Batch
+from hearth.gradients import HeadPlan, accumulate, head_schedule
+from hearth.optim import Optimizers, learning_rate_factor
+from hearth.planning import GIB, RECOMPUTE, make_plan, measure
+from hearth.trackers import open_trackers
 from model import Model, Packed
-from optim import Optimizers, learning_rate_factor
-from planning import GIB, RECOMPUTE, make_plan, measure
-from trackers import open_trackers
 
 # ------------------------------------------------------------------------------------- spiking steps
 

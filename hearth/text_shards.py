@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-import log
-from disk import finish_file, writing
-from shards import DRAFT, MANIFEST, ShardFolder, load_json, read_manifest, require_whole
+from hearth import log
+from hearth.disk import finish_file, writing
+from hearth.shards import DRAFT, MANIFEST, ShardFolder, load_json, read_manifest, require_whole
 
 BATCH_BYTES = 4 << 20  # a record batch of a text shard is cut at this many bytes of text,
 BATCH_ROWS = 1024  # or at this many documents

@@ -17,9 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cleaning import Bad
 from config import UserError
-from hub import HubFile, NetworkFailure
+from hearth.cleaning import Bad
+from hearth.hub import HubFile, NetworkFailure
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".json", ".csv", ".txt", ".md")

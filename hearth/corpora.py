@@ -14,15 +14,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import log
-from cleaning import Bad, as_bytes
 from config import ChatSource, TextSource, UserError
-from disk import checksum
-from hub import HubSet, NetworkFailure, Patience, hub_set
-from layouts import Message, conversation
-from readers import READ_ROWS, START, SUFFIXES, Cursor, Pick, Rows, SourceFile, is_text, local_files, read_rows
-from shards import fingerprint
-from text_shards import read_text_batches
+from hearth import log
+from hearth.cleaning import Bad, as_bytes
+from hearth.disk import checksum
+from hearth.hub import HubSet, NetworkFailure, Patience, hub_set
+from hearth.layouts import Message, conversation
+from hearth.readers import READ_ROWS, START, SUFFIXES, Cursor, Pick, Rows, SourceFile, is_text, local_files, read_rows
+from hearth.shards import fingerprint
+from hearth.text_shards import read_text_batches
 
 TEXT_COLUMNS = ("text", "content", "document", "body", "article", "raw_content", "markdown")  # guessed in this order
 BATCHES_AHEAD = 2  # batches of rows read before they are needed
@@ -110,7 +110,7 @@ class Source:
 
 
 def _demo_world() -> Any:
-    import demo_world
+    from hearth import demo_world
 
     return demo_world
 

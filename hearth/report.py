@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-import log
 from config import Config, ReportConfig
-from page import (
+from hearth import log
+from hearth.page import (
     Bar,
     Bars,
     Chart,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from config import PretrainConfig, SFTConfig, UserError
-from shards import TokenShards
+from hearth.shards import TokenShards
 
 
 @dataclass(frozen=True)

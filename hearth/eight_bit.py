@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import hardware
 from config import ModelConfig, UserError
+from hearth import hardware
 
 Kind = Literal["float8", "int8"]
 Linear = Callable[[Tensor, Tensor], Tensor]  # x (N, in), weight (out, in) -> (N, out)

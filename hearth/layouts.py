@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable
 from typing import Any, TypedDict
 
-from cleaning import Bad
 from config import REASONING_PROMPT
+from hearth.cleaning import Bad
 
 
 class Message(TypedDict):

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from config import Config, UserError, from_json, to_json
+from hearth.optim import Optimizers
+from hearth.tokenizer import Tokenizer
 from model import Model, compute_dtype
-from optim import Optimizers
-from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

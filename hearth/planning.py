@@ -15,13 +15,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-import hardware
-import log
-from batches import Batch
 from config import LoopConfig
-from gradients import backward, head_schedule
+from hearth import hardware, log
+from hearth.batches import Batch
+from hearth.gradients import backward, head_schedule
+from hearth.optim import Muon, Optimizers
 from model import LOGITS_PER_CHUNK, ROWS_PER_CHUNK, Block, HRMModule, Model, query_block
-from optim import Muon, Optimizers
 
 GIB = 2**30
 RECOMPUTE = ("none", "head", "all")  # what of the activations the backward pass computes anew, fastest first

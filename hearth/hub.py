@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import log
 from config import ChatSource, TextSource, UserError
+from hearth import log
 
 HUB_BLOCK = 8 << 20  # bytes asked of the hub at once
 

@@ -13,7 +13,7 @@ import codecs
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from tokenizer import ASSISTANT, SYSTEM, USER, Tokenizer
+from hearth.tokenizer import ASSISTANT, SYSTEM, USER, Tokenizer
 
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 

@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import log
 from config import UserError
+from hearth import log
+from hearth.tokenizer import Tokenizer
 from model import KVCache, Model, Packed, decode
-from tokenizer import Tokenizer
 
 Item = dict[str, Any]
 

@@ -20,15 +20,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import log
-from cleaning import Bad, NearDuplicates, Seen, as_bytes, text_hash, unfit
 from config import ChatSource, DataConfig, TextSource, UserError
-from corpora import Source, ahead, column_picker, whole_rows
-from disk import write_text
-from layouts import conversation, reasoning_taken
-from readers import START, Cursor, Pick, Rows
-from shards import SPLITS, ShardFolder
-from text_shards import TextShardWriter, data_sheet, unit_batches
+from hearth import log
+from hearth.cleaning import Bad, NearDuplicates, Seen, as_bytes, text_hash, unfit
+from hearth.corpora import Source, ahead, column_picker, whole_rows
+from hearth.disk import write_text
+from hearth.layouts import conversation, reasoning_taken
+from hearth.readers import START, Cursor, Pick, Rows
+from hearth.shards import SPLITS, ShardFolder
+from hearth.text_shards import TextShardWriter, data_sheet, unit_batches
 
 CHAT_UNIT_BYTES = 64_000_000  # size of a shard of conversations
 EXAMPLES = 20  # dropped documents shown a reason

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-import log
 from config import UserError
-from disk import checksum, finish_file, sync_folder, write_json, writing
+from hearth import log
+from hearth.disk import checksum, finish_file, sync_folder, write_json, writing
 
 SCHEMA = 1  # version of the manifest
 MANIFEST = "manifest.json"
