@@ -15,6 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hearth.disk import write_text
+
 
 def is_first() -> bool:
     """Whether this is the process that talks, where torchrun started several."""
@@ -107,7 +109,7 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             kept = [record for record in read_metrics(self.path) if record.get("step", 0) <= start]
-            _replace(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def note(self, kind: str, step: int, **figures: Any) -> None:
         """Append one record to `metrics.jsonl`; `kind` says what it is: step, eval, sample, start."""
@@ -128,9 +130,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return records
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ import numpy as np
 
 from config import Config, ReportConfig
 from hearth import log
+from hearth.disk import write_text
 from hearth.page import (
     Bar,
     Bars,
@@ -68,13 +68,8 @@ def compare(folders: Sequence[Path], config: Config) -> Path:
 def _write(folder: Path, stem: str, title: str, sections: list[Section], *, going: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"{stem}.html"
-    for path, text in (
-        (folder / f"{'report' if stem == 'index' else stem}.md", to_markdown(title, sections)),
-        (page, to_html(title, sections, going=going)),
-    ):
-        part = path.with_name(path.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+    write_text(folder / f"{'report' if stem == 'index' else stem}.md", to_markdown(title, sections))
+    write_text(page, to_html(title, sections, going=going))
     return page
 
 
