@@ -97,11 +97,13 @@ REASONING = ModelConfig(
 TEXT = ModelConfig(
     vocab_size=2048, d_model=128, n_head=4, n_kv_head=2, d_ff=352, context=256, window=64, pattern="SL", hrm=None
 )
+TEXTS = {"text": TEXT, "larger": replace(TEXT, d_model=256, n_head=8, n_kv_head=4, d_ff=704)}
 LOOP = LoopConfig(warmup_share=0.05, decay_share=0.3)
 OPTIM = OptimConfig(momentum_warmup_steps=50)
 RATES = {  # peak learning rates tried for each arm, over all steps: a shorter row flatters high ones
-    "automaton": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),  # serves the other reasoning tasks too
+    "automaton": (5e-3, 1e-2, 2e-2, 4e-2),  # serves the other reasoning tasks too
     "text": (5e-3, 1e-2, 2e-2),
+    "larger": (5e-3, 1e-2),
 }
 N_POINTS = 4  # of a learning curve
 CYCLES = 8  # most H cycles tried at inference
@@ -121,6 +123,7 @@ class Size:
 
 SIZES = {
     "text": Size(240, 4, 32),
+    "larger": Size(560, 4, 40),  # the preset's head against the plain model once more, with 3.5 times the parameters
     "automaton": Size(450, 32, 24),
     "permutation": Size(450, 32, 24),
     "arithmetic": Size(450, 32, 24),
@@ -178,13 +181,15 @@ def plan() -> list[Row]:
         *equal_flops("text", tuple(CYCLED[1:]), 0),
         *main("automaton", ["full_random"], *SEEDS["automaton"]),
         *main("text", ["full_random"], 0),
+        *tuning("larger", ["dense", "h1_l1"]),
+        *main("larger", ["dense", "h1_l1"], 0, 1),
     ]
 
 
 def tuned_on(row: Row) -> list[Row]:
     """The tuning rows that this row's learning rate comes from; the reasoning tasks share the automaton's."""
     arm = row.arm if row.arm in COMPARED else "full"
-    task = "text" if row.task == "text" else "automaton"
+    task = row.task if row.task in TEXTS else "automaton"
     return [Row("tune", task, arm, 0, lr) for lr in RATES[task]]
 
 
@@ -215,12 +220,10 @@ class Reasoning:
 class Text:
     """Rows of real text at random places, and held-out text whose bytes are counted."""
 
-    base = TEXT
-
-    def __init__(self, out: Path, data: Path | None, seed: int) -> None:
+    def __init__(self, out: Path, data: Path | None, task: str, seed: int) -> None:
         held = text_tokens(out, data)
-        self.tokens, self.seed = held["train"].astype(np.int64), seed
-        self.context, self.rows = TEXT.context, SIZES["text"].rows
+        self.tokens, self.seed, self.base = held["train"].astype(np.int64), seed, TEXTS[task]
+        self.context, self.rows = self.base.context, SIZES[task].rows
         n = 64 * self.context
         self.exam = {"text": list(self._batches(held["held_out"][: n + 1].astype(np.int64), 8))}
         self.bytes_a_token = float(held["token_bytes"][held["held_out"][1 : n + 1]].sum()) / n
@@ -336,7 +339,7 @@ def train_step(model: Model, optimizers: Any, batch: Batch, step: int, steps: in
 
 def flops_a_token(arm: str, task: str, context: int) -> float:
     """Training FLOPs a token once the horizon is warm."""
-    base = TEXT if task == "text" else REASONING
+    base = TEXTS.get(task, REASONING)
     config = ARMS[arm].shape(base)
     with torch.device("meta"):
         model = Model(config)
@@ -544,9 +547,9 @@ def estimated_seconds(row: Row) -> float:
     if row.kind == "main" and row.seed == 0 and replace(row, kind="tune", lr=RATES.get(row.task, [None])[0]) in plan():
         return 0.0
     size = SIZES[row.task]
-    context = TEXT.context if row.task == "text" else TASKS[row.task].row_length
+    context = TEXT.context if row.task in TEXTS else TASKS[row.task].row_length
     flops = flops_a_token(row.arm, row.task, context)
-    examined = N_POINTS * 64 * 256 if row.task == "text" else N_POINTS * 384 * 2 * context
+    examined = N_POINTS * 64 * 256 if row.task in TEXTS else N_POINTS * 384 * 2 * context
     tokens = row.steps(context) * size.rows * context + examined / 3
     return tokens * flops / size.gflops / 1e9
 
@@ -576,6 +579,7 @@ def print_tables(study: Study) -> None:
     print(f"{len(results)} rows are there, {len(missing)} of the plan are missing.")
     print("Means ± standard deviations; behind them the number of seeds.\n")
     print_text(results)
+    print_larger(results)
     print_reasoning(results)
     print_cycles(results)
     print_curves(results)
@@ -647,6 +651,24 @@ def at_seconds(results: list[dict[str, Any]], arm: str, seconds: float) -> float
     return own[1] + (math.log(seconds) - own[0]) * (y1 - y0) / (x1 - x0)
 
 
+def print_larger(results: list[dict[str, Any]]) -> None:
+    """Equal tokens, parameters and, all but, FLOPs."""
+    print("The same text with more parameters: held-out bits per byte\n")
+    head("arm", "parameters", "MFLOPs/token", "steps", "bits per byte", "by seed", "CPU s")
+    for arm in COMPARED:
+        if rows := select(results, task="larger", arm=arm, kind="main"):
+            line(
+                ARMS[arm].label,
+                f"{rows[0]['parameters']:,}",
+                f"{rows[0]['flops_per_token'] / 1e6:.1f}",
+                rows[0]["steps"],
+                spread([r["final"]["bpb"] for r in rows]),
+                ", ".join(f"{r['final']['bpb']:.3f}" for r in rows),
+                f"{statistics.fmean(r['cpu_seconds'] for r in rows):.0f}",
+            )
+    print()
+
+
 def print_reasoning(results: list[dict[str, Any]]) -> None:
     for task in TASKS:
         if not select(results, task=task, kind="main"):
@@ -697,7 +719,7 @@ def print_curves(results: list[dict[str, Any]]) -> None:
         rows = select(results, task=task, kind="main")
         if not rows:
             continue
-        figure = "bpb" if task == "text" else "accuracy"
+        figure = "bpb" if task in TEXTS else "accuracy"
         print(f"{task}: {figure} along the way\n")
         head("arm", *[f"step {point['step']}" for point in rows[0]["curve"]])
         for arm in ARMS:
@@ -711,7 +733,7 @@ def print_curves(results: list[dict[str, Any]]) -> None:
 def print_inference(results: list[dict[str, Any]]) -> None:
     rows = [r for r in results if "inference" in r and r["kind"] == "main"]
     for task in dict.fromkeys(r["task"] for r in rows):
-        figure = "bpb" if task == "text" else "accuracy"
+        figure = "bpb" if task in TEXTS else "accuracy"
         print(f"{task}: {figure} by the number of cycles at inference (0 is the trunk alone)\n")
         head("arm", *map(str, range(CYCLES + 1)))
         arms = [(arm, [r["inference"] for r in select(rows, task=task, arm=arm)]) for arm in ARMS]
@@ -734,15 +756,16 @@ def print_inference(results: list[dict[str, Any]]) -> None:
 
 
 def tuning_loss(result: dict[str, Any]) -> float:
-    return result["final"]["bpb" if result["task"] == "text" else "loss"]
+    return result["final"]["bpb" if result["task"] in TEXTS else "loss"]
 
 
 def print_rates(results: list[dict[str, Any]]) -> None:
     print("Tuning: held-out loss of seed 0 by peak learning rate, the best is taken\n")
-    head("arm", *[f"{task} {lr:g}" for task in ("text", "automaton") for lr in RATES[task]])
+    tried = [(task, lr) for task in RATES for lr in RATES[task]]
+    head("arm", *[f"{task} {lr:g}" for task, lr in tried])
     for arm in COMPARED:
-        tuned = [select(results, task=t, arm=arm, kind="tune", lr=lr) for t in ("text", "automaton") for lr in RATES[t]]
-        cells = [f"{tuning_loss(found[0]):.3f}" if found else "missing" for found in tuned]
+        tuned = [select(results, task=task, arm=arm, kind="tune", lr=lr) for task, lr in tried]
+        cells = [f"{tuning_loss(found[0]):.3f}" if found else "" for found in tuned]
         line(ARMS[arm].label, *cells)
     print()
 
@@ -766,7 +789,9 @@ def main() -> None:
         torch.set_num_threads(1)
 
         def subject_of(row: Row) -> Reasoning | Text:
-            return Text(options.out, options.data, row.seed) if row.task == "text" else Reasoning(row.task, row.seed)
+            if row.task in TEXTS:
+                return Text(options.out, options.data, row.task, row.seed)
+            return Reasoning(row.task, row.seed)
 
         rows = [row for row in plan() if any(word in row.key for word in options.only)]
         study.work(rows, subject_of)
