@@ -33,7 +33,7 @@ def ran(monkeypatch) -> list[tuple[str, float]]:
     return calls
 
 
-TUNING = [Row("tune", "automaton", "dense", 0, lr) for lr in RATES["automaton"]]
+TUNING = hrm.tuned_on(Row("main", "automaton", "dense", 1))
 ROWS = [*TUNING, Row("main", "automaton", "dense", 0), Row("main", "addition", "dense", 0)]
 
 
@@ -48,7 +48,7 @@ def test_rows_that_are_there_are_not_run_again(tmp_path: Path, ran) -> None:
 def test_the_best_tuning_row_is_the_first_seed_of_its_task(tmp_path: Path, ran) -> None:
     study = Study(tmp_path)
     study.work(ROWS, lambda row: None)
-    best, adopted = (study.results()[row.key] for row in (TUNING[RATES["automaton"].index(1e-2)], ROWS[-2]))
+    best, adopted = (study.results()[row.key] for row in (Row("tune", "automaton", "dense", 0, 1e-2), ROWS[-2]))
     assert adopted == {**best, "key": "automaton-dense-main-s0", "kind": "main"}
 
 
@@ -91,6 +91,15 @@ def test_rows_wait_for_their_learning_rate(tmp_path: Path, ran, monkeypatch) -> 
     monkeypatch.setattr("time.sleep", lambda seconds: study.release(TUNING[0].key))
     study.work(ROWS, lambda row: None)
     assert [key for key, _ in ran] == [row.key for row in [*TUNING[1:], TUNING[0], ROWS[-1]]]
+
+
+def test_a_learning_rate_that_one_seed_likes_by_luck_is_not_taken(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    losses = dict.fromkeys(RATES["automaton"], (0.5, 0.5)) | {5e-3: (0.1, 0.99), 1e-2: (0.4, 0.4)}
+    for row in TUNING:
+        loss = losses[row.lr][hrm.TUNING_SEEDS["automaton"].index(row.seed)]
+        study.add({"key": row.key, "task": row.task, "lr": row.lr, "final": {"loss": loss}})
+    assert study.rate(Row("main", "automaton", "dense", 1), study.results()) == 1e-2
 
 
 def test_every_row_of_the_plan_is_told_apart_and_tuned_before_it_is_needed() -> None:
