@@ -169,6 +169,7 @@ class ModelConfig:
     pattern: str = "SSSL"  # short (S) and long (L) layers, repeated over the trunk; the last layer is always long
     rope_base: float = 10_000.0  # base of the rotary frequencies
     n_value_embeddings: int = 0  # trunk layers that learn a value a token: every other one from the last, then the rest
+    token_shift: bool = True  # mix into each token's embedding a learnt share of the one before
     hrm: HRMConfig | None = field(default_factory=HRMConfig)  # the reasoning head; None is the plain dense model
 
     @property

@@ -35,6 +35,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.shift = nn.Parameter(torch.empty(config.d_model)) if config.token_shift else None
         self.trunk = nn.ModuleList(Block(config, window) for window in trunk_windows(config))
         self.head = HRMHead(config, config.hrm) if config.hrm else None
         self.output_gain = nn.Parameter(torch.empty(config.d_model))
@@ -72,12 +73,25 @@ class Model(nn.Module):
     def run_trunk(self, ids: Tensor, where: Where) -> Tensor:
         """Hidden states (N, D) before the head, for ids (N,)."""
         where.begin(self.config, self.dtype)
-        x = rms_norm(look_up(ids, self.embedding)).to(self.dtype)
+        x = self.embed(ids, where)
         values = self.token_values(ids)
         for place, block in enumerate(self.trunk):
             given = (x, where, values[place]) if place in values else (x, where)
             x = checkpoint(block, *given, use_reentrant=False) if self.recompute == "all" else block(*given)
         return x
+
+    def embed(self, ids: Tensor, where: Where) -> Tensor:
+        """Normed embeddings (N, D), each with a share a channel of the one before in its document, 0 at the start.
+
+        Token shift (RWKV, arXiv 2305.13048): to go on as after the last "a b", attention must find the token behind an
+        earlier "a", which one layer can do once tokens know what stands before them (arXiv 2209.11895, smeared keys).
+        """
+        x = rms_norm(look_up(ids, self.embedding)).to(self.dtype)
+        if self.shift is None:
+            return x
+        before, exists = where.previous(ids)
+        share = exists[:, None] * self.shift.to(self.dtype)
+        return x + share * rms_norm(look_up(before, self.embedding)).to(self.dtype)
 
     def token_values(self, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """A value a token (N, G·E) and its gate (G, channels) for the last trunk block and every other one before it;
@@ -442,7 +456,7 @@ def initialise(model: Model, seed: int) -> Model:
     D = model.config.d_model
     for name, weight in model.named_parameters():
         kind = name.rsplit(".", 1)[-1]
-        if kind in ("o", "down", "out", "call_embedding", "value_gates"):
+        if kind in ("o", "down", "out", "call_embedding", "value_gates", "shift"):
             weight.zero_()
         elif kind in ("output_gain", "gains"):
             weight.fill_(1.0)
@@ -480,6 +494,9 @@ class Where(Protocol):
     def begin(self, config: ModelConfig, dtype: torch.dtype) -> None:
         """Called once before each pass over the blocks."""
 
+    def previous(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The ids (N,) of the tokens before these, and whether there is one in the same document (N,)."""
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Attention of q (N, H, E) over k, v (N, G, E), reaching back `window` tokens; gives (N, H, E)."""
 
@@ -512,6 +529,9 @@ class Packed:
 
     def begin(self, config: ModelConfig, dtype: torch.dtype) -> None:
         self.rotary = rotary_table(self.positions, config.head_dim, config.rope_base, dtype)
+
+    def previous(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return ids.roll(1), self.positions > 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         return attend(q, k, v, self, window)
@@ -628,6 +648,7 @@ class KVCache:
         self.dtype = dtype  # of keys and values; None is that of the first pass's activations
         self.pad = torch.tensor(pad or [0] * n_rows, device=device)  # (B,)
         self.longest_pad = max(pad or [0])
+        self.ids = torch.zeros(n_rows, capacity, dtype=torch.long, device=device)  # of the columns, for `previous`
         self.slots: list[tuple[Tensor, Tensor]] = []  # k, v (B, G, C, E) in call order
         self.marks: list[tuple[int, dict[int, tuple[Tensor, Tensor]]]] = []  # length then, rings then
         self.length = 0  # columns written
@@ -649,6 +670,11 @@ class KVCache:
         self.next_slot, self.dtype = 0, self.dtype or dtype
         positions = (self.columns - self.pad[:, None]).clamp(min=0)  # (B, T)
         self.rotary = rotary_table(positions.flatten(), config.head_dim, config.rope_base, dtype)
+
+    def previous(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        self.ids[:, self.columns] = ids.view(len(self.pad), -1)
+        before = self.columns - 1
+        return self.ids[:, before].flatten(), (before >= self.pad[:, None]).flatten()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         T, B = self.n_new, len(self.pad)
@@ -771,7 +797,7 @@ class KVCache:
         """Forget all rows but these, which take their order; a row given twice is copied."""
         index = torch.tensor(rows, device=self.device)
         self.slots = [(k[index], v[index]) for k, v in self.slots]
-        self.pad = self.pad[index]
+        self.pad, self.ids = self.pad[index], self.ids[index]
         self.longest_pad = int(self.pad.max())
         self.marks = []
 

@@ -132,7 +132,7 @@ def test_the_number_of_cycles_reaches_the_head(model: Model, h_cycles: int) -> N
     assert list(engine.stream(prompt, max_tokens=12)) == reference_answer(model, prompt, 12, h_cycles=2)
 
 
-SETTLED = 0.02  # nats: some tokens leave the cycles, others do not
+SETTLED = 0.05  # nats: some tokens leave the cycles, others do not
 
 
 @pytest.mark.parametrize("h_cycles", [None, 4])

@@ -23,6 +23,7 @@ from model import (
     build_model,
     initialise,
     probe_head,
+    rms_norm,
     rotary_table,
     rotate,
     think,
@@ -180,8 +181,21 @@ def test_attention_on_a_card_equals_attention_in_blocks(window: int | None) -> N
         torch.testing.assert_close(a.float().cpu(), b, atol=3e-2, rtol=3e-2)
 
 
+def test_the_token_before_is_mixed_in_within_its_document_alone(tiny: ModelConfig) -> None:
+    model = build_model(replace(tiny, n_layer=1, hrm=None), seed=0)
+    with torch.no_grad():
+        model.shift.copy_(torch.linspace(-1, 1, tiny.d_model))
+    ids, starts = random_ids(12, tiny), torch.zeros(12, dtype=torch.bool)
+    starts[5] = True
+    where = Packed(starts, 6)  # segments [0 … 4] [5] [6 … 11]
+    rows = rms_norm(model.embedding[ids])
+    for at in range(12):
+        before = torch.zeros_like(rows[0]) if at in (0, 5, 6) else rows[at - 1]
+        assert torch.allclose(model.embed(ids, where)[at], rows[at] + model.shift * before, atol=1e-6), at
+
+
 def test_tokens_beyond_the_window_change_nothing(tiny: ModelConfig) -> None:
-    config = replace(tiny, n_layer=1, hrm=None, context=24)
+    config = replace(tiny, n_layer=1, hrm=None, context=24, token_shift=False)
     model = Model(config)
     model.trunk[0].window = 4
     initialise(model, 0)
