@@ -364,17 +364,21 @@ def _aged_pair(rng: Random, held: bool) -> list[str]:
 
 
 def compare_steps(a: int, b: int, less: bool, names: tuple[str, str] | None = None, verb: str = "is") -> str:
-    """The digits side by side, the tens first; the ones where the tens are the same; then which of the two is asked."""
+    """The digits side by side, the tens first; the ones where the tens are the same; then which of the two is asked.
+
+    What is asked comes first, while the question is near, and is repeated at the end. `high` and `low` stand right
+    before what they name: all there is to copy follows its own cue.
+    """
     left, right = names or (str(a), str(b))
-    steps = [f"{left} {verb} {a}, {right} {verb} {b}." if names else f"{a} and {b}."]
+    asked = f"Asked {'low' if less else 'high'}"
+    steps = [f"{asked}. {left} {verb} {a}, {right} {verb} {b}." if names else f"{asked}. {a} and {b}."]
     for place, p, q in (("Tens", a // 10, b // 10), ("Ones", a % 10, b % 10)):
         if p == q:
             steps.append(f"{place}: {p} same as {q}.")
             continue
-        first, second = ("less", "more") if p < q else ("more", "less")
-        asked = left if (p < q) == less else right
-        steps.append(f"{place}: {p} {first} than {q}. So {first}: {left}, {second}: {right}.")
-        steps.append(f"Asked {'less' if less else 'more'}: {asked}.")
+        found, first, second = ("less", "low", "high") if p < q else ("more", "high", "low")
+        steps.append(f"{place}: {p} {found} than {q}. So {first} {left}, {second} {right}.")
+        steps.append(f"{asked} {left if (p < q) == less else right}.")
         break
     return " ".join(steps)
 
