@@ -3,7 +3,8 @@
 A row is an arm on a task with a seed; its result is a line of OUT/results.jsonl. Rows that are there are skipped, so a
 study that was killed goes on where it was, and several processes may share one OUT. Each arm's learning rate is tuned
 first, by rows of their own; on real text the best of them is seed 0's result too. On the automaton, where the rate that
-did best with one seed may do so by luck, two seeds tune and three others are the result.
+did best with one seed may do so by luck, two seeds tune and three others are the result; and as a rate that is too high
+fails altogether with some seeds, the lower of two that come close is taken.
 
     uv run benchmarks/hrm.py OUT --data FOLDER    every row that is missing; FOLDER holds .parquet files of text
     uv run benchmarks/hrm.py OUT --plan           the rows, with estimated minutes on one core
@@ -120,6 +121,7 @@ CYCLES = 8  # most H cycles tried at inference
 THRESHOLDS = (1e-3, 1e-2, 3e-2, 1e-1)  # nats of KL divergence under which a token leaves early
 GUIDANCE = (0.25, 0.5, 1.0, 2.0)  # how far logits are extrapolated
 TUNING_SEEDS = {"automaton": (0, 4), "text": (0,), "larger": (0,)}  # by one seed the automaton's best is luck
+TIE = {"automaton": 1.05, "text": 1.0, "larger": 1.0}  # losses that far from the best tie: the lowest rate is taken
 SEEDS = {"automaton": (1, 2, 3), "sudoku": (0, 1, 2)}  # seed 0 alone for the other tasks
 
 
@@ -519,7 +521,8 @@ class Study:
         tuned = [results.get(other.key) for other in tuned_on(row)]
         if None in tuned:
             return None
-        return min({result["lr"] for result in tuned}, key=lambda lr: tuning_loss(select(tuned, lr=lr)))
+        losses = {lr: tuning_loss(select(tuned, lr=lr)) for lr in sorted({result["lr"] for result in tuned})}
+        return next(lr for lr, loss in losses.items() if loss <= TIE[tuned[0]["task"]] * min(losses.values()))
 
     def tuned(self, row: Row, lr: float) -> dict[str, Any] | None:
         """The result of the tuning row that did what this row would do, under this row's name."""
