@@ -76,13 +76,7 @@ ARMS = {
 }
 CYCLED = ["h1_l1", "h1_l3", "h2_l1", "h3_l2"]  # other numbers of cycles than `full`'s, at its FLOPs
 COMPARED = [name for name in ARMS if name not in ("full_random", *CYCLED[1:])]  # with a learning rate of their own
-OTHER_COST = (
-    "dense",
-    "one_step",
-    "truncated",
-    "full_ds",
-    "h1_l1",
-)  # other FLOPs a token than `full`: also at its FLOPs
+OTHER_COST = ("dense", "one_step", "truncated", "full_ds", "h1_l1")  # unlike `full`'s: run at its FLOPs too
 
 REASONING = ModelConfig(
     token_shift=False,  # came after most rows had been run; `larger` has it
