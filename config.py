@@ -127,8 +127,8 @@ class TokenizerConfig:
 class HRMConfig:
     """The hierarchical reasoning head: a fast module L and a slow module H, called in cycles after the trunk.
 
-    The defaults are what measured best per FLOP at 1M parameters (EXPERIMENTS.md). To think longer or shorter when
-    chatting, train with h_cycles 2 and deep supervision.
+    The defaults are what measured best per FLOP at 1M parameters (EXPERIMENTS.md). A head trained with h_cycles 2 and
+    deep supervision can also run once when chatting, for half the work.
     """
 
     l_layer: int = 2  # blocks in L, all with the short window

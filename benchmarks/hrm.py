@@ -79,7 +79,6 @@ COMPARED = [name for name in ARMS if name not in ("full_random", *CYCLED[1:])]  
 OTHER_COST = ("dense", "one_step", "truncated", "full_ds", "h1_l1")  # unlike `full`'s: run at its FLOPs too
 
 REASONING = ModelConfig(
-    token_shift=False,  # came after most rows had been run; `shifted` and `larger` have it
     vocab_size=reasoning_tasks.VOCAB_SIZE,
     d_model=64,
     n_head=4,
@@ -88,20 +87,10 @@ REASONING = ModelConfig(
     context=64,
     window=None,
     pattern="L",
+    token_shift=False,  # came after most rows had been run; `shifted` and `larger` have it
     hrm=None,
 )
-TEXT = ModelConfig(
-    vocab_size=2048,
-    d_model=128,
-    n_head=4,
-    n_kv_head=2,
-    d_ff=352,
-    context=256,
-    window=64,
-    pattern="SL",
-    hrm=None,
-    token_shift=False,
-)
+TEXT = replace(REASONING, vocab_size=2048, d_model=128, d_ff=352, context=256, window=64, pattern="SL")
 TEXTS = {
     "text": TEXT,
     "shifted": replace(TEXT, token_shift=True),
@@ -109,28 +98,27 @@ TEXTS = {
 }
 LOOP = LoopConfig(warmup_share=0.05, decay_share=0.3)
 OPTIM = OptimConfig(momentum_warmup_steps=50)
-RATES = {  # peak learning rates tried for each arm, over all steps: a shorter row flatters high ones
-    "automaton": (5e-3, 1e-2, 2e-2),  # serves the other reasoning tasks too
-    "text": (5e-3, 1e-2, 2e-2),
-    "shifted": (1e-2,),  # the best of both of its arms on `text`
-    "larger": (1e-2,),
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the learning rates of a task's arms are chosen."""
+
+    rates: tuple[float, ...]  # peaks tried, over all steps: a shorter row flatters high ones
+    seeds: tuple[int, ...] = (0,)
+    tie: float = 1.0  # losses up to this many times the best tie, and the lowest of their rates is taken
+
+
+TUNINGS = {
+    "automaton": Tuning((5e-3, 1e-2, 2e-2), (0, 4), 1.05),  # serves the other reasoning tasks too
+    "text": Tuning((5e-3, 1e-2, 2e-2)),
+    "shifted": Tuning((1e-2,)),  # the best of both of its arms on `text`
+    "larger": Tuning((1e-2,)),
 }
 N_POINTS = 4  # of a learning curve
 CYCLES = 8  # most H cycles tried at inference
 THRESHOLDS = (1e-3, 1e-2, 3e-2, 1e-1)  # nats of KL divergence under which a token leaves early
 GUIDANCE = (0.25, 0.5, 1.0, 2.0)  # how far logits are extrapolated
-TUNING_SEEDS = {
-    "automaton": (0, 4),
-    "text": (0,),
-    "shifted": (0,),
-    "larger": (0,),
-}  # by one seed the automaton's best is luck
-TIE = {
-    "automaton": 1.05,
-    "text": 1.0,
-    "shifted": 1.0,
-    "larger": 1.0,
-}  # losses that far from the best tie: the lowest rate is taken
 SEEDS = {"automaton": (1, 2, 3), "permutation": (0, 1, 2)}  # seed 0 alone for the other tasks
 
 
@@ -182,7 +170,7 @@ def plan() -> list[Row]:
     """All rows, the most telling first."""
 
     def tuning(task: str, arms: list[str]) -> list[Row]:
-        return [Row("tune", task, arm, seed, lr) for arm in arms for lr in RATES[task] for seed in TUNING_SEEDS[task]]
+        return [row for arm in arms for row in tuned_on(Row("main", task, arm, 0))]
 
     def main(task: str, arms: list[str], *seeds: int) -> list[Row]:
         return [Row("main", task, arm, seed) for seed in seeds for arm in arms]
@@ -213,7 +201,7 @@ def tuned_on(row: Row) -> list[Row]:
     """The tuning rows that this row's learning rate comes from; the reasoning tasks share the automaton's."""
     arm = row.arm if row.arm in COMPARED else "full"
     task = row.task if row.task in TEXTS else "automaton"
-    return [Row("tune", task, arm, seed, lr) for lr in RATES[task] for seed in TUNING_SEEDS[task]]
+    return [Row("tune", task, arm, seed, lr) for lr in TUNINGS[task].rates for seed in TUNINGS[task].seeds]
 
 
 # ----------------------------------------------------------------------------------------- the subjects
@@ -532,7 +520,7 @@ class Study:
         if None in tuned:
             return None
         losses = {lr: tuning_loss(select(tuned, lr=lr)) for lr in sorted({result["lr"] for result in tuned})}
-        return next(lr for lr, loss in losses.items() if loss <= TIE[tuned[0]["task"]] * min(losses.values()))
+        return next(lr for lr, loss in losses.items() if loss <= TUNINGS[tuned[0]["task"]].tie * min(losses.values()))
 
     def tuned(self, row: Row, lr: float) -> dict[str, Any] | None:
         """The result of the tuning row that did what this row would do, under this row's name."""
@@ -568,7 +556,11 @@ class Study:
 
 def estimated_seconds(row: Row) -> float:
     """CPU seconds that the row should take on one core, examinations included; 0 for what a tuning row has done."""
-    if row.kind == "main" and row.seed == 0 and replace(row, kind="tune", lr=RATES.get(row.task, [None])[0]) in plan():
+    if (
+        row.kind == "main"
+        and row.seed == 0
+        and any(row == replace(other, kind="main", lr=None) for other in tuned_on(row))
+    ):
         return 0.0
     size = SIZES[row.task]
     context = TEXT.context if row.task in TEXTS else TASKS[row.task].row_length
@@ -786,7 +778,7 @@ def tuning_loss(results: list[dict[str, Any]]) -> float:
 
 def print_rates(results: list[dict[str, Any]]) -> None:
     print("Tuning: held-out loss by peak learning rate, mean over the seeds that tune; the best is taken\n")
-    tried = [(task, lr) for task in RATES for lr in RATES[task]]
+    tried = [(task, lr) for task, tuning in TUNINGS.items() for lr in tuning.rates]
     head("arm", *[f"{task} {lr:g}" for task, lr in tried])
     for arm in COMPARED:
         tuned = [select(results, task=task, arm=arm, kind="tune", lr=lr) for task, lr in tried]

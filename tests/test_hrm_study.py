@@ -97,7 +97,7 @@ def test_a_learning_rate_that_one_seed_likes_by_luck_is_not_taken(tmp_path: Path
     study = Study(tmp_path)
     losses = {5e-3: (0.1, 0.99), 1e-2: (0.4, 0.4), 2e-2: (0.38, 0.41)}  # 0.01 and 0.02 tie
     for row in TUNING:
-        loss = losses[row.lr][hrm.TUNING_SEEDS["automaton"].index(row.seed)]
+        loss = losses[row.lr][hrm.TUNINGS["automaton"].seeds.index(row.seed)]
         study.add({"key": row.key, "task": row.task, "lr": row.lr, "final": {"loss": loss}})
     assert study.rate(Row("main", "automaton", "dense", 1), study.results()) == 1e-2
 
