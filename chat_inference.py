@@ -652,12 +652,15 @@ def _path(text: str, usage: str) -> Path:
     return Path(text).expanduser()
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """`main`, for a person or a pipe."""
     try:
         main(*settings.parse_cli_with(Options(), __doc__))
     except UserError as error:
-        settings.fail(neutral(str(error)))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise UserError(neutral(str(error))) from error
     except BrokenPipeError:  # the reader of the pipe has gone: nothing is left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    settings.run_script(run, "stopped.")

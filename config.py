@@ -11,8 +11,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -610,3 +612,24 @@ def fail(message: str) -> Any:
     """Print `message` as an error and exit with 2: how every script ends on a user's mistake."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def run_script(work: Callable[[], object], stopped: str = "stopped; the same command goes on from here.") -> None:
+    """Do a script's work. A user's mistake ends it in one line with exit code 2, Ctrl-C in the line `stopped` with 130.
+
+    An error raised while Ctrl-C unwinds, by something it left half done, is part of being stopped.
+    """
+    try:
+        work()
+    except (Exception, KeyboardInterrupt) as error:
+        chain: list[BaseException | None] = [error]
+        while chain[-1] is not None:
+            chain.append(chain[-1].__context__)
+        if any(isinstance(link, KeyboardInterrupt) for link in chain):
+            print(stopped, file=sys.stderr)
+            raise SystemExit(130) from None
+        if isinstance(error, UserError):
+            fail(str(error))
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to say or to save

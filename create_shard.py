@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import config as settings
-from config import ChatSource, Config, TextSource, UserError
+from config import ChatSource, Config, TextSource
 from hearth import log
 from hearth.disk import disk_free
 from hearth.ingest import CHAT_UNIT_BYTES, PROBE_BYTES, Estimate, estimate, write_chat_shards, write_text_shards
@@ -103,9 +103,4 @@ def disk_needed(found: Estimate) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        main(*settings.parse_cli_with(Options(), __doc__)[::-1])
-    except UserError as error:
-        settings.fail(str(error))
-    except KeyboardInterrupt:
-        settings.fail("stopped; the same command goes on from here.")
+    settings.run_script(lambda: main(*settings.parse_cli_with(Options(), __doc__)[::-1]))

@@ -231,7 +231,4 @@ def announce(config: Config, model: Model, batches: Any, device: Any, folder: Pa
 
 
 if __name__ == "__main__":
-    try:
-        main(*settings.parse_cli_with(Options(), __doc__))
-    except UserError as error:
-        settings.fail(str(error))
+    settings.run_script(lambda: main(*settings.parse_cli_with(Options(), __doc__)))

@@ -257,7 +257,4 @@ def announce(
 
 
 if __name__ == "__main__":
-    try:
-        main(*settings.parse_cli_with(Options(), __doc__))
-    except UserError as error:
-        settings.fail(str(error))
+    settings.run_script(lambda: main(*settings.parse_cli_with(Options(), __doc__)))

@@ -309,9 +309,4 @@ def load_gpt2(folder: Path) -> Any:
 
 
 if __name__ == "__main__":
-    try:
-        main(*settings.parse_cli_with(Options(), __doc__)[::-1])
-    except UserError as error:
-        settings.fail(str(error))
-    except KeyboardInterrupt:
-        settings.fail("stopped; the same command goes on from here.")
+    settings.run_script(lambda: main(*settings.parse_cli_with(Options(), __doc__)[::-1]))

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import PRESETS
+from config import PRESETS, run_script
 from hearth import checkpoint, hardware, tasks
 from hearth.checkpoint import Loaded
 from hearth.tokenizer import Tokenizer
@@ -147,4 +147,4 @@ def alone(loaded: Loaded, before: Sequence[int], ending: Sequence[int]) -> tuple
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "stopped.")

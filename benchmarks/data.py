@@ -328,7 +328,4 @@ MEASUREMENTS = {
 }
 
 if __name__ == "__main__":
-    try:
-        main()
-    except settings.UserError as error:
-        settings.fail(str(error))
+    settings.run_script(main, "stopped.")

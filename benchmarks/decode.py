@@ -35,7 +35,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import PRESETS, ModelConfig
+from config import PRESETS, ModelConfig, run_script
 from hearth import checkpoint, hardware
 from hearth.engine import Engine, compress
 from hearth.matrices import Matrix, compiled_kernels
@@ -336,4 +336,4 @@ def report_quality(folder: str, text_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "stopped.")

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reasoning_tasks
 from reasoning_tasks import TASKS, lay
 
-from config import HRMConfig, LoopConfig, ModelConfig, OptimConfig, UserError, fail
+from config import HRMConfig, LoopConfig, ModelConfig, OptimConfig, UserError, run_script
 from hearth import log
 from hearth.batches import Batch
 from hearth.gradients import accumulate, head_schedule
@@ -811,12 +811,11 @@ def main() -> None:
             return Reasoning(row.task, row.seed)
 
         rows = [row for row in plan() if any(word in row.key for word in options.only)]
+        if any(row.task in TEXTS and row.key not in study.results() for row in rows):
+            text_tokens(options.out, options.data)  # now, not an hour in: the folder may be wrong
         study.work(rows, subject_of)
     print_tables(study)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        fail(str(error))
+    run_script(main)

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import ChatSource, ModelConfig
+from config import ChatSource, ModelConfig, run_script
 from hearth import corpora, gradients, hardware
 from hearth.batches import Batch, pack_rows
 from hearth.conversation import Rendered, render
@@ -133,4 +133,4 @@ def measure(batches: Iterator[Batch], seconds: float) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "stopped.")

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import PRESETS, UserError
+from config import PRESETS, UserError, run_script
 from hearth import checkpoint, hardware, log, tasks
 from hearth.tokenizer import Tokenizer
 from model import Model, Packed, build_model
@@ -103,4 +103,4 @@ def row(name: str, n_items: float, n_tokens: float, alone: float, batched: float
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "stopped.")

@@ -133,8 +133,9 @@ class _TextFile:
 
     def abandon(self) -> None:
         for close in (self.writer.close, self.sink.file.close):
-            with contextlib.suppress(OSError):  # a full disk says so once more
-                close()
+            if not self.sink.file.closed:  # finished, but stopped before anyone was told
+                with contextlib.suppress(OSError):  # a full disk says so once more
+                    close()
         self.path.unlink(missing_ok=True)
 
 

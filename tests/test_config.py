@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -85,3 +89,50 @@ def test_help_shows_every_field_with_its_comment(capsys) -> None:
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "attention reach of a short layer" in told
     assert "peak learning rate" in told
+
+
+def stopped_in(broken: Exception | None = None) -> None:
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        if broken is None:
+            raise
+        raise broken from None
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("broken", [None, ValueError("write to closed file"), UserError("half a file")])
+def test_ctrl_c_and_what_it_breaks_end_in_one_line(broken: Exception | None, handlers: None, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        settings.run_script(lambda: stopped_in(broken), "stopped.")
+    assert (end.value.code, capsys.readouterr().err) == (130, "stopped.\n")
+
+
+def test_a_users_mistake_ends_in_one_line(handlers: None, capsys) -> None:
+    def work() -> None:
+        raise UserError("no such file")
+
+    with pytest.raises(SystemExit) as end:
+        settings.run_script(work)
+    assert (end.value.code, capsys.readouterr().err) == (2, "error: no such file\n")
+
+
+def test_a_stop_that_was_dealt_with_hides_no_later_error(handlers: None) -> None:
+    def work() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        settings.run_script(work)
+
+
+def test_our_own_mistake_shows_where_it_is(handlers: None) -> None:
+    with pytest.raises(ZeroDivisionError):
+        settings.run_script(lambda: 1 / 0)
