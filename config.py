@@ -632,4 +632,5 @@ def run_script(work: Callable[[], object], stopped: str = "stopped; the same com
             fail(str(error))
         raise
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to say or to save
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as behind `&`
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to say or to save
