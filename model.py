@@ -86,12 +86,12 @@ class Model(nn.Module):
         Token shift (RWKV, arXiv 2305.13048): to go on as after the last "a b", attention must find the token behind an
         earlier "a", which one layer can do once tokens know what stands before them (arXiv 2209.11895, smeared keys).
         """
-        x = rms_norm(look_up(ids, self.embedding)).to(self.dtype)
-        if self.shift is None:
-            return x
-        before, exists = where.previous(ids)
-        share = exists[:, None] * self.shift.to(self.dtype)
-        return x + share * rms_norm(look_up(before, self.embedding)).to(self.dtype)
+
+        def normed(ids: Tensor) -> Tensor:
+            return rms_norm(look_up(ids, self.embedding)).to(self.dtype)
+
+        x = normed(ids)
+        return x if self.shift is None else x + self.shift.to(self.dtype) * where.before(x, ids, normed)
 
     def token_values(self, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """A value a token (N, G·E) and its gate (G, channels) for the last trunk block and every other one before it;
@@ -494,8 +494,8 @@ class Where(Protocol):
     def begin(self, config: ModelConfig, dtype: torch.dtype) -> None:
         """Called once before each pass over the blocks."""
 
-    def previous(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The ids (N,) of the tokens before these, and whether there is one in the same document (N,)."""
+    def before(self, x: Tensor, ids: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """The embeddings (N, D) of the tokens before these, 0 where a document begins; x (N, D) is `embed(ids)`."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Attention of q (N, H, E) over k, v (N, G, E), reaching back `window` tokens; gives (N, H, E)."""
@@ -530,8 +530,8 @@ class Packed:
     def begin(self, config: ModelConfig, dtype: torch.dtype) -> None:
         self.rotary = rotary_table(self.positions, config.head_dim, config.rope_base, dtype)
 
-    def previous(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return ids.roll(1), self.positions > 0
+    def before(self, x: Tensor, ids: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.where(self.positions[:, None] > 0, x.roll(1, 0), 0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         return attend(q, k, v, self, window)
@@ -648,7 +648,7 @@ class KVCache:
         self.dtype = dtype  # of keys and values; None is that of the first pass's activations
         self.pad = torch.tensor(pad or [0] * n_rows, device=device)  # (B,)
         self.longest_pad = max(pad or [0])
-        self.ids = torch.zeros(n_rows, capacity, dtype=torch.long, device=device)  # of the columns, for `previous`
+        self.ids = torch.zeros(n_rows, capacity, dtype=torch.long, device=device)  # of the columns, for `before`
         self.slots: list[tuple[Tensor, Tensor]] = []  # k, v (B, G, C, E) in call order
         self.marks: list[tuple[int, dict[int, tuple[Tensor, Tensor]]]] = []  # length then, rings then
         self.length = 0  # columns written
@@ -671,10 +671,11 @@ class KVCache:
         positions = (self.columns - self.pad[:, None]).clamp(min=0)  # (B, T)
         self.rotary = rotary_table(positions.flatten(), config.head_dim, config.rope_base, dtype)
 
-    def previous(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def before(self, x: Tensor, ids: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         self.ids[:, self.columns] = ids.view(len(self.pad), -1)
-        before = self.columns - 1
-        return self.ids[:, before].flatten(), (before >= self.pad[:, None]).flatten()
+        columns = self.columns - 1
+        exists = (columns >= self.pad[:, None]).flatten()
+        return torch.where(exists[:, None], embed(self.ids[:, columns].flatten()), 0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         T, B = self.n_new, len(self.pad)
