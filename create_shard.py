@@ -34,7 +34,7 @@ class Options:
     verify: bool = False  # look for damaged shards by their checksum, not by their size alone
 
 
-def main(options: Options, config: Config) -> None:
+def main(config: Config, options: Options) -> None:
     """Make the text shards of every corpus and every set of conversations."""
     text = config.run_dir / "text"
     if options.plan:
@@ -103,4 +103,4 @@ def disk_needed(found: Estimate) -> float:
 
 
 if __name__ == "__main__":
-    settings.run_script(lambda: main(*settings.parse_cli_with(Options(), __doc__)[::-1]))
+    settings.run_script(lambda: main(*settings.parse_cli_with(Options(), __doc__)))

@@ -61,7 +61,7 @@ class Corpus:
         return self.manifest["splits"][split]["text_bytes"]
 
 
-def main(options: Options, config: Config) -> None:
+def main(config: Config, options: Options) -> None:
     """Train the tokenizer where there is none, then encode what is not encoded yet."""
     corpora = [open_corpus(source, config, verify=options.verify) for source in config.data.corpora()]
     tokenizer = get_tokenizer(config, corpora)
@@ -309,4 +309,4 @@ def load_gpt2(folder: Path) -> Any:
 
 
 if __name__ == "__main__":
-    settings.run_script(lambda: main(*settings.parse_cli_with(Options(), __doc__)[::-1]))
+    settings.run_script(lambda: main(*settings.parse_cli_with(Options(), __doc__)))

@@ -61,7 +61,7 @@ def configured(runs: Path, files: Path, **data: object) -> Config:
 
 
 def make(config: Config, *, verify: bool = False) -> Path:
-    create_shard.main(create_shard.Options(verify=verify), config)
+    create_shard.main(config, create_shard.Options(verify=verify))
     return config.run_dir / "text"
 
 
@@ -198,7 +198,7 @@ def test_data_sheet_counts_the_reasoning_taken(tmp_path: Path) -> None:
 
 
 def test_plan_prints_sizes_and_makes_nothing(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    create_shard.main(create_shard.Options(plan=True), configured(tmp_path / "runs", files))
+    create_shard.main(configured(tmp_path / "runs", files), create_shard.Options(plan=True))
     out = capsys.readouterr().out
     assert "2.1 MB" in out
     assert "1.5k" in out

@@ -49,8 +49,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run whose text shards are made and whose tokenizer is trained."""
     folder = tmp_path_factory.mktemp("tokens")
     config = configured(folder / "runs", folder)
-    create_shard.main(create_shard.Options(), config)
-    train_tokenizer.main(Options(), config)
+    create_shard.main(config, create_shard.Options())
+    train_tokenizer.main(config, Options())
     return config
 
 
@@ -138,7 +138,7 @@ def test_training_again_gives_the_same_bytes(config: Config, tmp_path: Path) -> 
     again = copy_of(config, tmp_path)
     for name in ("tokenizer", "tokens"):
         shutil.rmtree(again.run_dir / name)
-    train_tokenizer.main(Options(), again)
+    train_tokenizer.main(again, Options())
     assert contents(again.run_dir / "tokenizer") == contents(config.run_dir / "tokenizer")
     assert tokens_of(again) == tokens_of(config)
 
@@ -146,7 +146,7 @@ def test_training_again_gives_the_same_bytes(config: Config, tmp_path: Path) -> 
 def test_finished_work_is_left_alone(config: Config, tmp_path: Path) -> None:
     again = copy_of(config, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in again.run_dir.rglob("*.npy")}
-    train_tokenizer.main(Options(), again)
+    train_tokenizer.main(again, Options())
     assert {path: path.stat().st_mtime_ns for path in again.run_dir.rglob("*.npy")} == before
 
 
@@ -154,7 +154,7 @@ def test_report_sets_bytes_a_token_beside_gpt2(
     config: Config, tmp_path: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = copy_of(config, tmp_path)
-    train_tokenizer.main(Options(gpt2=str(data_folder / "tokenizers/gpt2")), again)
+    train_tokenizer.main(again, Options(gpt2=str(data_folder / "tokenizers/gpt2")))
     table = (again.run_dir / "tokenizer/README.md").read_text()
     assert "| held-out text | bytes a token | lone bytes | GPT-2 |" in table
     reader = TokenShards(again.run_dir / "tokens/prose", "validation")
@@ -173,7 +173,7 @@ def test_lone_bytes_are_pieces_of_longer_characters(config: Config) -> None:
 
 def test_missing_text_shards_name_the_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not exist.*uv run create_shard.py --preset demo --runs"):
-        train_tokenizer.main(Options(), configured(tmp_path / "runs", tmp_path))
+        train_tokenizer.main(configured(tmp_path / "runs", tmp_path), Options())
 
 
 def test_damaged_text_shard_names_the_command_that_mends_it(config: Config, tmp_path: Path) -> None:
@@ -182,18 +182,18 @@ def test_damaged_text_shard_names_the_command_that_mends_it(config: Config, tmp_
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    train_tokenizer.main(Options(), again)  # the size is right
+    train_tokenizer.main(again, Options())  # the size is right
     with pytest.raises(UserError, match=r"train-00000.arrow[\s\S]*create_shard.py.*--verify"):
-        train_tokenizer.main(Options(verify=True), again)
+        train_tokenizer.main(again, Options(verify=True))
     path.unlink()
     with pytest.raises(UserError, match=r"train-00000.arrow is missing"):
-        train_tokenizer.main(Options(), again)
+        train_tokenizer.main(again, Options())
 
 
 def test_another_vocabulary_size_is_refused_with_the_remedy(config: Config) -> None:
     other = replace(config, model=replace(config.model, vocab_size=640))
     with pytest.raises(UserError, match=r"vocab_size: made with 512, asked for 640[\s\S]*Remove that folder"):
-        train_tokenizer.main(Options(), other)
+        train_tokenizer.main(other, Options())
 
 
 def test_too_little_memory_is_refused_with_a_sample_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_only_the_damaged_shard_is_made_again(config: Config, tmp_path: Path, ha
     else:
         data[-1] ^= 1
         path.write_bytes(data)
-    train_tokenizer.main(Options(verify=harm == "flip"), again)
+    train_tokenizer.main(again, Options(verify=harm == "flip"))
     assert tokens_of(again) == tokens_of(config)
     assert {p for p in before if p.stat().st_mtime_ns != before[p]} <= {path}
 
@@ -250,7 +250,7 @@ def test_two_damaged_shards_with_a_whole_one_between_are_made_again(config: Conf
     again = copy_of(config, tmp_path)
     for name in ("train-00000.npy", "train-00002.npy"):
         (again.run_dir / "tokens/prose" / name).unlink()
-    train_tokenizer.main(Options(), again)
+    train_tokenizer.main(again, Options())
     assert tokens_of(again) == tokens_of(config)
 
 
@@ -266,8 +266,8 @@ def one_corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, list[s
     folder = tmp_path_factory.mktemp("one")
     config = configured(folder / "runs", folder)
     config = replace(config, data=replace(config.data, sources=(), text_files=(str(folder / "prose.jsonl"),)))
-    create_shard.main(create_shard.Options(), config)
-    train_tokenizer.main(Options(), config)
+    create_shard.main(config, create_shard.Options())
+    train_tokenizer.main(config, Options())
     return config, [*words_for(config), "--data.text_files", str(folder / "prose.jsonl")]
 
 
@@ -295,9 +295,9 @@ def test_full_disk_is_said_and_the_run_goes_on_after_making_room(
     for kept_free in (20_000, 90_000, 180_000):
         (small_disk / "filler").write_bytes(bytes(free - kept_free))
         with pytest.raises(UserError, match=r"disk is full.*it goes on"):
-            train_tokenizer.main(Options(), again)
+            train_tokenizer.main(again, Options())
         (small_disk / "filler").unlink()
-    train_tokenizer.main(Options(), again)
+    train_tokenizer.main(again, Options())
     assert tokens_of(again) == tokens_of(config)
 
 
