@@ -165,7 +165,8 @@ class ModelConfig:
     d_model: int = 768  # width of the residual stream
     n_head: int = 12  # query heads
     n_kv_head: int = 4  # key/value heads, each shared by n_head / n_kv_head query heads
-    d_ff: int = 2048  # width inside the gated MLP
+    d_ff: int = 2048  # width inside the MLP
+    gated_mlp: bool = True  # SwiGLU; False is squared ReLU, which a d_ff half as large again makes as many parameters
     context: int = 4096  # longest sequence, in tokens
     window: int | None = 1024  # attention reach of a short layer, in tokens; None is the whole context
     pattern: str = "SSSL"  # short (S) and long (L) layers, repeated over the trunk; the last layer is always long

@@ -308,7 +308,10 @@ GATE_CHANNELS = 12  # of a block's normed input, from which it decides how far t
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: grouped-query attention with QK-norm and RoPE, then a gated MLP (SwiGLU)."""
+    """Pre-norm transformer block: grouped-query attention with QK-norm and RoPE, then an MLP.
+
+    The MLP is gated (SwiGLU, arXiv 2002.05202), or of squared ReLU (Primer, arXiv 2109.08668).
+    """
 
     def __init__(self, config: ModelConfig, window: int | None) -> None:
         super().__init__()
@@ -322,7 +325,7 @@ class Block(nn.Module):
         self.v = nn.Parameter(torch.empty(config.n_kv_head * E, D))
         self.o = nn.Parameter(torch.empty(D, config.n_head * E))
         self.heat = nn.Parameter(torch.empty(config.n_head))  # how sharply each head attends, learnt
-        self.gate = nn.Parameter(torch.empty(config.d_ff, D))
+        self.gate = nn.Parameter(torch.empty(config.d_ff, D)) if config.gated_mlp else None
         self.up = nn.Parameter(torch.empty(config.d_ff, D))
         self.down = nn.Parameter(torch.empty(D, config.d_ff))
 
@@ -351,6 +354,8 @@ class Block(nn.Module):
         return x + self.mlp(rms_norm(x))
 
     def mlp(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.project(self.project(x, self.up).relu().square(), self.down)
         gate, up = self.project(x, self.gate, self.up).chunk(2, dim=-1)  # (N, d_ff) each
         return self.project(F.silu(gate) * up, self.down)
 
@@ -876,6 +881,7 @@ def for_decoding(model: Model, make: Callable[[Tensor], Any]) -> Model:
         for name, weight in theirs.named_parameters(recurse=False):
             setattr(ours, name, nn.Parameter(weight.detach(), requires_grad=False))
         for group in MATRICES.get(type(theirs), ()):
+            group = [name for name in group if getattr(theirs, name) is not None]
             matrix = make(torch.cat([getattr(theirs, name).detach() for name in group]))
             for name in group:
                 delattr(ours, name)

@@ -121,8 +121,9 @@ class Hearth:
         from hearth.optim import build_optimizers
         from model import build_model
 
-        shape = {"n_layer": 2, "d_model": 192, "n_head": 3, "n_kv_head": 3, "d_ff": 576, "window": 128, "hrm": None}
-        config = ModelConfig(vocab_size=VOCABULARY, context=options.row, n_value_embeddings=2, **shape)
+        shape = {"n_layer": 2, "d_model": 192, "n_head": 3, "n_kv_head": 3, "d_ff": 864, "gated_mlp": False}
+        shape |= {"window": 128, "n_value_embeddings": 2, "hrm": None}
+        config = ModelConfig(vocab_size=VOCABULARY, context=options.row, **shape)
         self.model = build_model(config, seed=options.seed)
         self.model.compile_blocks()
         self.optimizers = build_optimizers(self.model, OptimConfig(momentum_warmup_steps=100), options.lr)

@@ -371,7 +371,7 @@ static void attend(float *restrict y, const float *q, int64_t q_stride, const ca
 }
 
 typedef struct {
-  matrix qkv, o, gate_up, down;
+  matrix qkv, o, up, down; /* up has twice as many rows as down has columns where the MLP is gated, the gate first */
   const float *heat; /* (H): each query head is multiplied with its own */
   int64_t H, G, E;
 } block;
@@ -380,10 +380,10 @@ typedef struct {
    and sin (rows, E/2) turn the rows' positions. */
 void run_block(float *restrict y, const block *b, const float *restrict x, const float *restrict cos,
                const float *restrict sin, const cache *c, const int64_t *pad, int64_t rows, int64_t end) {
-  int64_t H = b->H, G = b->G, E = b->E, D = b->o.n, F = b->down.d, all = (H + 2 * G) * E;
-  float *normed = malloc(sizeof(float) * rows * (D + all + H * E + 3 * F));
-  float *heads = normed + rows * D, *attended = heads + rows * all, *gate_up = attended + rows * H * E;
-  float *hidden = gate_up + rows * 2 * F;
+  int64_t H = b->H, G = b->G, E = b->E, D = b->o.n, F = b->down.d, U = b->up.n, all = (H + 2 * G) * E;
+  float *normed = malloc(sizeof(float) * rows * (D + all + H * E + U + F));
+  float *heads = normed + rows * D, *attended = heads + rows * all, *up = attended + rows * H * E;
+  float *hidden = up + rows * U;
 
   for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, x + r * D, D);
   times_rows(heads, &b->qkv, normed, NULL, rows);
@@ -408,10 +408,14 @@ void run_block(float *restrict y, const block *b, const float *restrict x, const
   times_rows(y, &b->o, attended, x, rows);
 
   for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, y + r * D, D);
-  times_rows(gate_up, &b->gate_up, normed, NULL, rows);
+  times_rows(up, &b->up, normed, NULL, rows);
   for (int64_t r = 0; r < rows; r++) {
-    const float *gate = gate_up + r * 2 * F, *up = gate + F;
-    for (int64_t i = 0; i < F; i++) hidden[r * F + i] = gate[i] * up[i] / (1 + exponential(-gate[i]));
+    const float *in = up + r * U;
+    float *out = hidden + r * F;
+    if (U == F)
+      for (int64_t i = 0; i < F; i++) out[i] = in[i] > 0 ? in[i] * in[i] : 0;
+    else
+      for (int64_t i = 0; i < F; i++) out[i] = in[i] * in[i + F] / (1 + exponential(-in[i]));
   }
   times_rows(normed, &b->down, hidden, y, rows);
   memcpy(y, normed, sizeof(float) * rows * D);

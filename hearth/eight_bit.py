@@ -17,11 +17,12 @@ from torch import Tensor
 
 from config import ModelConfig, UserError
 from hearth import hardware
+from model import Block
 
 Kind = Literal["float8", "int8"]
 Linear = Callable[[Tensor, Tensor], Tensor]  # x (N, in), weight (out, in) -> (N, out)
 
-WORTH = 1.05  # a gated MLP must train this many times as fast as with ordinary products
+WORTH = 1.05  # an MLP must train this many times as fast as with ordinary products
 
 
 def linear(kind: Kind) -> Linear:
@@ -62,7 +63,7 @@ def int8_linear() -> Linear:
 def linear_that_pays(
     kind: Kind, config: ModelConfig, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> Linear:
-    """`linear(kind)`, once a gated MLP of the model's shape has trained faster with it than without.
+    """`linear(kind)`, once an MLP of the model's shape has trained faster with it than without.
 
     Raises UserError with what stands against it: the card, the sizes, or the seconds of both.
     """
@@ -81,7 +82,7 @@ def linear_that_pays(
     plain, ours = (mlp_seconds(f, config, n_tokens, device, dtype, compiled) for f in (F.linear, product))
     if plain < WORTH * ours:
         raise UserError(
-            f"--eight_bit {kind} does not pay here: a gated MLP over {n_tokens} tokens takes {1e3 * ours:.2f} ms "
+            f"--eight_bit {kind} does not pay here: an MLP over {n_tokens} tokens takes {1e3 * ours:.2f} ms "
             f"forward and backward with it, {1e3 * plain:.2f} ms without ({hardware.describe(device)}). "
             "Leave --eight_bit away."
         )
@@ -91,18 +92,15 @@ def linear_that_pays(
 def mlp_seconds(
     product: Linear, config: ModelConfig, n_tokens: int, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> float:
-    """The least seconds of several turns: forward and backward of a gated MLP."""
-    D, d_ff = config.d_model, config.d_ff
-    up, down = (torch.randn(shape, device=device, requires_grad=True) for shape in ((2 * d_ff, D), (D, d_ff)))
-    x = torch.randn(n_tokens, D, device=device, dtype=dtype, requires_grad=True)
-
-    def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        gate, inner = product(x, up.to(dtype)).chunk(2, dim=-1)
-        return product(F.silu(gate) * inner, down.to(dtype))
-
-    run, best = torch.compile(mlp, dynamic=False) if compiled else mlp, float("inf")
+    """The least seconds of several turns: forward and backward of a block's MLP."""
+    block = Block(config, None).to(device)
+    for weight in block.parameters():
+        torch.nn.init.normal_(weight)
+    block.linear = product
+    x = torch.randn(n_tokens, config.d_model, device=device, dtype=dtype, requires_grad=True)
+    run, best = torch.compile(block.mlp, dynamic=False) if compiled else block.mlp, float("inf")
     for _ in range(8 if device.type == "cuda" else 3):  # the first ones compile and choose kernels
         started = time.perf_counter()
-        float(run(x, up, down).sum().backward() or x.grad[0, 0])  # waits for the device
+        float(run(x).sum().backward() or x.grad[0, 0])  # waits for the device
         best = min(best, time.perf_counter() - started)
     return best

@@ -354,7 +354,8 @@ class FastBlock(torch.nn.Module):
         super().__init__()
         self.block, self.window = block, block.window
         self.heads = block.n_head, block.n_kv_head, block.head_dim
-        self.kernel = BlockKernel(block.q, block.o, block.gate, block.down, heat=block.heat, heads=self.heads)
+        up = block.up if block.gate is None else block.gate
+        self.kernel = BlockKernel(block.q, block.o, up, block.down, heat=block.heat, heads=self.heads)
 
     def forward(self, x: Tensor, where: Any, value: tuple[Tensor, Tensor] | None = None) -> Tensor:
         if value is not None or not isinstance(where, KVCache) or where.n_new > 1:

@@ -36,7 +36,7 @@ class _Block(ctypes.Structure):
     """`block` of cpu_kernels.c."""
 
     _fields_ = (
-        *((name, _Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, _Matrix) for name in ("qkv", "o", "up", "down")),
         ("heat", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in "HGE"),
     )
@@ -109,9 +109,9 @@ class BlockKernel:
     """A block of model.py for one token of each row, as one call: the fastest way to decode on a CPU."""
 
     def __init__(
-        self, qkv: Matrix, o: Matrix, gate_up: Matrix, down: Matrix, *, heat: Tensor, heads: tuple[int, int, int]
+        self, qkv: Matrix, o: Matrix, up: Matrix, down: Matrix, *, heat: Tensor, heads: tuple[int, int, int]
     ) -> None:
-        self.heat, self.matrices = heat.float().contiguous(), (qkv, o, gate_up, down)  # the struct points into these
+        self.heat, self.matrices = heat.float().contiguous(), (qkv, o, up, down)  # the struct points into these
         self.struct = _Block(*(matrix.struct for matrix in self.matrices), self.heat.data_ptr(), *heads)
         self._address, self._run = ctypes.addressof(self.struct), qkv.kernels.run_block
 

@@ -101,13 +101,15 @@ def reckon_memory(
 
 def block_bytes(block: Block, n_rows: int, context: int, model: Model) -> int:
     """What the graph of one pass through a block keeps: a token's norms (4 D), heads (A + 2K, A + K), attention's
-    queries and output, the MLP (4 F); the keys and values that a CPU's attention copies for each block of queries; the
-    weights that were laid one under the other. A and K are the widths of all query heads and all key heads."""
-    D, A, K, F = block.q.shape[1], len(block.q), len(block.k), len(block.gate)
+    queries and output, the MLP (2 F, or 4 F with a gate); the keys and values that a CPU's attention copies for each
+    block of queries; the weights that were laid one under the other. A and K are the widths of all query heads and all
+    key heads."""
+    D, A, K, F = block.q.shape[1], len(block.q), len(block.k), len(block.up)
+    gated = block.gate is not None
     on_card = model.device.type == "cuda" and model.dtype != torch.float32
-    tokens = n_rows * context * (4 * D + (4 if on_card else 5) * A + 3 * K + 4 * F)
+    tokens = n_rows * context * (4 * D + (4 if on_card else 5) * A + 3 * K + (4 if gated else 2) * F)
     copies = 0 if on_card else n_rows * 2 * K * sum(keys for _, keys in query_blocks(context, block.window))
-    return model.dtype.itemsize * (tokens + copies + D * (A + 2 * K) + 2 * D * F)
+    return model.dtype.itemsize * (tokens + copies + D * (A + 2 * K) + (2 * D * F if gated else 0))
 
 
 def mask_bytes(model: Model, n_rows: int, context: int) -> int:

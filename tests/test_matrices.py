@@ -88,7 +88,11 @@ def test_an_unknown_store_is_refused_by_name() -> None:
 @pytest.mark.parametrize("window", [None, 6, 270])
 @pytest.mark.parametrize(
     "shape",
-    [{"n_head": 2, "n_kv_head": 2}, {"n_head": 4, "n_kv_head": 1, "d_model": 128}, {"n_head": 4, "d_model": 256}],
+    [
+        {"n_head": 2, "n_kv_head": 2},
+        {"n_head": 4, "n_kv_head": 1, "d_model": 128},
+        {"n_head": 4, "d_model": 256, "gated_mlp": False},
+    ],
 )
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pad", [[0], [0, 0, 0], [3, 0, 255, 20, 262, 0, 0, 0, 0]])

@@ -244,7 +244,19 @@ def test_the_head_weighs_the_same_however_large_the_trunk_grows(tiny: ModelConfi
     assert not torch.allclose(small, model.logits(x), atol=1e-2)
 
 
-def test_every_parameter_receives_gradient(tiny: ModelConfig) -> None:
+def test_the_mlp_is_gated_or_of_squared_relu(tiny: ModelConfig) -> None:
+    x = torch.randn(5, tiny.d_model, generator=torch.Generator().manual_seed(0))
+    plain, gated = (build_model(replace(tiny, gated_mlp=gated), seed=0).trunk[0] for gated in (False, True))
+    for block in (plain, gated):
+        torch.nn.init.normal_(block.down)
+    torch.testing.assert_close(plain.mlp(x), (x @ plain.up.T).clamp(min=0) ** 2 @ plain.down.T)
+    gate, up = x @ gated.gate.T, x @ gated.up.T
+    torch.testing.assert_close(gated.mlp(x), (gate * gate.sigmoid() * up) @ gated.down.T)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_parameter_receives_gradient(tiny: ModelConfig, gated: bool) -> None:
+    tiny = replace(tiny, gated_mlp=gated)
     model = awake(tiny)
     ids = random_ids(33, tiny)
     model.loss(model(ids[:-1], one_segment(32)), ids[1:], torch.ones(32)).backward()

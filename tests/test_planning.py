@@ -18,6 +18,7 @@ from model import Model, build_model
 DENSE = ModelConfig(
     vocab_size=512, n_layer=3, d_model=64, n_head=4, n_kv_head=2, d_ff=160, context=256, window=64, hrm=None
 )
+UNGATED = replace(DENSE, gated_mlp=False)
 SMALL = replace(DENSE, n_layer=1, hrm=HRMConfig(l_layer=1, h_layer=1, h_cycles=2, l_cycles=2))
 
 
@@ -35,8 +36,8 @@ def plan_of(model: Model, optimizers: Optimizers) -> Plan:
 
 @pytest.mark.parametrize(
     ("config", "optim"),
-    [(DENSE, "muon"), (SMALL, "adamw"), (PRESETS["demo"].model, "muon")],
-    ids=["dense", "small", "demo"],
+    [(DENSE, "muon"), (UNGATED, "muon"), (SMALL, "adamw"), (PRESETS["demo"].model, "muon")],
+    ids=["dense", "ungated", "small", "demo"],
 )
 def test_reckoned_memory_is_within_a_tenth_of_the_measured(config: ModelConfig, optim: str) -> None:
     model, optimizers = build(config, optim)
