@@ -59,4 +59,4 @@ def run(script: str, words: list[str]) -> tuple[int, bool]:
 
 
 if __name__ == "__main__":
-    main(settings.parse_cli(__doc__), sys.argv[1:])
+    settings.run_script(lambda: main(settings.parse_cli(__doc__), sys.argv[1:]))

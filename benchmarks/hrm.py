@@ -602,7 +602,7 @@ def print_tables(study: Study) -> None:
     print_inference(results)
     print_rates(results)
     if missing:
-        print("missing: " + ", ".join(missing))
+        print("missing: " + ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else ""))
 
 
 def select(results: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
