@@ -235,7 +235,7 @@ SIDES: dict[str, Callable[[argparse.Namespace], Any]] = {"hearth": Hearth, "nano
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Train one side for --seconds of its own speed, or for --steps; the curve of its held-out bits per byte."""
+    """Train one side for --seconds, or for --steps; the curve of its held-out bits per byte."""
     import torch
 
     torch.set_num_threads(options.threads)
@@ -251,16 +251,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         return nats / math.log(2) / int(n_bytes[measure[:, 1:].numpy()].sum())
 
     n_rows = ROWS * ROW // options.row
-    blocks = (rows(train, n_rows, options.row, order[i * n_rows :]) for i in range(len(order) // n_rows))
-    n_steps = options.steps or round(options.seconds / step_seconds(options, clock))
     taken: list[float] = []
     curve = []
-    for n, block in zip(range(n_steps), blocks, strict=False):
+    n, n_steps, most = 0, options.steps or round(options.seconds / step_seconds(options, clock)), len(order) // n_rows
+    while n < min(n_steps, most):
+        block = rows(train, n_rows, options.row, order[n * n_rows :])
         start = clock()
         side.step(block, n, n_steps)
         taken.append(clock() - start)
-        if n + 1 == n_steps or (n_steps >= 10 * EVALUATIONS and (n + 1) % (n_steps // EVALUATIONS) == 0):
-            curve.append((n + 1, training_seconds(taken), bits_per_byte()))
+        n += 1
+        if not options.steps and n > SKIPPED:  # a machine that slows down shortens the schedule, and not the time left
+            left = options.seconds - training_seconds(taken)
+            n_steps = n + max(0, round(left / statistics.median(taken[SKIPPED:][-50:])))
+        if n == min(n_steps, most) or (n_steps >= 10 * EVALUATIONS and n / n_steps >= (len(curve) + 1) / EVALUATIONS):
+            curve.append((n, training_seconds(taken), bits_per_byte()))
     return {
         "side": options.side,
         "label": options.label,
@@ -269,7 +273,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "threads": options.threads,
         "parameters": sum(p.numel() for p in side.model.parameters()),
         "row": options.row,
-        "tokens": n_steps * ROWS * ROW,
+        "tokens": n * ROWS * ROW,
         "tokens_per_second": ROWS * ROW / statistics.median(taken[SKIPPED:]),
         "seconds": training_seconds(taken),
         "bpb": curve[-1][2],
