@@ -166,7 +166,9 @@ def peak_memory(device: torch.device, held: int) -> Iterator[list[int]]:
         found.append(torch.cuda.max_memory_allocated(device))
         return
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library would tell of its comings and goings
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    # without acc_events torch 2.11 warns that it keeps one cycle's events, of which there is but one
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         yield found
     alive = peak = held
     for event in profile.profiler.kineto_results.events():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hearth.eight_bit import linear, linear_that_pays
 from model import Packed, build_model
 
 CPU = torch.device("cpu")
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 
 
 def product_and_gradients(multiply) -> list[Tensor]:
@@ -28,12 +30,14 @@ def product_and_gradients(multiply) -> list[Tensor]:
     return [y.detach().float(), x.grad.float(), w.grad]
 
 
+@needs_torchao
 @pytest.mark.parametrize(("kind", "allowed"), [("float8", 0.06), ("int8", 0.02)])
 def test_products_and_both_gradients_are_close_to_ordinary_ones(kind: str, allowed: float) -> None:
     for ours, plain in zip(product_and_gradients(linear(kind)), product_and_gradients(F.linear), strict=True):
         assert 0 < (ours - plain).norm() / plain.norm() < allowed
 
 
+@needs_torchao
 @pytest.mark.parametrize("kind", ["float8", "int8"])
 def test_a_model_trains_with_them_and_is_read_without(kind: str, tiny: ModelConfig) -> None:
     config = replace(tiny, d_model=32, n_head=2, n_kv_head=1, d_ff=64)
@@ -55,6 +59,7 @@ def test_a_model_trains_with_them_and_is_read_without(kind: str, tiny: ModelConf
     assert all(block.gate.grad.isfinite().all() for block in model.trunk)
 
 
+@needs_torchao
 @pytest.mark.parametrize("ours", [1.0, 2.0])
 def test_they_are_taken_where_they_are_faster_and_refused_with_both_times_elsewhere(
     ours: float, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
