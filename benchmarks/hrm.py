@@ -556,11 +556,7 @@ class Study:
 
 def estimated_seconds(row: Row) -> float:
     """CPU seconds that the row should take on one core, examinations included; 0 for what a tuning row has done."""
-    if (
-        row.kind == "main"
-        and row.seed == 0
-        and any(row == replace(other, kind="main", lr=None) for other in tuned_on(row))
-    ):
+    if row in [replace(other, kind="main", lr=None) for other in tuned_on(row)]:
         return 0.0
     size = SIZES[row.task]
     context = TEXT.context if row.task in TEXTS else TASKS[row.task].row_length
