@@ -1,7 +1,8 @@
 """Talk with a checkpoint: in the terminal, in a pipe, or one question at a time.
 
-In: a run's newest checkpoint of its furthest stage, or any checkpoint folder; your words. Out: answers, streamed.
-A base model goes on with your text instead. Exit codes: 0 answered, 2 a mistake of yours, 130 stopped by Ctrl-C.
+In: a run's newest checkpoint of its furthest stage, or any checkpoint folder; your words. Out:
+answers, streamed. A base model goes on with your text instead. Exit codes: 0 answered, 2 a mistake
+of yours, 130 stopped by Ctrl-C.
 
     uv run chat_inference.py --preset demo                          a chat; /help lists its commands
     uv run chat_inference.py --preset demo -p "Who are you?"        one answer; --json for a program
@@ -22,13 +23,20 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-import config as settings
 from config import PRESETS, REASONING_PROMPT, ChatConfig, Config, UserError
-from hearth import checkpoint, hardware
-from hearth.conversation import AnswerReader, Message, close_turn, parse_answer, render, render_turn, stop_ids
-from hearth.engine import Budget, Engine, Sampling
+from hearth import cli, hardware
+from hearth.data.chat_format import (
+    AnswerReader,
+    Message,
+    close_turn,
+    parse_answer,
+    render,
+    render_turn,
+    stop_ids,
+)
+from hearth.decoding.engine import Budget, Engine, Sampling
 from hearth.log import count, size
-from hearth.terminal import (
+from hearth.serving.terminal import (
     Keyboard,
     PlainScreen,
     RichScreen,
@@ -39,8 +47,10 @@ from hearth.terminal import (
     say,
     tolerate_any_text,
 )
+from hearth.training import checkpoint
 
-STAGES = {"sft2": "stage 2 of fine-tuning", "sft1": "stage 1 of fine-tuning", "base": "base model"}  # furthest first
+# furthest first
+STAGES = {"sft2": "stage 2 of fine-tuning", "sft1": "stage 1 of fine-tuning", "base": "base model"}
 SMALL = 20_000_000  # parameters up to which float32 is fast enough
 
 
@@ -48,12 +58,18 @@ SMALL = 20_000_000  # parameters up to which float32 is fast enough
 class Options:
     """What this script alone can be told."""
 
-    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None  # answer this once, then end
-    checkpoint: str | None = None  # any checkpoint folder; None takes the newest of the furthest stage
-    weights: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # how they are stored; auto: bfloat16 if many
-    cycles: Annotated[int | None, tyro.conf.arg(aliases=["--think_cycles"])] = None  # of the head; None: as trained
-    early_exit: float | None = None  # leave the head's cycles once the prediction moves by less, in nats (KL)
-    guidance: float | None = None  # push the prediction on, away from that of a cycle earlier, by this factor
+    # answer this once, then end
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
+    # any checkpoint folder; None takes the newest of the furthest stage
+    checkpoint: str | None = None
+    # how they are stored; auto: bfloat16 if many
+    weights: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    # of the head; None: as trained
+    cycles: Annotated[int | None, tyro.conf.arg(aliases=["--think_cycles"])] = None
+    # leave the head's cycles once the prediction moves by less, in nats (KL)
+    early_exit: float | None = None
+    # push the prediction on, away from that of a cycle earlier, by this factor
+    guidance: float | None = None
     think: bool = False  # ask for reasoning before the answer
     think_tokens: int | None = None  # longest reasoning, in tokens; None is as long as it likes
     stop: tuple[str, ...] = ()  # texts that end an answer
@@ -61,7 +77,9 @@ class Options:
 
 
 def main(config: Config, options: Options) -> None:
-    """Open the chat; or answer the prompt given, the lines of the pipe, or the preset's sample questions."""
+    """Open the chat; or answer the prompt given, the lines of the pipe, or the preset's sample
+    questions.
+    """
     tolerate_any_text()
     folder = Path(options.checkpoint) if options.checkpoint else find_checkpoint(config)
     chat = Chat.load(folder, config, options)
@@ -87,7 +105,9 @@ def find_checkpoint(config: Config) -> Path:
 
 
 def answer_each(questions: Iterable[str], chat: Chat, options: Options, *, alone: bool) -> None:
-    """Print the answer to each question, as text or as a JSON object a line; `alone` leaves out all else."""
+    """Print the answer to each question, as text or as a JSON object a line; `alone` leaves out all
+    else.
+    """
     for question in questions:
         if not question.strip():
             raise UserError("The prompt is empty. Give -p some text.")
@@ -122,7 +142,7 @@ def show(answer: Iterator[tuple[bool, str]], screen: Screen) -> None:
         screen.end()
 
 
-# -------------------------------------------------------------------------------------- the conversation
+# --------------------------------------------------------------------------------- the conversation
 
 
 @dataclass
@@ -147,7 +167,9 @@ class Timing:
 
     @property
     def tokens_per_second(self) -> float:
-        return (len(self.ids) - 1) / (self.seconds - self.first_seconds) if len(self.ids) > 1 else 0.0
+        return (
+            (len(self.ids) - 1) / (self.seconds - self.first_seconds) if len(self.ids) > 1 else 0.0
+        )
 
     @property
     def cycles_per_token(self) -> float:
@@ -155,9 +177,13 @@ class Timing:
 
 
 class Chat:
-    """A conversation with a checkpoint: its turns, how answers are drawn, and what the last one took."""
+    """A conversation with a checkpoint: its turns, how answers are drawn, and what the last one
+    took.
+    """
 
-    def __init__(self, loaded: checkpoint.Loaded, folder: Path, chat: ChatConfig, options: Options) -> None:
+    def __init__(
+        self, loaded: checkpoint.Loaded, folder: Path, chat: ChatConfig, options: Options
+    ) -> None:
         self.folder, self.tokenizer, self.options = folder, loaded.tokenizer, options
         self.stage, self.state = loaded.state.get("stage", "base"), loaded.state
         self.n_parameters = loaded.model.n_parameters()
@@ -173,7 +199,11 @@ class Chat:
         self.set_sampling()
         if chat.max_tokens < 1:
             raise UserError(f"chat.max_tokens is {chat.max_tokens}, must be at least 1.")
-        self.system, self.think, self.think_tokens = chat.system, options.think, options.think_tokens
+        self.system, self.think, self.think_tokens = (
+            chat.system,
+            options.think,
+            options.think_tokens,
+        )
         self.turns: list[Turn] = []
         self.first = 0  # the oldest turn that the model still sees
         self.notes: list[str] = []  # what the person should know
@@ -198,7 +228,9 @@ class Chat:
         """Change how answers are drawn; ValueError for what cannot be."""
         chat = replace(self.config, **changes)
         try:
-            sampling = Sampling(chat.temperature, chat.top_k, chat.top_p, chat.min_p, chat.repetition_penalty)
+            sampling = Sampling(
+                chat.temperature, chat.top_k, chat.top_p, chat.min_p, chat.repetition_penalty
+            )
         except ValueError as error:
             raise UserError(f"chat.{error}.") from None
         self.config, self.sampling = chat, sampling
@@ -211,14 +243,18 @@ class Chat:
         self.engine.h_cycles = cycles
 
     def set_early_exit(self, nats: float | None) -> None:
-        """Below which change of the prediction, in nats, a token leaves the cycles; UserError for what cannot be."""
+        """Below which change of the prediction, in nats, a token leaves the cycles; UserError for
+        what cannot be.
+        """
         self._check_head(nats)
         if nats is not None and not nats >= 0:
             raise UserError(f"Cycles are left early at {nats:g} nats; give at least 0.")
         self.engine.settled = nats
 
     def set_guidance(self, factor: float | None) -> None:
-        """How far the prediction is pushed on from that of a cycle earlier; UserError for what cannot be."""
+        """How far the prediction is pushed on from that of a cycle earlier; UserError for what
+        cannot be.
+        """
         self._check_head(factor)
         if factor is not None and not 0 <= factor <= 100:
             raise UserError(f"The guidance is {factor:g}; give 0 to 100.")
@@ -237,13 +273,16 @@ class Chat:
             self.engine.h_cycles, self.engine.settled = theirs.h_cycles, theirs.settled
             self.engine.guidance = theirs.guidance
 
-    # ------------------------------------------------------------------------------------------ asking
+    # --------------------------------------------------------------------------------------- asking
 
     def ask(self, question: str) -> Iterator[tuple[bool, str]]:
-        """The answer as (is it thinking?, text) in whole characters. The turn joins the conversation, also when it is
-        broken off; a question that got no token is taken back."""
+        """The answer as (is it thinking?, text) in whole characters. The turn joins the
+        conversation, also when it is broken off; a question that got no token is taken back.
+        """
         if self.is_base:
-            yield from self._until_stop(self._stream([self.tokenizer.bos, *self.tokenizer.encode(question)], keep=1))
+            yield from self._until_stop(
+                self._stream([self.tokenizer.bos, *self.tokenizer.encode(question)], keep=1)
+            )
             self.turns = [Turn({"role": "user", "content": question}, []), self._answer_turn()]
             return
         message = {"role": "user", "content": question}
@@ -282,7 +321,9 @@ class Chat:
         return ids
 
     def _prompt(self, head: list[int]) -> list[int]:
-        """The ids that the model reads; once they leave no room to answer, the oldest turns are left out for good."""
+        """The ids that the model reads; once they leave no room to answer, the oldest turns are
+        left out for good.
+        """
         room = min(self.config.max_tokens, self.engine.context // 4)
 
         def length() -> int:
@@ -310,9 +351,14 @@ class Chat:
         budget = None
         if self.think_tokens is not None:
             budget = Budget(self.think_tokens, self.tokenizer.think, self.tokenizer.end_think)
-        # a model that has learnt to reason may still forget to begin, above all late in a conversation
+        # a model that has learnt to reason may still forget to begin, above all late in a
+        # conversation
         begin = [self.tokenizer.think] if self.think and self.stage == "sft2" else []
-        seed = random.randrange(2**60) if self.config.seed is None else self.config.seed + len(self.turns)
+        seed = (
+            random.randrange(2**60)
+            if self.config.seed is None
+            else self.config.seed + len(self.turns)
+        )
         stream = self.engine.stream(
             prompt,
             max_tokens=self.config.max_tokens,
@@ -336,10 +382,14 @@ class Chat:
         if stream.dropped:
             self._note_full(f"{stream.dropped} tokens left out")
         if stream.finish == "length":
-            self.notes.append(f"the answer was cut at {self.config.max_tokens} tokens (chat.max_tokens)")
+            self.notes.append(
+                f"the answer was cut at {self.config.max_tokens} tokens (chat.max_tokens)"
+            )
 
     def _until_stop(self, parts: Iterator[tuple[bool, str]]) -> Iterator[tuple[bool, str]]:
-        """The parts up to the first of the texts that end an answer; what may yet become one is held back."""
+        """The parts up to the first of the texts that end an answer; what may yet become one is
+        held back.
+        """
         held = ""
         for thinking, text in parts:
             if thinking or not self.options.stop:
@@ -352,7 +402,11 @@ class Chat:
                 self.timing.finish = "stop"
                 return
             longest = max(map(len, self.options.stop)) - 1
-            overlaps = (n for n in range(min(longest, len(held)), 0, -1) if _may_become(held[-n:], self.options.stop))
+            overlaps = (
+                n
+                for n in range(min(longest, len(held)), 0, -1)
+                if _may_become(held[-n:], self.options.stop)
+            )
             safe = len(held) - next(overlaps, 0)
             yield False, held[:safe]
             held = held[safe:]
@@ -367,7 +421,7 @@ class Chat:
         stops = stop_ids(self.tokenizer)
         return [token for token in self.timing.ids if token not in stops]
 
-    # ------------------------------------------------------------------------------ saving, speaking of itself
+    # ------------------------------------------------------------------- saving, speaking of itself
 
     def messages(self) -> list[Message]:
         return [turn.message for turn in self.turns]
@@ -375,9 +429,15 @@ class Chat:
     def set_messages(self, messages: list[Message]) -> None:
         """Put another conversation in the place of this one; ValueError for what is none."""
         render(messages, self.tokenizer)
-        first_turns = [m["content"] for m in messages if m["role"] == "system" and m["content"] != REASONING_PROMPT]
+        first_turns = [
+            m["content"]
+            for m in messages
+            if m["role"] == "system" and m["content"] != REASONING_PROMPT
+        ]
         self.system = "\n".join(first_turns) or None
-        self.think = any(m["content"] == REASONING_PROMPT for m in messages if m["role"] == "system")
+        self.think = any(
+            m["content"] == REASONING_PROMPT for m in messages if m["role"] == "system"
+        )
         rest = [m for m in messages if m["role"] != "system"]
         self.turns, self.first = [Turn(m, render_turn(m, self.tokenizer).ids) for m in rest], 0
 
@@ -407,8 +467,10 @@ class Chat:
         """Which checkpoint this is, and what it costs."""
         return (
             f"{self.folder}: {STAGES.get(self.stage, self.stage)}\n"
-            f"{count(self.n_parameters)} parameters, {size(self.engine.weight_bytes())} in {self.store} on "
-            f"{self.engine.model.device.type}; {size(self.engine.cache_bytes())} for a context of {self.engine.context}"
+            f"{count(self.n_parameters)} parameters, {size(self.engine.weight_bytes())} in "
+            f"{self.store} on "
+            f"{self.engine.model.device.type}; {size(self.engine.cache_bytes())} for a context of "
+            f"{self.engine.context}"
         )
 
     def used(self) -> int:
@@ -432,7 +494,10 @@ class Chat:
             how = ["the likeliest token each time"]
         else:
             limits = {"top-k": c.top_k, "top-p": c.top_p, "min-p": c.min_p}
-            how = [f"temperature {c.temperature:g}", *(f"{name} {x:g}" for name, x in limits.items() if x is not None)]
+            how = [
+                f"temperature {c.temperature:g}",
+                *(f"{name} {x:g}" for name, x in limits.items() if x is not None),
+            ]
         if c.repetition_penalty != 1:
             how.append(f"repetition penalty {c.repetition_penalty:g}")
         return ", ".join(how)
@@ -442,17 +507,21 @@ def _may_become(text: str, stops: tuple[str, ...]) -> bool:
     return any(stop.startswith(text) for stop in stops)
 
 
-# ------------------------------------------------------------------------------------------ the terminal
+# ------------------------------------------------------------------------------------- the terminal
 
 
 class Terminal:
-    """The chat of a person: reads lines, answers them, obeys commands. Each `do_NAME` is the command /NAME."""
+    """The chat of a person: reads lines, answers them, obeys commands. Each `do_NAME` is the
+    command /NAME.
+    """
 
     def __init__(self, chat: Chat, config: Config, options: Options) -> None:
         self.chat, self.run_config, self.options = chat, config, options
         self.thoughts = True  # shown, not folded
         self.commands: dict[str, Callable[[str], None]] = {
-            name.removeprefix("do_").replace("_", "-"): getattr(self, name) for name in dir(self) if name[:3] == "do_"
+            name.removeprefix("do_").replace("_", "-"): getattr(self, name)
+            for name in dir(self)
+            if name[:3] == "do_"
         }
         self.others: dict[Path, Chat] = {}  # checkpoints loaded for /compare
         words = [f"/{name}" for name in self.commands]
@@ -485,7 +554,10 @@ class Terminal:
     def obey(self, line: str) -> None:
         name, _, argument = line[1:].partition(" ")
         if name not in self.commands:
-            raise UserError(f"there is no command /{name[:40]}; /help lists them. A message may begin with a space.")
+            raise UserError(
+                f"there is no command /{name[:40]}; /help lists them. A message may begin with a "
+                "space."
+            )
         self.commands[name](argument.strip())
 
     def answer(self, parts: Iterator[tuple[bool, str]]) -> None:
@@ -512,7 +584,9 @@ class Terminal:
         say(f"system prompt: {self.chat.system or 'none'}", 2)
 
     def do_think(self, argument: str) -> None:
-        """on, off: ask for reasoning or not; fold, show: hide it or not; N: at most N tokens; none: no limit"""
+        """on, off: ask for reasoning or not; fold, show: hide it or not; N: at most N tokens; none:
+        no limit
+        """
         if argument in ("", "on", "off"):
             self.chat.think = not self.chat.think if not argument else argument == "on"
         elif argument in ("fold", "show"):
@@ -520,28 +594,39 @@ class Terminal:
         elif argument == "none":
             self.chat.think_tokens = None
         else:
-            self.chat.think_tokens = _whole_number(argument, "/think on, off, fold, show, none or a number of tokens")
-        limit = "no limit" if self.chat.think_tokens is None else f"at most {self.chat.think_tokens} tokens"
+            self.chat.think_tokens = _whole_number(
+                argument, "/think on, off, fold, show, none or a number of tokens"
+            )
+        limit = (
+            "no limit"
+            if self.chat.think_tokens is None
+            else f"at most {self.chat.think_tokens} tokens"
+        )
         asked = "asked for" if self.chat.think else "not asked for"
         say(f"reasoning: {asked}, {'shown' if self.thoughts else 'folded'}, {limit}")
 
     def do_cycles(self, argument: str) -> None:
-        """N: let the reasoning head cycle N times; without a number, as trained; early X: leave the cycles once the
-        prediction moves by less than X nats; `early none` runs them all"""
+        """N: let the reasoning head cycle N times; without a number, as trained; early X: leave the
+        cycles once the prediction moves by less than X nats; `early none` runs them all
+        """
         usage, engine = "/cycles N, or /cycles early X", self.chat.engine
         name, _, value = argument.partition(" ")
         if name == "early":
-            self.chat.set_early_exit(None if value.strip() == "none" else _number(value.strip(), usage))
+            self.chat.set_early_exit(
+                None if value.strip() == "none" else _number(value.strip(), usage)
+            )
         else:
             self.chat.set_cycles(_whole_number(argument, usage) if argument else None)
         early = "" if engine.settled is None else f", left early below {engine.settled:g} nats"
         print(f"cycles: {'as trained' if engine.h_cycles is None else engine.h_cycles}{early}")
 
     def do_guidance(self, argument: str) -> None:
-        """X: push the prediction on, away from the one a cycle earlier, X times their difference; `none` does not"""
+        """X: push the prediction on, away from the one a cycle earlier, X times their difference;
+        `none` does not
+        """
         if argument:
             self.chat.set_guidance(None if argument == "none" else _number(argument, "/guidance X"))
-        print(f"guidance: {'none' if self.chat.engine.guidance is None else self.chat.engine.guidance}")
+        print(f"guidance: {self.chat.engine.guidance or 'none'}")
 
     def do_temp(self, argument: str) -> None:
         """X: set the temperature; 0 takes the likeliest token each time"""
@@ -552,7 +637,9 @@ class Terminal:
     def do_top_p(self, argument: str) -> None:
         """X: draw from the likeliest tokens that make up this probability; `none` draws from all"""
         if argument:
-            self.chat.set_sampling(top_p=None if argument == "none" else _number(argument, "/top-p X"))
+            self.chat.set_sampling(
+                top_p=None if argument == "none" else _number(argument, "/top-p X")
+            )
         print(f"top-p: {'none' if self.chat.config.top_p is None else self.chat.config.top_p}")
 
     def do_regen(self, argument: str) -> None:
@@ -568,8 +655,14 @@ class Terminal:
         """FILE: write the conversation as JSON"""
         path = _path(argument, "/save FILE")
         heads = [(self.chat.system), REASONING_PROMPT if self.chat.think else None]
-        messages = [{"role": "system", "content": text} for text in heads if text] + self.chat.messages()
-        content = {"checkpoint": str(self.chat.folder), "chat": asdict(self.chat.config), "messages": messages}
+        messages = [
+            {"role": "system", "content": text} for text in heads if text
+        ] + self.chat.messages()
+        content = {
+            "checkpoint": str(self.chat.folder),
+            "chat": asdict(self.chat.config),
+            "messages": messages,
+        }
         try:
             with path.open("x", encoding="utf-8") as file:
                 json.dump(content, file, indent=1)
@@ -598,24 +691,41 @@ class Terminal:
         chat, t = self.chat, self.chat.timing
         held = chat.engine.cache.n_bytes() if chat.engine.cache else 0
         say(chat.introduction(), 2)
-        say(f"  trained  step {chat.state.get('step')}, {count(chat.state.get('tokens') or 0)} tokens")
-        say(f"  cache    {size(held)} set aside; {chat.used()} of {chat.engine.context} tokens in use", 11)
+        say(
+            f"  trained  step {chat.state.get('step')}, {count(chat.state.get('tokens') or 0)} "
+            "tokens"
+        )
+        say(
+            f"  cache    {size(held)} set aside; {chat.used()} of {chat.engine.context} tokens in "
+            "use",
+            11,
+        )
         prompt = f"{t.read} tokens read, {t.reused} held by the cache"
         say(f"  prompt   {prompt}; {t.first_seconds:.2f} s to the first token", 11)
-        say(f"  answer   {len(t.ids)} tokens, {t.tokens_per_second:.1f} a second; finish: {t.finish or 'none yet'}", 11)
+        say(
+            f"  answer   {len(t.ids)} tokens, {t.tokens_per_second:.1f} a second; finish: "
+            f"{t.finish or 'none yet'}",
+            11,
+        )
         if chat.engine.n_cycles:
             say(f"  head     {t.cycles_per_token:.2f} of {chat.engine.n_cycles} cycles a token", 11)
         say(f"  drawing  {chat.drawing()}", 11)
 
     def do_compare(self, argument: str) -> None:
-        """CHECKPOINT: let another checkpoint answer the last question: a folder, or base, sft1, sft2 of this run"""
+        """CHECKPOINT: let another checkpoint answer the last question: a folder, or base, sft1,
+        sft2 of this run
+        """
         path = _path(argument, "/compare CHECKPOINT")
         path = self.run_config.run_dir / argument if argument in STAGES else path
-        questions = [n for n, message in enumerate(self.chat.messages()) if message["role"] == "user"]
+        questions = [
+            n for n, message in enumerate(self.chat.messages()) if message["role"] == "user"
+        ]
         if not questions:
             raise UserError("There is no question yet.")
         if path not in self.others:
-            plain = replace(self.options, checkpoint=str(path), cycles=None, early_exit=None, guidance=None)
+            plain = replace(
+                self.options, checkpoint=str(path), cycles=None, early_exit=None, guidance=None
+            )
             self.others[path] = Chat.load(path, self.run_config, plain)
         other, messages = self.others[path], self.chat.messages()[: questions[-1] + 1]
         other.set_like(self.chat)
@@ -655,7 +765,7 @@ def _path(text: str, usage: str) -> Path:
 def run() -> None:
     """`main`, for a person or a pipe."""
     try:
-        main(*settings.parse_cli_with(Options(), __doc__))
+        main(*cli.parse_cli_with(Options(), __doc__))
     except UserError as error:
         raise UserError(neutral(str(error))) from error
     except BrokenPipeError:  # the reader of the pipe has gone: nothing is left to say
@@ -663,4 +773,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    settings.run_script(run, "stopped.")
+    cli.run_script(run, "stopped.")

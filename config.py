@@ -8,28 +8,27 @@ A comment behind a field is its help text: `uv run pretrain.py --help` prints th
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import signal
-import sys
 import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 
 class UserError(Exception):
-    """Something a user can cause and mend; a script prints it without a traceback and exits with 2."""
+    """Something a user can cause and mend; a script prints it without a traceback and
+    exits with 2.
+    """
 
 
-# ---------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """One corpus for pretraining: a hub data set, local files, or the built-in demo world (exactly one of them)."""
+    """One corpus for pretraining: a hub data set, local files, or the built-in demo world (exactly
+    one of them).
+    """
 
     name: str = "corpus"  # folder name under text/ and tokens/, and the name in every log
     hub: str | None = None  # data set on the hub, as owner/name
@@ -45,17 +44,21 @@ class TextSource:
 
 @dataclass(frozen=True)
 class ChatSource:
-    """One set of conversations for fine-tuning: a hub data set, local files, or the built-in demo world."""
+    """One set of conversations for fine-tuning: a hub data set, local files, or the built-in demo
+    world.
+    """
 
     name: str = "chat"  # folder name under text/chat/, and the name in every log
     hub: str | None = None  # data set on the hub, as owner/name
     hub_config: str | None = None  # its configuration
     revision: str | None = None  # its pinned commit; None takes the newest and writes down which
     split: str = "train"  # its split
-    files: tuple[str, ...] = ()  # local files, folders or globs; the layout is recognised by the columns
+    # local files, folders or globs; the layout is recognised by the columns
+    files: tuple[str, ...] = ()
     demo: str | None = None  # part of the built-in world: alpaca, dolly, messages or math
     max_rows: int | None = None  # stop after this many conversations; None takes all
-    max_chars: int | None = None  # longest reasoning taken, in characters; the worked solution stands in for a longer
+    # longest reasoning taken, in characters; the worked solution stands in for a longer
+    max_chars: int | None = None
     weight: float = 1.0  # how often each conversation is seen an epoch, relative to the other sets
 
 
@@ -64,16 +67,23 @@ class DataConfig:
     """The pretraining corpora, how they are cleaned, and how they are cut into shards."""
 
     sources: tuple[TextSource, ...] = ()  # the corpora
-    text_files: tuple[str, ...] = ()  # your own files, folders or globs: take the place of the sources above
-    text_column: str | None = None  # column of your own files that holds the text; None guesses and says so
-    text_weights: tuple[float, ...] = ()  # a weight for each of text_files, each then a corpus of its own
+    # your own files, folders or globs: take the place of the sources above
+    text_files: tuple[str, ...] = ()
+    # column of your own files that holds the text; None guesses and says so
+    text_column: str | None = None
+    # a weight for each of text_files, each then a corpus of its own
+    text_weights: tuple[float, ...] = ()
     shard_mb: int = 256  # size of a text shard, in 10^6 bytes of text
-    validation_share: float = 0.005  # share of the documents held out, chosen by a hash of their text
+    # share of the documents held out, chosen by a hash of their text
+    validation_share: float = 0.005
     min_chars: int = 64  # shorter documents are dropped
-    max_repeated_line_share: float = 0.5  # drop documents of which one repeated line makes up more than this share
+    # drop documents of which one repeated line makes up more than this share
+    max_repeated_line_share: float = 0.5
     deduplicate: bool = True  # drop exact duplicates, across all corpora
-    near_duplicates: float | None = None  # drop documents this similar (Jaccard, 0 to 1) by MinHash; None is off
-    retry_minutes: float = 30.0  # how long a failing network is retried before giving up, in minutes
+    # drop documents this similar (Jaccard, 0 to 1) by MinHash; None is off
+    near_duplicates: float | None = None
+    # how long a failing network is retried before giving up, in minutes
+    retry_minutes: float = 30.0
 
     def problems(self) -> list[str]:
         found = []
@@ -84,18 +94,27 @@ class DataConfig:
             if sum(given) != 1:
                 found.append(f"data.sources {source.name!r}: give exactly one of hub, files, demo")
             if source.weight < 0:
-                found.append(f"data.sources {source.name!r}: weight is {source.weight}, must not be negative")
+                found.append(
+                    f"data.sources {source.name!r}: weight is {source.weight}, must not be negative"
+                )
         if self.text_weights and len(self.text_weights) != len(self.text_files):
             n_weights, n_files = len(self.text_weights), len(self.text_files)
-            found.append(f"data.text_weights holds {n_weights} weights for {n_files} text_files: give one for each")
+            found.append(
+                f"data.text_weights holds {n_weights} weights for {n_files} text_files: give one "
+                "for each"
+            )
         if any(weight < 0 for weight in self.text_weights):
             found.append("data.text_weights must not be negative")
         if not 0 < self.validation_share < 0.5:
-            found.append(f"data.validation_share is {self.validation_share}, must lie between 0 and 0.5")
+            found.append(
+                f"data.validation_share is {self.validation_share}, must lie between 0 and 0.5"
+            )
         if self.shard_mb < 1:
             found.append(f"data.shard_mb is {self.shard_mb}, must be at least 1")
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
-            found.append(f"data.near_duplicates is {self.near_duplicates}, must lie between 0 and 1")
+            found.append(
+                f"data.near_duplicates is {self.near_duplicates}, must lie between 0 and 1"
+            )
         return found
 
     def corpora(self) -> tuple[TextSource, ...]:
@@ -119,40 +138,57 @@ class TokenizerConfig:
     shard_tokens: int = 100_000_000  # tokens in one token shard
 
     def problems(self) -> list[str]:
-        return [f"tokenizer.{n} must be at least 1" for n in ("sample_mb", "shard_tokens") if getattr(self, n) < 1]
+        return [
+            f"tokenizer.{n} must be at least 1"
+            for n in ("sample_mb", "shard_tokens")
+            if getattr(self, n) < 1
+        ]
 
 
-# --------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 @dataclass(frozen=True)
 class HRMConfig:
-    """The hierarchical reasoning head: a fast module L and a slow module H, called in cycles after the trunk.
+    """The hierarchical reasoning head: a fast module L and a slow module H, called in cycles after
+    the trunk.
 
-    The defaults are what measured best per FLOP at 1M parameters (EXPERIMENTS.md). A head trained with h_cycles 2 and
-    deep supervision can also run once when chatting, for half the work.
+    The defaults are what measured best per FLOP at 1M parameters (EXPERIMENTS.md). A head trained
+    with h_cycles 2 and deep supervision can also run once when chatting, for half the work.
     """
 
     l_layer: int = 2  # blocks in L, all with the short window
     h_layer: int = 2  # blocks in H, the last one sees the whole context
     h_cycles: int = 1  # times H is called
     l_cycles: int = 1  # times L is called before each call of H; 0 is no L: H alone is looped
-    gradient: Literal["full", "truncated", "one_step"] = "full"  # how far back through the module calls gradients flow
+    # how far back through the module calls gradients flow
+    gradient: Literal["full", "truncated", "one_step"] = "full"
     horizon: int = 5  # truncated: module calls that keep their gradient, once warmed up from 2
     horizon_warmup: float = 0.2  # truncated: share of training over which the horizon grows
     deep_supervision: bool = False  # a loss after every H cycle, one cycle's graph alive at a time
-    supervise_every: int = 1  # deep supervision: cycles before the last read one token of this many, shifting each step
-    random_cycles: int | None = None  # a step trains with 1 to this many H cycles, drawn; None is always h_cycles
+    # deep supervision: cycles before the last read one token of this many, shifting each step
+    supervise_every: int = 1
+    # a step trains with 1 to this many H cycles, drawn; None is always h_cycles
+    random_cycles: int | None = None
 
     def problems(self) -> list[str]:
         names = ("l_layer", "h_layer", "h_cycles", "horizon", "supervise_every")
-        found = [f"model.hrm.{n} is {getattr(self, n)}, must be at least 1" for n in names if getattr(self, n) < 1]
+        found = [
+            f"model.hrm.{n} is {getattr(self, n)}, must be at least 1"
+            for n in names
+            if getattr(self, n) < 1
+        ]
         if self.l_cycles < 0:
             found.append(f"model.hrm.l_cycles is {self.l_cycles}, must be at least 0")
         if self.deep_supervision and self.gradient != "full":
-            found.append("model.hrm.deep_supervision cuts the graph at every cycle itself: set gradient to full")
+            found.append(
+                "model.hrm.deep_supervision cuts the graph at every cycle itself: set gradient to "
+                "full"
+            )
         if self.random_cycles is not None and self.random_cycles < 1:
-            found.append(f"model.hrm.random_cycles is {self.random_cycles}, must be at least 1 or None")
+            found.append(
+                f"model.hrm.random_cycles is {self.random_cycles}, must be at least 1 or None"
+            )
         return found
 
 
@@ -166,14 +202,19 @@ class ModelConfig:
     n_head: int = 12  # query heads
     n_kv_head: int = 4  # key/value heads, each shared by n_head / n_kv_head query heads
     d_ff: int = 2048  # width inside the MLP
-    gated_mlp: bool = True  # SwiGLU; False is squared ReLU, which a d_ff half as large again makes as many parameters
+    # SwiGLU; False is squared ReLU, which a d_ff half as large again makes as many parameters
+    gated_mlp: bool = True
     context: int = 4096  # longest sequence, in tokens
-    window: int | None = 1024  # attention reach of a short layer, in tokens; None is the whole context
-    pattern: str = "SSSL"  # short (S) and long (L) layers, repeated over the trunk; the last layer is always long
+    # attention reach of a short layer, in tokens; None is the whole context
+    window: int | None = 1024
+    # short (S) and long (L) layers, repeated over the trunk; the last layer is always long
+    pattern: str = "SSSL"
     rope_base: float = 10_000.0  # base of the rotary frequencies
-    n_value_embeddings: int = 0  # trunk layers that learn a value a token: every other one from the last, then the rest
+    # trunk layers that learn a value a token: every other one from the last, then the rest
+    n_value_embeddings: int = 0
     token_shift: bool = True  # mix into each token's embedding a learnt share of the one before
-    hrm: HRMConfig | None = field(default_factory=HRMConfig)  # the reasoning head; None is the plain dense model
+    # the reasoning head; None is the plain dense model
+    hrm: HRMConfig | None = field(default_factory=HRMConfig)
 
     @property
     def head_dim(self) -> int:
@@ -188,30 +229,40 @@ class ModelConfig:
             return found
         if self.vocab_size % 128:
             near = max(1, round(self.vocab_size / 128)) * 128
-            found.append(f"model.vocab_size is {self.vocab_size}, must be a multiple of 128: try {near}")
+            found.append(
+                f"model.vocab_size is {self.vocab_size}, must be a multiple of 128: try {near}"
+            )
         if self.d_model % self.n_head or self.head_dim % 2:
-            found.append(f"model.d_model {self.d_model} / n_head {self.n_head} must be an even whole number")
+            found.append(
+                f"model.d_model {self.d_model} / n_head {self.n_head} must be an even whole number"
+            )
         if self.n_head % self.n_kv_head:
-            found.append(f"model.n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+            found.append(
+                f"model.n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}"
+            )
         if not self.pattern or set(self.pattern) - set("SL"):
-            found.append(f"model.pattern is {self.pattern!r}, must be made of S (short) and L (long)")
+            found.append(
+                f"model.pattern is {self.pattern!r}, must be made of S (short) and L (long)"
+            )
         if self.window is not None and self.window < 1:
             found.append(f"model.window is {self.window}, must be at least 1 or None")
         if not 0 <= self.n_value_embeddings <= self.n_layer:
             found.append(
-                f"model.n_value_embeddings is {self.n_value_embeddings}, must lie between 0 and n_layer {self.n_layer}"
+                f"model.n_value_embeddings is {self.n_value_embeddings}, must lie between 0 and "
+                f"n_layer {self.n_layer}"
             )
         return found + (self.hrm.problems() if self.hrm else [])
 
 
-# ------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """The update rule; how fast it goes is set where it is used: pretrain.lr, sft1.lr, sft2.lr."""
 
-    name: Literal["muon", "adamw", "schedulefree"] = "muon"  # muon: Muon for matrices, AdamW for the rest
+    # muon: Muon for matrices, AdamW for the rest
+    name: Literal["muon", "adamw", "schedulefree"] = "muon"
     embedding_lr_ratio: float = 3.0  # learning rate of the embedding, relative to lr
     scalar_lr_ratio: float = 1.0  # learning rate of norms, gains and other vectors, relative to lr
     weight_decay: float = 0.1  # of matrices only, decoupled, multiplied by the learning rate
@@ -237,26 +288,32 @@ class Stage:
 
     context: int = 1024  # segments are cut at document ends and every this many tokens
     share: float = 1.0  # share of pretrain.steps
-    weights: tuple[float, ...] | None = None  # corpus weights of this stage, in their order; None takes the sources'
+    # corpus weights of this stage, in their order; None takes the sources'
+    weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What pretraining and fine-tuning share: the step, the schedule, what is shown and what is saved."""
+    """What pretraining and fine-tuning share: the step, the schedule, what is shown and what is
+    saved.
+    """
 
     lr: float = 2e-3  # peak learning rate; Muon's updates are scaled to the size of AdamW's
     warmup_share: float = 0.02  # share of the steps over which the learning rate climbs
     decay_share: float = 0.6  # share of the steps, at the end, over which it falls in a line
     final_lr_ratio: float = 0.05  # learning rate at the end, relative to the peak
     tokens_per_step: int = 524_288  # tokens in one optimizer step, whatever the micro-batch
-    micro_batch_tokens: int | None = None  # tokens in one forward pass; None is fitted to the card's free memory
+    # tokens in one forward pass; None is fitted to the card's free memory
+    micro_batch_tokens: int | None = None
     eval_every_steps: int = 250  # steps between two evaluations on held-out data
     eval_tokens: int = 1_048_576  # held-out tokens of each corpus that an evaluation reads
-    log_every_steps: int = 10  # steps between two lines on the console; metrics.jsonl notes every step
+    # steps between two lines on the console; metrics.jsonl notes every step
+    log_every_steps: int = 10
     sample_every_steps: int = 1000  # steps between two sample texts
     save_every_minutes: float = 15.0  # minutes between two checkpoints
     keep_checkpoints: int = 2  # the newest ones kept
-    log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()  # where figures go beside metrics.jsonl
+    # where figures go beside metrics.jsonl
+    log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     max_skipped_steps: int = 20  # spiking or non-finite steps in a row after which the run stops
 
     def loop_problems(self, where: str) -> list[str]:
@@ -288,8 +345,10 @@ class PretrainConfig(LoopConfig):
     """Pretraining on the text corpora."""
 
     steps: int = 4800  # optimizer steps
-    stages: tuple[Stage, ...] = (Stage(1024, 0.6), Stage(2048, 0.25), Stage(4096, 0.15))  # the curriculum
-    prompts: tuple[str, ...] = ("The", "Water is", "To add two numbers,")  # beginnings that samples continue
+    # the curriculum
+    stages: tuple[Stage, ...] = (Stage(1024, 0.6), Stage(2048, 0.25), Stage(4096, 0.15))
+    # beginnings that samples continue
+    prompts: tuple[str, ...] = ("The", "Water is", "To add two numbers,")
 
     def problems(self, context: int) -> list[str]:
         found = self.loop_problems("pretrain")
@@ -298,13 +357,21 @@ class PretrainConfig(LoopConfig):
         if not self.stages:
             return [*found, "pretrain.stages is empty"]
         if not math.isclose(sum(stage.share for stage in self.stages), 1.0, abs_tol=1e-6):
-            found.append(f"pretrain.stages: the shares add up to {sum(s.share for s in self.stages):.3f}, must be 1")
+            found.append(
+                f"pretrain.stages: the shares add up to {sum(s.share for s in self.stages):.3f}, "
+                "must be 1"
+            )
         for stage in self.stages:
             if stage.context > context or context % stage.context:
-                found.append(f"pretrain.stages: context {stage.context} must divide model.context {context}")
+                found.append(
+                    f"pretrain.stages: context {stage.context} must divide model.context {context}"
+                )
         row = self.micro_batch_tokens or self.tokens_per_step
         if row % context:
-            found.append(f"pretrain: micro-batch of {row} tokens must be a multiple of model.context {context}")
+            found.append(
+                f"pretrain: micro-batch of {row} tokens must be a multiple of model.context "
+                f"{context}"
+            )
         return found
 
 
@@ -313,13 +380,15 @@ class SFTConfig(LoopConfig):
     """One stage of fine-tuning on conversations."""
 
     sources: tuple[ChatSource, ...] = ()  # the sets of conversations
-    files: tuple[str, ...] = ()  # your own conversations: files, folders or globs that take the place of the sources
+    # your own conversations: files, folders or globs that take the place of the sources
+    files: tuple[str, ...] = ()
     context: int = 2048  # longest conversation, in tokens
     epochs: float = 3.0  # passes over the conversations
     repeat_earlier: float = 0.0  # stage 2: share of stage 1's conversations seen again, an epoch
     validation_share: float = 0.02  # share of the conversations held out, chosen by a hash
     prompts: tuple[str, ...] = ("Who are you?", "What is 12 + 7?")  # questions that samples answer
-    probe_prompts: int = 24  # held-out questions answered at each evaluation, to see stopping, looping, reasoning
+    # held-out questions answered at each evaluation, to see stopping, looping, reasoning
+    probe_prompts: int = 24
     probe_tokens: int = 160  # longest answer to one of them, in tokens
 
     def problems(self, where: str, model_context: int) -> list[str]:
@@ -328,9 +397,14 @@ class SFTConfig(LoopConfig):
             found.append(f"{where}: no conversations; give --{where}.files or {where}.sources")
         for source in self.sources:
             if sum([bool(source.hub), bool(source.files), bool(source.demo)]) != 1:
-                found.append(f"{where}.sources {source.name!r}: give exactly one of hub, files, demo")
+                found.append(
+                    f"{where}.sources {source.name!r}: give exactly one of hub, files, demo"
+                )
         if not 0 < self.context <= model_context:
-            found.append(f"{where}.context is {self.context}, must lie between 1 and model.context {model_context}")
+            found.append(
+                f"{where}.context is {self.context}, must lie between 1 and model.context "
+                f"{model_context}"
+            )
         if self.epochs <= 0:
             found.append(f"{where}.epochs is {self.epochs}, must be above 0")
         return found
@@ -339,10 +413,13 @@ class SFTConfig(LoopConfig):
         """The sets in force: your own files where given, the preset's sources otherwise."""
         if not self.files:
             return self.sources
-        return (ChatSource(name=f"own-{zlib.crc32(repr(self.files).encode()):08x}", files=self.files),)
+        return (
+            ChatSource(name=f"own-{zlib.crc32(repr(self.files).encode()):08x}", files=self.files),
+        )
 
 
-REASONING_PROMPT = "Think step by step, then answer."  # system turn of conversations that reason, in training and chat
+# system turn of conversations that reason, in training and chat
+REASONING_PROMPT = "Think step by step, then answer."
 
 
 @dataclass(frozen=True)
@@ -352,9 +429,12 @@ class ChatConfig:
     system: str | None = None  # system prompt; None is no system turn
     temperature: float = 0.7  # 0 takes the likeliest token
     top_k: int | None = None  # draw from the k likeliest tokens; None is all
-    top_p: float | None = 0.95  # draw from the likeliest tokens that make up this probability; None is all
-    min_p: float | None = None  # draw from tokens at least this likely, relative to the likeliest; None is all
-    repetition_penalty: float = 1.0  # above 1 makes tokens already said less likely; never applied to <|end|>
+    # draw from the likeliest tokens that make up this probability; None is all
+    top_p: float | None = 0.95
+    # draw from tokens at least this likely, relative to the likeliest; None is all
+    min_p: float | None = None
+    # above 1 makes tokens already said less likely; never applied to <|end|>
+    repetition_penalty: float = 1.0
     max_tokens: int = 1024  # longest answer, in tokens
     seed: int | None = None  # of the draws; None differs each time
 
@@ -366,7 +446,8 @@ class ReportConfig:
     draw: bool = True  # draw it after each evaluation and each stage
     price_per_kwh: float = 0.30  # price of a kilowatt-hour, in `currency`
     currency: str = "EUR"  # of the price
-    watts: float | None = None  # power drawn while training, where the card does not tell; None leaves the cost out
+    # power drawn while training, where the card does not tell; None leaves the cost out
+    watts: float | None = None
 
     def problems(self) -> list[str]:
         found = []
@@ -377,7 +458,7 @@ class ReportConfig:
         return found
 
 
-# --------------------------------------------------------------------------------------------- whole
+# -------------------------------------------------------------------------------------------- whole
 
 
 @dataclass(frozen=True)
@@ -388,9 +469,12 @@ class Config:
     runs: str = "runs"  # folder that holds one folder a run
     name: str | None = None  # name of the run's folder; None is the preset's name
     seed: int = 0  # of initialisation, data order and samples
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes an NVIDIA card where torch can use it
-    compile: bool | None = None  # fuse the blocks' small operations with torch.compile; None does so on a card
-    eight_bit: Literal["float8", "int8"] | None = None  # products in pretraining; refused where that is slower
+    # auto takes an NVIDIA card where torch can use it
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # fuse the blocks' small operations with torch.compile; None does so on a card
+    compile: bool | None = None
+    # products in pretraining; refused where that is slower
+    eight_bit: Literal["float8", "int8"] | None = None
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -413,7 +497,10 @@ class Config:
             *self.report.problems(),
         ]
         if found:
-            raise UserError("This configuration cannot work:\n" + "\n".join(f"  - {problem}" for problem in found))
+            raise UserError(
+                "This configuration cannot work:\n"
+                + "\n".join(f"  - {problem}" for problem in found)
+            )
 
     @property
     def run_dir(self) -> Path:
@@ -427,9 +514,10 @@ class Config:
         return f"uv run {script} --preset {self.preset}{name}{runs}"
 
 
-# ------------------------------------------------------------------------------------------- presets
+# ------------------------------------------------------------------------------------------ presets
 
-# No `revision` is pinned here: the first start takes the newest commit, writes it into the manifest, and sticks to it.
+# No `revision` is pinned here: the first start takes the newest commit, writes it into the
+# manifest, and sticks to it.
 FINEWEB = TextSource(
     name="fineweb-edu",
     hub="HuggingFaceFW/fineweb-edu",
@@ -438,28 +526,42 @@ FINEWEB = TextSource(
     max_bytes=5_000_000_000,
 )
 WEB_MATH = TextSource(
-    name="open-web-math", hub="open-web-math/open-web-math", column="text", max_bytes=5_000_000_000, weight=0.5
+    name="open-web-math",
+    hub="open-web-math/open-web-math",
+    column="text",
+    max_bytes=5_000_000_000,
+    weight=0.5,
 )
 ALPACA = ChatSource(name="alpaca", hub="yahma/alpaca-cleaned")
 DOLLY = ChatSource(name="dolly", hub="databricks/databricks-dolly-15k")
 ULTRACHAT = ChatSource(name="ultrachat", hub="HuggingFaceH4/ultrachat_200k", split="train_sft")
-OPENR1 = ChatSource(name="openr1-math", hub="open-r1/OpenR1-Math-220k", hub_config="default", max_chars=11_000)
+OPENR1 = ChatSource(
+    name="openr1-math", hub="open-r1/OpenR1-Math-220k", hub_config="default", max_chars=11_000
+)
 
 
 def _card(name: str, **pretrain: Any) -> Config:
-    """A preset for a card; `pretrain` overrides what differs. All cards make the same model from the same tokens."""
+    """A preset for a card; `pretrain` overrides what differs. All cards make the same model from
+    the same tokens.
+    """
     return Config(
         preset=name,
         data=DataConfig(sources=(FINEWEB, WEB_MATH)),
         pretrain=PretrainConfig(**pretrain),
-        sft1=SFTConfig(sources=(ALPACA, DOLLY), context=2048, epochs=3.0, lr=5e-4, tokens_per_step=131_072),
-        sft2=SFTConfig(sources=(ULTRACHAT, OPENR1), context=4096, epochs=1.0, lr=5e-4, tokens_per_step=262_144),
+        sft1=SFTConfig(
+            sources=(ALPACA, DOLLY), context=2048, epochs=3.0, lr=5e-4, tokens_per_step=131_072
+        ),
+        sft2=SFTConfig(
+            sources=(ULTRACHAT, OPENR1), context=4096, epochs=1.0, lr=5e-4, tokens_per_step=262_144
+        ),
     )
 
 
 DEMO = Config(
     preset="demo",
-    data=DataConfig(sources=(TextSource(name="world", demo="text"),), validation_share=0.02, min_chars=8),
+    data=DataConfig(
+        sources=(TextSource(name="world", demo="text"),), validation_share=0.02, min_chars=8
+    ),
     tokenizer=TokenizerConfig(sample_mb=4),
     model=ModelConfig(
         vocab_size=1024,
@@ -471,7 +573,8 @@ DEMO = Config(
         context=512,
         window=64,
         pattern="SL",
-        hrm=HRMConfig(l_layer=1, h_layer=1, h_cycles=1, l_cycles=1),  # a single cycle: minutes matter here
+        # a single cycle: minutes matter here
+        hrm=HRMConfig(l_layer=1, h_layer=1, h_cycles=1, l_cycles=1),
     ),
     optim=OptimConfig(momentum_warmup_steps=50),
     pretrain=PretrainConfig(
@@ -501,7 +604,10 @@ DEMO = Config(
         save_every_minutes=1.0,
     ),
     sft2=SFTConfig(
-        sources=(ChatSource(name="messages", demo="messages"), ChatSource(name="math", demo="math")),
+        sources=(
+            ChatSource(name="messages", demo="messages"),
+            ChatSource(name="math", demo="math"),
+        ),
         context=512,
         epochs=1.5,
         lr=3e-3,
@@ -523,115 +629,3 @@ PRESETS: dict[str, Config] = {
     "8gb": _card("8gb"),
     "demo": DEMO,
 }
-
-
-# -------------------------------------------------------------------------------- JSON, command line
-
-
-def to_json(config: Any) -> str:
-    """Any of the dataclasses above as JSON text that `from_json` reads back."""
-    return json.dumps(asdict(config), indent=1)
-
-
-def from_json(cls: type, text: str) -> Any:
-    """The inverse of `to_json`. Fields that this version does not know are refused by name."""
-    return _build(cls, json.loads(text))
-
-
-def _build(kind: Any, value: Any) -> Any:
-    options = get_args(kind)
-    if value is None or kind is Any:
-        return value
-    if get_origin(kind) is tuple:
-        return tuple(_build(options[0], item) for item in value)
-    dataclass_kinds = [k for k in (kind, *options) if dataclasses.is_dataclass(k)]
-    if dataclass_kinds:
-        cls = dataclass_kinds[0]
-        hints = get_type_hints(cls)
-        unknown = sorted(set(value) - set(hints))
-        if unknown:
-            raise UserError(f"{cls.__name__} has no field {', '.join(unknown)}: the file is from another version.")
-        return cls(**{name: _build(hints[name], item) for name, item in value.items()})
-    tuples = [k for k in options if get_origin(k) is tuple]
-    return tuple(value) if tuples and isinstance(value, list) else value
-
-
-def parse_cli(description: str, argv: list[str] | None = None) -> Config:
-    """The `Config` that the command line asks for: `--preset NAME`, then any field as `--group.field VALUE`.
-
-    Exits with 2 and a message that names the mistake (and the nearest option) for words it cannot use.
-    """
-    return parse_cli_with(None, description, argv)[0]
-
-
-def parse_cli_with(extra: Any, description: str, argv: list[str] | None = None) -> tuple[Config, Any]:
-    """`parse_cli` for a script with options of its own: each field of the dataclass instance `extra` is one."""
-    import tyro
-
-    words = list(sys.argv[1:] if argv is None else argv)
-    # a field named like a Python keyword carries an underscore, which the user may leave out: --from
-    keywords = {f"--{f.name[:-1]}": f"--{f.name}" for f in dataclasses.fields(extra or Config) if f.name[-1] == "_"}
-    words = [keywords.get(word, word) for word in words]
-    preset = _take_option(words, "--preset") or "16gb"
-    if preset not in PRESETS:
-        fail(f"There is no preset {preset!r}. The presets are {', '.join(PRESETS)}.")
-    base = PRESETS[preset]
-    head = _take_option(words, "--model.hrm")
-    if head is not None:
-        if head.lower() != "none":
-            fail("--model.hrm takes None only (the plain dense model); the head's own fields are --model.hrm.FIELD.")
-        base = replace(base, model=replace(base.model, hrm=None))
-    settings = {"description": description, "args": words, "use_underscores": True}
-    settings["config"] = (tyro.conf.AvoidSubcommands,)
-    try:
-        if extra is None:
-            return tyro.cli(Config, default=base, **settings), None
-        flat = tyro.conf.arg(name="")
-        fields = [("own", Annotated[type(extra), flat], extra), ("config", Annotated[Config, flat], base)]
-        both = tyro.cli(dataclasses.make_dataclass("Options", fields, frozen=True), **settings)
-        return both.config, both.own
-    except UserError as error:
-        fail(str(error))
-
-
-def _take_option(words: list[str], option: str) -> str | None:
-    """Remove `option VALUE` or `option=VALUE` from `words` and return VALUE."""
-    for i, word in enumerate(words):
-        if word == option:
-            if i + 1 == len(words):
-                fail(f"{option} needs a value.")
-            value = words[i + 1]
-            del words[i : i + 2]
-            return value
-        if word.startswith(option + "="):
-            del words[i]
-            return word.split("=", 1)[1]
-    return None
-
-
-def fail(message: str) -> Any:
-    """Print `message` as an error and exit with 2: how every script ends on a user's mistake."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def run_script(work: Callable[[], object], stopped: str = "stopped; the same command goes on from here.") -> None:
-    """Do a script's work. A user's mistake ends it in one line with exit code 2, Ctrl-C in the line `stopped` with 130.
-
-    An error raised while Ctrl-C unwinds, by something it left half done, is part of being stopped.
-    """
-    try:
-        work()
-    except (Exception, KeyboardInterrupt) as error:
-        chain: list[BaseException | None] = [error]
-        while chain[-1] is not None:
-            chain.append(chain[-1].__context__)
-        if any(isinstance(link, KeyboardInterrupt) for link in chain):
-            print(stopped, file=sys.stderr)
-            raise SystemExit(130) from None
-        if isinstance(error, UserError):
-            fail(str(error))
-        raise
-    finally:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as behind `&`
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to say or to save

@@ -1,10 +1,11 @@
 """Bring the corpora and the conversations of a preset into text shards: the first stage.
 
-In: the hub, your own files, or the built-in demo world. Out: Arrow shards under runs/<preset>/text/.
-Continues what was interrupted, skips what is finished, makes damaged shards again.
+In: the hub, your own files, or the built-in demo world. Out: Arrow shards under
+runs/<preset>/text/. Continues what was interrupted, skips what is finished, makes damaged shards
+again.
 
     uv run create_shard.py --preset 16gb
-    uv run create_shard.py --preset 16gb --plan          sizes, disk and hours, before anything is made
+    uv run create_shard.py --preset 16gb --plan  sizes, disk and hours, before anything is made
     uv run create_shard.py --name mine --data.text_files books/ notes.jsonl
 """
 
@@ -15,13 +16,19 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-import config as settings
 from config import ChatSource, Config, TextSource
-from hearth import log
-from hearth.disk import disk_free
-from hearth.ingest import CHAT_UNIT_BYTES, PROBE_BYTES, Estimate, estimate, write_chat_shards, write_text_shards
-from hearth.report import refresh
-from hearth.shards import is_finished
+from hearth import cli, log
+from hearth.data.ingest import (
+    CHAT_UNIT_BYTES,
+    PROBE_BYTES,
+    Estimate,
+    estimate,
+    write_chat_shards,
+    write_text_shards,
+)
+from hearth.data.shard_folder import is_finished
+from hearth.reporting.report import refresh
+from hearth.storage import disk_free
 
 BYTES_PER_TOKEN = 4.3  # of English text, before a tokenizer is there to ask
 
@@ -50,7 +57,10 @@ def main(config: Config, options: Options) -> None:
         folder = text / "chat" / source.name
         title = f"{source.name}, done before" if is_finished(folder) else source.name
         minutes = config.data.retry_minutes
-        report(title, write_chat_shards(source, folder, share, retry_minutes=minutes, verify=options.verify))
+        report(
+            title,
+            write_chat_shards(source, folder, share, retry_minutes=minutes, verify=options.verify),
+        )
     refresh(config)
     log.say(f"Text shards are in {text}. Next: {config.command('train_tokenizer.py')}")
 
@@ -58,7 +68,9 @@ def main(config: Config, options: Options) -> None:
 def chat_sets(config: Config) -> list[tuple[ChatSource, float]]:
     """Every set of conversations of both stages, each once, with the share that is held out."""
     stages = (config.sft1, config.sft2)
-    return list({source.name: (source, s.validation_share) for s in stages for source in s.sets()}.values())
+    return list(
+        {source.name: (source, s.validation_share) for s in stages for source in s.sets()}.values()
+    )
 
 
 def report(title: str, manifest: dict[str, Any]) -> None:
@@ -71,12 +83,16 @@ def report(title: str, manifest: dict[str, Any]) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ plan
+# --------------------------------------------------------------------------------------------- plan
 
 
 def print_plan(config: Config) -> None:
-    """Each corpus with its text, documents, shards, disk, tokens and hours, from a look at its beginning."""
-    log.say(f"{'':<20}{'text':>10}{'documents':>11}{'shards':>8}{'tokens':>8}{'disk':>10}{'time':>8}")
+    """Each corpus with its text, documents, shards, disk, tokens and hours, from a look at its
+    beginning.
+    """
+    log.say(
+        f"{'':<20}{'text':>10}{'documents':>11}{'shards':>8}{'tokens':>8}{'disk':>10}{'time':>8}"
+    )
     total = Estimate(0, 0, 0)
     for source in (*config.data.corpora(), *(source for source, _ in chat_sets(config))):
         found = estimate(source, config.data)
@@ -85,15 +101,23 @@ def print_plan(config: Config) -> None:
         total = Estimate(*(a + b for a, b in zip(astuple(total), astuple(found), strict=True)))
     plan_line("together", total, None)
     free = disk_free(config.run_dir)
-    verdict = "enough" if free > 1.1 * disk_needed(total) else "NOT ENOUGH: make room, or choose a disk with --runs"
+    verdict = (
+        "enough"
+        if free > 1.1 * disk_needed(total)
+        else "NOT ENOUGH: make room, or choose a disk with --runs"
+    )
     log.say(f"{log.size(free)} free at {config.run_dir.absolute()}: {verdict}")
-    log.say(f"Estimated from the first {log.size(PROBE_BYTES)} of each source, at {BYTES_PER_TOKEN} bytes a token.")
+    log.say(
+        f"Estimated from the first {log.size(PROBE_BYTES)} of each source, at {BYTES_PER_TOKEN} "
+        "bytes a token."
+    )
 
 
 def plan_line(name: str, found: Estimate, shards: int | None) -> None:
     """One row of the plan."""
     tokens, disk = log.count(found.text_bytes / BYTES_PER_TOKEN), log.size(disk_needed(found))
-    cells = f"{log.size(found.text_bytes):>10}{log.count(found.documents):>11}{shards or '':>8}{tokens:>8}{disk:>10}"
+    cells = f"{log.size(found.text_bytes):>10}{log.count(found.documents):>11}"
+    cells += f"{shards or '':>8}{tokens:>8}{disk:>10}"
     log.say(f"{name:<20}{cells}{log.duration(found.seconds):>8}")
 
 
@@ -103,4 +127,4 @@ def disk_needed(found: Estimate) -> float:
 
 
 if __name__ == "__main__":
-    settings.run_script(lambda: main(*settings.parse_cli_with(Options(), __doc__)))
+    cli.run_script(lambda: main(*cli.parse_cli_with(Options(), __doc__)))

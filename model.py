@@ -1,18 +1,18 @@
-"""The network and its decoding state: embedding, blocks, HRM head, initialisation, loss, KV cache.
+"""The network, top-down: embedding, blocks, HRM head, loss, initialisation, packed sequences.
 
-In: token ids laid flat, and a `where` that knows each token's position and what it may attend to: `Packed` while
-training, `KVCache` while decoding. Out: hidden states, logits, losses.
-Knows no optimizer, file, tokenizer or chat format.
+In: token ids laid flat, and a `where` that knows each token's position and what it may attend to:
+`Packed` while training, `KVCache` while decoding. Out: hidden states, logits, losses. Knows no
+optimizer, file, tokenizer or chat format.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from inspect import signature
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from config import HRMConfig, ModelConfig, UserError
 
-# N tokens laid flat (packed segments, or B rows of T positions), D d_model, H query heads, G key/value heads,
-# E head_dim, V vocab_size, R rows of L tokens, C entries of a cache
+# N tokens laid flat (packed segments, or B rows of T positions), D d_model, H query heads, G
+# key/value heads, E head_dim, V vocab_size, R rows of L tokens, C entries of a cache
 
 
-# ------------------------------------------------------------------------------------------ the whole
+# ---------------------------------------------------------------------------------------- the whole
 
 
 class Model(nn.Module):
@@ -40,18 +40,24 @@ class Model(nn.Module):
         self.head = HRMHead(config, config.hrm) if config.hrm else None
         self.output_gain = nn.Parameter(torch.empty(config.d_model))
         G, n = config.n_kv_head, config.n_value_embeddings
-        tables = (nn.Parameter(torch.empty(config.vocab_size, G * config.head_dim)) for _ in range(n))
+        tables = (
+            nn.Parameter(torch.empty(config.vocab_size, G * config.head_dim)) for _ in range(n)
+        )
         self.value_embeddings = nn.ParameterList(tables)
         self.value_gates = nn.Parameter(torch.empty(n, G, GATE_CHANNELS)) if n else None
         self.dtype = torch.float32  # of the activations; the weights stay float32
-        self.cache_dtype: torch.dtype | None = None  # of keys and values while decoding; None is `dtype`
-        self.recompute = "none"  # activations computed anew in the backward pass: none, head (module calls) or all
+        # of keys and values while decoding; None is `dtype`
+        self.cache_dtype: torch.dtype | None = None
+        # activations computed anew in the backward pass: none, head (module calls) or all
+        self.recompute = "none"
 
-    def forward(self, ids: Tensor, where: Where, *, h_cycles: int | None = None, horizon: int | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, where: Where, *, h_cycles: int | None = None, horizon: int | None = None
+    ) -> Tensor:
         """Hidden states (N, D) that `logits` and `loss` read.
 
-        `h_cycles` is how often the head's slow module is called (default: as configured); `horizon` is how many of
-        the last module calls keep their gradient (default: all).
+        `h_cycles` is how often the head's slow module is called (default: as configured); `horizon`
+        is how many of the last module calls keep their gradient (default: all).
         """
         for hidden in self.cycles(ids, where, h_cycles=h_cycles, horizon=horizon):
             last = hidden
@@ -60,15 +66,18 @@ class Model(nn.Module):
     def cycles(
         self, ids: Tensor, where: Where, *, h_cycles: int | None = None, horizon: int | None = None
     ) -> Iterator[Tensor]:
-        """Hidden states (N, D) after the trunk, then after each of the head's cycles; every one can be read out.
+        """Hidden states (N, D) after the trunk, then after each of the head's cycles; every one can
+        be read out.
 
-        Who stops early while decoding leaves the calls of the later cycles without this pass's keys and values, which
-        later tokens will want to see: see `KVCache.skip`.
+        Who stops early while decoding leaves the calls of the later cycles without this pass's keys
+        and values, which later tokens will want to see: see `KVCache.skip`.
         """
         x = self.run_trunk(ids, where)
         yield x
         if self.head is not None:
-            yield from self.head.cycles(x, where, h_cycles=h_cycles, horizon=horizon, recompute=self.recompute)
+            yield from self.head.cycles(
+                x, where, h_cycles=h_cycles, horizon=horizon, recompute=self.recompute
+            )
 
     def run_trunk(self, ids: Tensor, where: Where) -> Tensor:
         """Hidden states (N, D) before the head, for ids (N,)."""
@@ -77,44 +86,62 @@ class Model(nn.Module):
         values = self.token_values(ids)
         for place, block in enumerate(self.trunk):
             given = (x, where, values[place]) if place in values else (x, where)
-            x = checkpoint(block, *given, use_reentrant=False) if self.recompute == "all" else block(*given)
+            x = (
+                checkpoint(block, *given, use_reentrant=False)
+                if self.recompute == "all"
+                else block(*given)
+            )
         return x
 
     def embed(self, ids: Tensor, where: Where) -> Tensor:
-        """Normed embeddings (N, D), each with a share a channel of the one before in its document, 0 at the start.
+        """Normed embeddings (N, D), each with a share a channel of the one before in its document,
+        0 at the start.
 
-        Token shift (RWKV, arXiv 2305.13048): to go on as after the last "a b", attention must find the token behind an
-        earlier "a", which one layer can do once tokens know what stands before them (arXiv 2209.11895, smeared keys).
+        Token shift (RWKV, arXiv 2305.13048): to go on as after the last "a b", attention must find
+        the token behind an earlier "a", which one layer can do once tokens know what stands before
+        them (arXiv 2209.11895, smeared keys).
         """
 
         def normed(ids: Tensor) -> Tensor:
             return rms_norm(look_up(ids, self.embedding)).to(self.dtype)
 
         x = normed(ids)
-        return x if self.shift is None else x + self.shift.to(self.dtype) * where.before(x, ids, normed)
+        return (
+            x
+            if self.shift is None
+            else x + self.shift.to(self.dtype) * where.before(x, ids, normed)
+        )
 
     def token_values(self, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """A value a token (N, G·E) and its gate (G, channels) for the last trunk block and every other one before it;
-        for those between them too, where there are more tables.
+        """A value a token (N, G·E) and its gate (G, channels) for the last trunk block and every
+        other one before it; for those between them too, where there are more tables.
 
-        Value embeddings, from the modded-nanogpt speed runs (after ResFormer, arXiv 2410.17897): they add to what a
-        model can remember of each token without adding a product.
+        Value embeddings, from the modded-nanogpt speed runs (after ResFormer, arXiv 2410.17897):
+        they add to what a model can remember of each token without adding a product.
         """
         n = len(self.value_embeddings)
         places = [*range(len(self.trunk) - 1, -1, -2), *range(len(self.trunk) - 2, -1, -2)]
         rows = (look_up(ids, table).to(self.dtype) for table in self.value_embeddings)
-        return {places[i]: (value, self.value_gates[i]) for i, value in zip(range(n), rows, strict=True)}
+        return {
+            places[i]: (value, self.value_gates[i]) for i, value in zip(range(n), rows, strict=True)
+        }
 
     def output(self, hidden: Tensor) -> Tensor:
-        """What the tied embedding is multiplied with: (…, D) normed, with a gain a channel, divided by √D."""
-        return rms_norm(hidden) * (self.output_gain / math.sqrt(self.config.d_model)).to(hidden.dtype)
+        """What the tied embedding is multiplied with: (…, D) normed, with a gain a channel, divided
+        by √D.
+        """
+        return rms_norm(hidden) * (self.output_gain / math.sqrt(self.config.d_model)).to(
+            hidden.dtype
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits (…, V) for hidden states (…, D)."""
         return project(self.output(hidden), self.embedding).float()
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Sum of `weights` (N,) times the cross-entropy of `targets` (N,), in nats, never holding all logits."""
+        """Sum of `weights` (N,) times the cross-entropy of `targets` (N,), in nats, never holding
+        all logits.
+        """
         return ChunkedCrossEntropy.apply(self.output(hidden), self.embedding, targets, weights)
 
     @property
@@ -122,14 +149,17 @@ class Model(nn.Module):
         return self.embedding.device
 
     def compile_blocks(self) -> None:
-        """Fuse the blocks' small operations while training; attention stays as it is, so no layout of documents and
-        no stage of a curriculum compiles anything anew."""
+        """Fuse the blocks' small operations while training; attention stays as it is, so no layout
+        of documents and no stage of a curriculum compiles anything anew.
+        """
         for module in self.modules():
             if isinstance(module, Block):
                 module.compiled = True
 
     def multiply_with(self, linear: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Use `linear` instead of F.linear for the products of the blocks while gradients are taken."""
+        """Use `linear` instead of F.linear for the products of the blocks while gradients are
+        taken.
+        """
         for module in self.modules():
             if isinstance(module, Block):
                 module.linear = linear
@@ -138,22 +168,33 @@ class Model(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def block_passes(self, h_cycles: int | None = None) -> list[Block]:
-        """Every block in the order in which one forward pass runs it; the head's appear once a call."""
+        """Every block in the order in which one forward pass runs it; the head's appear once a
+        call.
+        """
         passes = list(self.trunk)
         return passes + (self.head.block_passes(h_cycles) if self.head else [])
 
-    def flops_per_token(self, context: int, h_cycles: int | None = None, horizon: int | None = None) -> float:
-        """Training FLOPs a token: 6 a weight and pass, and 12·H·E a token attended to (PaLM, appendix B), the
-        attended tokens averaged over a segment of `context` tokens under each pass's window; a third of both in the
-        module calls before the last `horizon`, which have no backward pass."""
+    def flops_per_token(
+        self, context: int, h_cycles: int | None = None, horizon: int | None = None
+    ) -> float:
+        """Training FLOPs a token: 6 a weight and pass, and 12·H·E a token attended to (PaLM,
+        appendix B), the attended tokens averaged over a segment of `context` tokens under each
+        pass's window; a third of both in the module calls before the last `horizon`, which have no
+        backward pass.
+        """
         c = self.config
         hrm = c.hrm or HRMConfig(h_cycles=1)
-        n_earlier = (h_cycles or hrm.h_cycles) - 1 if hrm.deep_supervision else 0  # losses before the last one
+        # losses before the last one
+        n_earlier = (h_cycles or hrm.h_cycles) - 1 if hrm.deep_supervision else 0
         weights = (1 + n_earlier / hrm.supervise_every) * c.vocab_size * c.d_model
         weights += (1 + n_earlier) * (self.head.out.numel() if self.head else 0)
         attended = 0.0
         passes = self.block_passes(h_cycles)
-        kept = len(passes) if horizon is None else sum(len(m.blocks) for m in self.head.calls(h_cycles)[-horizon:])
+        kept = (
+            len(passes)
+            if horizon is None
+            else sum(len(m.blocks) for m in self.head.calls(h_cycles)[-horizon:])
+        )
         for place, block in enumerate(passes):
             share = 1.0 if place < len(self.trunk) or place >= len(passes) - kept else 1 / 3
             weights += share * sum(p.numel() for p in block.parameters())
@@ -164,16 +205,19 @@ class Model(nn.Module):
 
 
 def trunk_windows(config: ModelConfig) -> list[int | None]:
-    """Attention reach of each trunk block: the pattern repeated, the last block always sees the whole context."""
+    """Attention reach of each trunk block: the pattern repeated, the last block always sees the
+    whole context.
+    """
     repeated = (config.pattern * config.n_layer)[: config.n_layer - 1] + "L"
     return [config.window if letter == "S" else None for letter in repeated]
 
 
-# ------------------------------------------------------------------------------------------- HRM head
+# ----------------------------------------------------------------------------------------- HRM head
 
 
 class HRMHead(nn.Module):
-    """Hierarchical reasoning over the trunk's output: a fast module L and a slow module H, called in cycles.
+    """Hierarchical reasoning over the trunk's output: a fast module L and a slow module H, called
+    in cycles.
 
         e = rms(x);  z_H = e;  z_L = a learned vector
         h_cycles times:
@@ -181,12 +225,13 @@ class HRMHead(nn.Module):
             z_H = H(g3 z_H + g4 z_L + call embedding)
             y = e + out(z_H)
 
-    `out` starts at zero, so the head starts as the identity (the output norms what it reads). It adds to e, not to x:
-    training lets x grow, and what one matrix makes of a state of size 1 would drown in it. With l_cycles = 0 there is
-    no L, and e stands in for z_L: one block looped, with the input injected at every call.
+    `out` starts at zero, so the head starts as the identity (the output norms what it reads). It
+    adds to e, not to x: training lets x grow, and what one matrix makes of a state of size 1 would
+    drown in it. With l_cycles = 0 there is no L, and e stands in for z_L: one block looped, with
+    the input injected at every call.
 
-    After HRM (arXiv 2506.21734) and HRM-Text (arXiv 2605.20613), with the input injected anew at every L call and a
-    residual around the head.
+    After HRM (arXiv 2506.21734) and HRM-Text (arXiv 2605.20613), with the input injected anew at
+    every L call and a residual around the head.
     """
 
     def __init__(self, config: ModelConfig, hrm: HRMConfig) -> None:
@@ -196,9 +241,12 @@ class HRMHead(nn.Module):
         self.fast = HRMModule(config, [short] * hrm.l_layer) if hrm.l_cycles else None
         self.slow = HRMModule(config, [short] * (hrm.h_layer - 1) + [long])
         self.gains = nn.Parameter(torch.empty(5 if hrm.l_cycles else 2, config.d_model))  # g0 … g4
-        self.fast_start = nn.Parameter(torch.empty(config.d_model)) if hrm.l_cycles else None  # z_L before any call
+        # z_L before any call
+        self.fast_start = nn.Parameter(torch.empty(config.d_model)) if hrm.l_cycles else None
         trained_cycles = max(hrm.h_cycles, hrm.random_cycles or 1)
-        self.call_embedding = nn.Parameter(torch.empty(trained_cycles, hrm.l_cycles + 1, config.d_model))
+        self.call_embedding = nn.Parameter(
+            torch.empty(trained_cycles, hrm.l_cycles + 1, config.d_model)
+        )
         self.out = nn.Parameter(torch.empty(config.d_model, config.d_model))
 
     def cycles(
@@ -213,8 +261,8 @@ class HRMHead(nn.Module):
     ) -> Iterator[Tensor]:
         """Yield y (N, D) after each H cycle, for the trunk's output x (N, D).
 
-        Only the last `horizon` module calls keep their gradient. `detach` cuts the states' graph after each cycle.
-        Cycles beyond the trained number reuse the last one's call embeddings.
+        Only the last `horizon` module calls keep their gradient. `detach` cuts the states' graph
+        after each cycle. Cycles beyond the trained number reuse the last one's call embeddings.
         """
         h_cycles = h_cycles or self.hrm.h_cycles
         n_calls = h_cycles * (self.hrm.l_cycles + 1)
@@ -234,7 +282,11 @@ class HRMHead(nn.Module):
                         mixed = gain[0] * z_fast + gain[1] * z_slow + gain[2] * e + embedding[step]
                         z_fast = self._call(self.fast, mixed, where, recompute)
                     else:
-                        mixed = gain[-2] * z_slow + gain[-1] * (z_fast if self.fast else e) + embedding[step]
+                        mixed = (
+                            gain[-2] * z_slow
+                            + gain[-1] * (z_fast if self.fast else e)
+                            + embedding[step]
+                        )
                         z_slow = self._call(self.slow, mixed, where, recompute)
                 call += 1
             yield e + project(z_slow, self.out)
@@ -269,19 +321,24 @@ class HRMModule(nn.Module):
 
 
 @torch.no_grad()
-def probe_head(model: Model, ids: Tensor, targets: Tensor, weights: Tensor, where: Where) -> dict[str, float]:
+def probe_head(
+    model: Model, ids: Tensor, targets: Tensor, weights: Tensor, where: Where
+) -> dict[str, float]:
     """What the head does to a batch of held-out tokens (N,); nothing for a dense model.
 
-    loss cycle c: cross-entropy in nats after c cycles, 0 the trunk alone. head last change: KL divergence in nats of
-    the last two distributions. head L size, head H size: root mean square of each module's residual stream at its last
-    call, before the norm that caps it. head time share: of the seconds of a forward pass without the loss.
+    loss cycle c: cross-entropy in nats after c cycles, 0 the trunk alone. head last change: KL
+    divergence in nats of the last two distributions. head L size, head H size: root mean square of
+    each module's residual stream at its last call, before the norm that caps it. head time share:
+    of the seconds of a forward pass without the loss.
     """
     if model.head is None:
         return {}
     stream: dict[str, Tensor] = {}
     modules = {"head L size": model.head.fast, "head H size": model.head.slow}
     hooks = [
-        module.blocks[-1].register_forward_hook(lambda _, __, z, name=name: stream.update({name: z}))
+        module.blocks[-1].register_forward_hook(
+            lambda _, __, z, name=name: stream.update({name: z})
+        )
         for name, module in modules.items()
         if module is not None
     ]
@@ -293,7 +350,10 @@ def probe_head(model: Model, ids: Tensor, targets: Tensor, weights: Tensor, wher
     for hook in hooks:
         hook.remove()
     counts = max(1.0, float(weights.sum()))
-    figures = {f"loss cycle {c}": float(model.loss(y, targets, weights)) / counts for c, y in enumerate(hidden)}
+    figures = {
+        f"loss cycle {c}": float(model.loss(y, targets, weights)) / counts
+        for c, y in enumerate(hidden)
+    }
     some = weights.nonzero().squeeze(1)[:1024]
     now, before = (model.logits(y[some]).log_softmax(dim=-1) for y in (hidden[-1], hidden[-2]))
     figures["head last change"] = float((now.exp() * (now - before)).sum(dim=-1).mean())
@@ -301,10 +361,11 @@ def probe_head(model: Model, ids: Tensor, targets: Tensor, weights: Tensor, wher
     return figures | {"head time share": 1 - seconds[0] / seconds[-1]}
 
 
-# --------------------------------------------------------------------------------------------- blocks
+# ------------------------------------------------------------------------------------------- blocks
 
 
-GATE_CHANNELS = 12  # of a block's normed input, from which it decides how far to open for a token's value
+# of a block's normed input, from which it decides how far to open for a token's value
+GATE_CHANNELS = 12
 
 
 class Block(nn.Module):
@@ -324,13 +385,20 @@ class Block(nn.Module):
         self.k = nn.Parameter(torch.empty(config.n_kv_head * E, D))
         self.v = nn.Parameter(torch.empty(config.n_kv_head * E, D))
         self.o = nn.Parameter(torch.empty(D, config.n_head * E))
-        self.heat = nn.Parameter(torch.empty(config.n_head))  # how sharply each head attends, learnt
+        # how sharply each head attends, learnt
+        self.heat = nn.Parameter(torch.empty(config.n_head))
         self.gate = nn.Parameter(torch.empty(config.d_ff, D)) if config.gated_mlp else None
         self.up = nn.Parameter(torch.empty(config.d_ff, D))
         self.down = nn.Parameter(torch.empty(D, config.d_ff))
 
-    def forward(self, x: Tensor, where: Where, value: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        before, after = compiled_parts() if self.compiled and torch.is_grad_enabled() else (Block.before, Block.after)
+    def forward(
+        self, x: Tensor, where: Where, value: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        before, after = (
+            compiled_parts()
+            if self.compiled and torch.is_grad_enabled()
+            else (Block.before, Block.after)
+        )
         y = where.attend(*before(self, x, where.rotary, value), self.window)  # (N, H, E)
         return after(self, x, y)
 
@@ -344,7 +412,8 @@ class Block(nn.Module):
         qk, v = rotate(rms_norm(heads[:, : H + G]), rotary), heads[:, H + G :]
         if value is not None:
             of_token, gate = value
-            opened = 2 * torch.sigmoid(F.linear(x[:, : gate.shape[1]], gate.to(x.dtype)))  # (N, G), 1 at the start
+            # (N, G), 1 at the start
+            opened = 2 * torch.sigmoid(F.linear(x[:, : gate.shape[1]], gate.to(x.dtype)))
             v = v + opened[:, :, None] * of_token.view(-1, G, E)
         return qk[:, :H] * self.heat[:, None].to(x.dtype), qk[:, H:], v
 
@@ -365,12 +434,18 @@ class Block(nn.Module):
 
 @cache
 def compiled_parts() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What a block does before and after attention, each compiled once for all blocks of a shape."""
+    """What a block does before and after attention, each compiled once for all blocks
+    of a shape.
+    """
     return torch.compile(Block.before, dynamic=False), torch.compile(Block.after, dynamic=False)
 
 
-def project(x: Tensor, *weights: Tensor, linear: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
-    """x (N, D) times the weights (·, D) laid one under the other, in x's dtype: one product for several matrices."""
+def project(
+    x: Tensor, *weights: Tensor, linear: Callable[[Tensor, Tensor], Tensor] = F.linear
+) -> Tensor:
+    """x (N, D) times the weights (·, D) laid one under the other, in x's dtype: one product for
+    several matrices.
+    """
     if not isinstance(weights[0], Tensor):  # see `for_decoding`
         return weights[0](x)
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
@@ -387,9 +462,15 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
 
 
-def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (N, 1, E/2) of the rotary angles of positions (N,), in float32 (arXiv 2104.09864)."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+def rotary_table(
+    positions: Tensor, head_dim: int, base: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (N, 1, E/2) of the rotary angles of positions (N,), in float32 (arXiv
+    2104.09864).
+    """
+    frequencies = base ** (
+        -torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    )
     angles = positions.float()[:, None, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -401,16 +482,18 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-# ----------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 LOGITS_PER_CHUNK = 2**25  # logits alive at once on a card: 128 MiB in float32
-ROWS_PER_CHUNK = 512  # tokens at once on a CPU: their logits stay in its caches while the vocabulary is small
+# tokens at once on a CPU: their logits stay in its caches while the vocabulary is small
+ROWS_PER_CHUNK = 512
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Weighted sum of cross-entropies through the tied embedding, a chunk of tokens at a time.
 
-    The forward pass already computes both gradients, so no logits are kept and none are computed twice.
+    The forward pass already computes both gradients, so no logits are kept and none are computed
+    twice.
     """
 
     @staticmethod
@@ -427,11 +510,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             target, weight = targets[here, None], weights[here, None]
             logits = F.linear(hidden[here], matrix).float()  # (chunk, V)
             largest, at_target = logits.amax(dim=-1, keepdim=True), logits.gather(1, target)
-            exponentials = logits.sub_(largest).exp_()  # in place: this is where the time of a loss goes
+            # in place: this is where the time of a loss goes
+            exponentials = logits.sub_(largest).exp_()
             z = exponentials.sum(dim=-1, keepdim=True)
             total += ((z.log() + largest - at_target) * weight).sum()
             if wants_grad:
-                d_logits = exponentials.mul_(weight / z).scatter_add_(1, target, -weight).to(hidden.dtype)
+                d_logits = (
+                    exponentials.mul_(weight / z).scatter_add_(1, target, -weight).to(hidden.dtype)
+                )
                 d_hidden[here] = d_logits @ matrix
                 d_matrix += (d_logits.T @ hidden[here]).float()
         ctx.save_for_backward(d_hidden, d_matrix)
@@ -443,7 +529,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return d_hidden * d_total.to(d_hidden.dtype), d_matrix * d_total, None, None
 
 
-# ------------------------------------------------------------------------------------- initialisation
+# ----------------------------------------------------------------------------------- initialisation
 
 
 LARGEST_SCORE = 15.0  # attention logit of a query and a key that point the same way, at the start
@@ -453,9 +539,10 @@ LARGEST_SCORE = 15.0  # attention logit of a query and a key that point the same
 def initialise(model: Model, seed: int) -> Model:
     """All initial weights, drawn on the CPU in a fixed order, so that every device starts alike.
 
-    Matrices are LeCun-normal, those that write into the residual stream zero, so each block and the head start as
-    the identity. The embedding's 2/√D makes the initial loss ln(V) within a percent under the tied output. QK-norm
-    alone bounds scores by √E, too little for a narrow head to single out one token of hundreds: `heat` sets the bound.
+    Matrices are LeCun-normal, those that write into the residual stream zero, so each block and the
+    head start as the identity. The embedding's 2/√D makes the initial loss ln(V) within a percent
+    under the tied output. QK-norm alone bounds scores by √E, too little for a narrow head to single
+    out one token of hundreds: `heat` sets the bound.
     """
     dice = torch.Generator().manual_seed(seed)
     D = model.config.d_model
@@ -468,27 +555,35 @@ def initialise(model: Model, seed: int) -> Model:
         elif kind == "heat":
             weight.fill_(LARGEST_SCORE / math.sqrt(model.config.head_dim))
         else:
-            scale = {"embedding": 2 / math.sqrt(D), "fast_start": 1.0}.get(kind, 1 / math.sqrt(weight.shape[-1]))
+            scale = {"embedding": 2 / math.sqrt(D), "fast_start": 1.0}.get(
+                kind, 1 / math.sqrt(weight.shape[-1])
+            )
             weight.copy_(torch.randn(weight.shape, generator=dice) * scale)
     return model
 
 
 def build_model(config: ModelConfig, *, seed: int, device: torch.device | str = "cpu") -> Model:
-    """A freshly initialised model on `device`, computing in the fastest dtype that keeps its quality there."""
+    """A freshly initialised model on `device`, computing in the fastest dtype that keeps its
+    quality there.
+    """
     model = initialise(Model(config), seed).to(device)
     model.dtype = compute_dtype(torch.device(device))
     return model
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively, float32 elsewhere (emulated bfloat16 is far slower)."""
+    """bfloat16 where the hardware multiplies it natively, float32 elsewhere (emulated bfloat16 is
+    far slower).
+    """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+        return (
+            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+        )
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 
 
-# ---------------------------------------------------------------------------- where tokens may attend
+# -------------------------------------------------------------------------- where tokens may attend
 
 
 class Where(Protocol):
@@ -500,17 +595,21 @@ class Where(Protocol):
         """Called once before each pass over the blocks."""
 
     def before(self, x: Tensor, ids: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
-        """The embeddings (N, D) of the tokens before these, 0 where a document begins; x (N, D) is `embed(ids)`."""
+        """The embeddings (N, D) of the tokens before these, 0 where a document begins; x (N, D) is
+        `embed(ids)`.
+        """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """Attention of q (N, H, E) over k, v (N, G, E), reaching back `window` tokens; gives (N, H, E)."""
+        """Attention of q (N, H, E) over k, v (N, G, E), reaching back `window` tokens; gives (N, H,
+        E).
+        """
 
 
 class Packed:
     """Segments laid end to end in a flat micro-batch of N tokens; each sees itself alone.
 
         flat tokens   a a a a a b b c c c c c c c      documents a, b, c
-        row           0 0 0 0 1 1 1 1 2 2 2 2 3 3      `row_length` 4: no segment crosses a row's end
+        row           0 0 0 0 1 1 1 1 2 2 2 2 3 3     `row_length` 4: no segment crosses a row's end
         segments      [a a a a][a][b b][c][c c c c][c c]
         positions     0 1 2 3  0  0 1  0  0 1 2 3  0 1
 
@@ -520,15 +619,18 @@ class Packed:
     def __init__(self, starts: Tensor, row_length: int, device: torch.device | None = None) -> None:
         if len(starts) % row_length:
             raise ValueError(f"{len(starts)} tokens are not a whole number of rows of {row_length}")
-        device = device or starts.device  # of the tokens; starts that lie on the CPU spare a card a wait
+        # of the tokens; starts that lie on the CPU spare a card a wait
+        device = device or starts.device
         starts = starts.view(-1, row_length).clone()
         starts[:, 0] = True
         index = torch.arange(row_length, device=starts.device).expand_as(starts)
-        self.first = torch.where(starts, index, 0).cummax(dim=1).values  # (R, L): where this token's segment began
+        # (R, L): where this token's segment began
+        self.first = torch.where(starts, index, 0).cummax(dim=1).values
         self.row_length = row_length
         self.positions = (index - self.first).flatten().to(device, non_blocking=True)
         ends = torch.tensor([starts.numel()], device=starts.device)
-        edges = torch.cat([starts.flatten().nonzero().squeeze(1), ends])  # of the segments, and the last one's end
+        # of the segments, and the last one's end
+        edges = torch.cat([starts.flatten().nonzero().squeeze(1), ends])
         self.edges = edges.int().to(device, non_blocking=True)
         self._masks: dict[tuple[int | None, int], Tensor] = {}
 
@@ -546,9 +648,12 @@ class Packed:
         oldest = int(self.first[:, start].min())
         return oldest if window is None else max(oldest, start - window + 1)
 
-    def mask(self, start: int, end: int, first_key: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores (R, 1, queries, keys) of each row's queries `start` to `end` and its keys
-        `first_key` to `end`: 0 where the query (third axis) may attend to the key (fourth axis), else -inf.
+    def mask(
+        self, start: int, end: int, first_key: int, window: int | None, dtype: torch.dtype
+    ) -> Tensor:
+        """What is added to the scores (R, 1, queries, keys) of each row's queries `start` to `end`
+        and its keys `first_key` to `end`: 0 where the query (third axis) may attend to the key
+        (fourth axis), else -inf.
 
         segment   a a a b b          a sees a, b sees b, nobody sees what comes later
                   1 . . . .          with a window of 2 the third a no longer sees the first
@@ -575,33 +680,44 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) 
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) -> Tensor:
-    """FlashAttention-2 over the segments as they lie (arXiv 2307.08691): nothing is padded, nothing masked away."""
+    """FlashAttention-2 over the segments as they lie (arXiv 2307.08691): nothing is padded, nothing
+    masked away.
+    """
     reach = (-1 if window is None else window - 1, 0)  # tokens seen before and after the query
     longest = packed.row_length
-    return varlen_attention()(q, k, v, packed.edges, packed.edges, longest, longest, window_size=reach)
+    return varlen_attention()(
+        q, k, v, packed.edges, packed.edges, longest, longest, window_size=reach
+    )
 
 
 @cache
 def varlen_attention() -> Callable[..., Tensor]:
-    """The flash-attn package where it is installed (its extra), else `varlen_attn` of torch, told about grouped queries
-    where that must be told."""
+    """The flash-attn package where it is installed (its extra), else `varlen_attn` of torch, told
+    about grouped queries where that must be told.
+    """
     try:
         from flash_attn import flash_attn_varlen_func
     except ModuleNotFoundError:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
         raise UserError(
-            f"flash-attn is installed but cannot be loaded ({error}). Build it anew for torch {torch.__version__}, or "
+            f"flash-attn is installed but cannot be loaded ({error}). Build it anew for torch "
+            f"{torch.__version__}, or "
             "do without it: `uv sync`."
         ) from error
     else:
         return partial(flash_attn_varlen_func, causal=True)
-    return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else varlen_attn
+    return (
+        partial(varlen_attn, enable_gqa=True)
+        if "enable_gqa" in signature(varlen_attn).parameters
+        else varlen_attn
+    )
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) -> Tensor:
-    """`scaled_dot_product_attention` under an explicit mask: a block of each row's queries at a time, over no more keys
-    than one of them may see."""
+    """`scaled_dot_product_attention` under an explicit mask: a block of each row's queries at a
+    time, over no more keys than one of them may see.
+    """
     N, H, E = q.shape
     L, size = packed.row_length, query_block(window)
 
@@ -614,277 +730,14 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: in
         first = packed.first_seen(start, window) // size  # block of keys
         mask = packed.mask(start, end, first * size, window, q.dtype)
         key, value = (torch.cat(x[first : n + 1], dim=2) for x in (keys, values))
-        attended.append(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True))
+        attended.append(
+            F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        )
     return torch.cat(attended, dim=2).transpose(1, 2).reshape(N, H, E)
 
 
 def query_block(window: int | None) -> int:
-    """Queries that `attend_in_blocks` takes at once: few, so that little is scored beyond a window or the future."""
+    """Queries that `attend_in_blocks` takes at once: few, so that little is scored beyond a window
+    or the future.
+    """
     return max(32, min(128, window or 128))
-
-
-# ------------------------------------------------------------------------------------------- KV cache
-
-
-class KVCache:
-    """Keys and values of B rows while decoding; a `Where`, like `Packed`.
-
-    All rows advance together, a column a token; a prompt shorter than its neighbours is padded in front:
-
-        column      0 1 2 3 4 5
-        row 0       a b c d e f      pad 0, position = column
-        row 1       . . g h i j      pad 2, position = column - 2
-
-    Every attention call of a pass has a slot of its own, in call order (each call of an HRM module sees other states).
-    A whole-context slot keeps every column up to `capacity`; a windowed one is a ring of `window` columns, so a single
-    new column overwrites exactly the one that left the window.
-    """
-
-    def __init__(
-        self,
-        n_rows: int,
-        capacity: int,
-        *,
-        pad: Sequence[int] | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self.capacity, self.device = capacity, torch.device(device)
-        self.dtype = dtype  # of keys and values; None is that of the first pass's activations
-        self.pad = torch.tensor(pad or [0] * n_rows, device=device)  # (B,)
-        self.longest_pad = max(pad or [0])
-        self.ids = torch.zeros(n_rows, capacity, dtype=torch.long, device=device)  # of the columns, for `before`
-        self.slots: list[tuple[Tensor, Tensor]] = []  # k, v (B, G, C, E) in call order
-        self.marks: list[tuple[int, dict[int, tuple[Tensor, Tensor]]]] = []  # length then, rings then
-        self.length = 0  # columns written
-        self.n_new = 0  # columns of the pass under way
-
-    def place(self, n_new: int) -> KVCache:
-        """Announce a pass over the next `n_new` columns; they count once `advance` is called."""
-        if self.length + n_new > self.capacity:
-            raise ValueError(f"{self.length} + {n_new} columns are beyond the cache's capacity {self.capacity}")
-        self.n_new = n_new
-        self.columns = torch.arange(self.length, self.length + n_new, device=self.device)
-        self._masks: dict[int | None, Tensor | None] = {}
-        return self
-
-    def advance(self) -> None:
-        self.length += self.n_new
-
-    def begin(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        self.next_slot, self.dtype = 0, self.dtype or dtype
-        positions = (self.columns - self.pad[:, None]).clamp(min=0)  # (B, T)
-        self.rotary = rotary_table(positions.flatten(), config.head_dim, config.rope_base, dtype)
-
-    def before(self, x: Tensor, ids: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
-        self.ids[:, self.columns] = ids.view(len(self.pad), -1)
-        columns = self.columns - 1
-        exists = (columns >= self.pad[:, None]).flatten()
-        return torch.where(exists[:, None], embed(self.ids[:, columns].flatten()), 0)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        T, B = self.n_new, len(self.pad)
-        N, H, E = q.shape
-        G = k.shape[1]
-        k, v = (x.view(B, T, G, E).transpose(1, 2).to(self.dtype) for x in (k, v))  # (B, G, T, E)
-        keys, values = (x.to(q.dtype) for x in self._write(k, v, window))
-        # the query heads that share a key/value head become its queries: (B, G, H/G · T, E)
-        q = q.view(B, T, G, H // G, E).permute(0, 2, 3, 1, 4).reshape(B, G, -1, E)
-        mask = self._mask(window, keys.shape[2])
-        if mask is not None and T > 1:
-            mask = mask.repeat(1, 1, H // G, 1)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return y.view(B, G, H // G, T, E).permute(0, 3, 1, 2, 4).reshape(N, H, E)
-
-    def n_entries(self, window: int | None) -> int:
-        """Columns that a slot holds."""
-        return self.capacity if window is None else min(window, self.capacity)
-
-    def slot(self, n_kv_head: int, head_dim: int, window: int | None) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, G, C, E) of the attention call at hand."""
-        if self.next_slot == len(self.slots):
-            shape = (len(self.pad), n_kv_head, self.n_entries(window), head_dim)
-            self.slots.append(tuple(torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
-        self.next_slot += 1
-        return self.slots[self.next_slot - 1]
-
-    def _write(self, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-        """Put k and v (B, G, T, E) into the slot at hand; keys and values that this pass attends to.
-
-        One column, or a slot that keeps all, is read in place. A chunk over a ring is attended to beside the columns
-        that it overwrites: those of the ring first, in the ring's order, then the chunk's own.
-        """
-        T, n_entries = self.n_new, self.n_entries(window)
-        slot = self.slot(k.shape[1], k.shape[3], window)
-        end = self.length + T
-        if T > 1 and end > n_entries:
-            held = min(self.length, n_entries)
-            seen = [torch.cat([old[:, :, :held], new], dim=2) for old, new in zip(slot, (k, v), strict=True)]
-            kept = min(T, n_entries)
-            entry = torch.arange(end - kept, end, device=self.device) % n_entries
-            for old, new in zip(slot, (k, v), strict=True):
-                old[:, :, entry] = new[:, :, T - kept :]
-            return seen[0], seen[1]
-        entry = self.length % n_entries
-        for old, new in zip(slot, (k, v), strict=True):
-            old[:, :, entry : entry + T] = new
-        return slot[0][:, :, :end], slot[1][:, :, :end]  # a slice beyond a full ring is the ring
-
-    def repeat(self, n_calls: int, rows: Tensor | None = None) -> None:
-        """In `rows` (indices; default: all), this pass's columns of the last `n_calls` attention calls become copies
-        of the columns of the `n_calls` before them."""
-        rows = torch.arange(len(self.pad), device=self.device) if rows is None else rows
-        last = self.next_slot - n_calls
-        for to, source in zip(self.slots[last : self.next_slot], self.slots[last - n_calls : last], strict=True):
-            n_entries = to[0].shape[2]
-            entries = self.columns[-n_entries:] % n_entries
-            for ours, theirs in zip(to, source, strict=True):
-                ours[rows[:, None], :, entries] = theirs[rows[:, None], :, entries]
-
-    def skip(self, n_calls: int) -> None:
-        """Stand in for the next `n_calls` attention calls, a cycle of the HRM head that is not run.
-
-        Their keys and values of this pass are those of the cycle before. The modules are the same, so this says what
-        leaving early means: the states no longer change. Tokens that do run the cycle later see these.
-        """
-        for keys, _ in self.slots[self.next_slot - n_calls : self.next_slot]:
-            self.slot(keys.shape[1], keys.shape[3], keys.shape[2])
-        self.repeat(n_calls)
-
-    def _mask(self, window: int | None, n_keys: int) -> Tensor | None:
-        """(B or 1, 1, T, keys): may the query (third axis) attend to the key (fourth axis)? None where all may."""
-        if window is not None and window >= self.capacity:
-            window = None
-        if window not in self._masks:
-            self._masks[window] = self._make_mask(window, n_keys)
-        return self._masks[window]
-
-    def _make_mask(self, window: int | None, n_keys: int) -> Tensor | None:
-        T, end = self.n_new, self.length + self.n_new
-        in_view = 0 if window is None else max(0, end - window)  # the oldest column that one new column sees
-        if T == 1 and self.longest_pad <= in_view:
-            return None
-        if window is None or end <= window:
-            column = torch.arange(n_keys, device=self.device)
-        elif T == 1:
-            entry = torch.arange(window, device=self.device)
-            column = end - 1 - (end - 1 - entry) % window
-        else:
-            held = torch.arange(n_keys - T, device=self.device)
-            column = torch.cat([self.length - 1 - (self.length - 1 - held) % window, self.columns])
-        now = self.columns[:, None]
-        seen = column <= now  # (T, keys)
-        if window is not None:
-            seen = seen & (now - column < window)
-        if self.longest_pad:
-            # padding sees itself: a softmax over nothing would be NaN
-            seen = seen & ((column >= self.pad[:, None, None]) | (column == now))  # (B, T, keys)
-        return seen.view(-1, 1, T, n_keys)
-
-    def mark(self) -> None:
-        """Remember the rings as they are, so that `rewind` can come back to here; the two newest marks are kept."""
-        rings = {n: (k.clone(), v.clone()) for n, (k, v) in enumerate(self.slots) if k.shape[2] < self.capacity}
-        self.marks = [*self.marks[-1:], (self.length, rings)]
-
-    def rewind(self, length: int) -> int:
-        """Forget columns, so that at most `length` are left; returns how many: an earlier mark, or none, where a ring
-        has overwritten what the columns to come still see."""
-        wrapped = self.length > min((k.shape[2] for k, _ in self.slots), default=self.capacity)
-        self.marks = [mark for mark in self.marks if mark[0] <= length]
-        if length < self.length and wrapped:
-            length, rings = self.marks[-1] if self.marks else (0, {})
-            for n, (k, v) in rings.items():
-                for now, then in zip(self.slots[n], (k, v), strict=True):
-                    now.copy_(then)
-        self.length = min(length, self.length)
-        return self.length
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these, which take their order; a row given twice is copied."""
-        index = torch.tensor(rows, device=self.device)
-        self.slots = [(k[index], v[index]) for k, v in self.slots]
-        self.pad, self.ids = self.pad[index], self.ids[index]
-        self.longest_pad = int(self.pad.max())
-        self.marks = []
-
-    def n_bytes(self) -> int:
-        """Memory of the keys and values, in bytes, once all `capacity` columns are in use."""
-        return sum(x.numel() * x.element_size() for slot in self.slots for x in slot)
-
-
-@torch.no_grad()
-def decode(model: Model, ids: Tensor, cache: KVCache, h_cycles: int | None = None) -> Tensor:
-    """Hidden states (B, T, D) of the next columns' ids (B, T), which join the cache."""
-    hidden = model(ids.flatten(), cache.place(ids.shape[1]), h_cycles=h_cycles)
-    cache.advance()
-    return hidden.view(*ids.shape, -1)
-
-
-class Thought(NamedTuple):
-    """What `think` makes of the last column of B rows."""
-
-    logits: Tensor  # (B, V) float32
-    before: Tensor  # (B, V) one cycle earlier; auto-guidance is logits + w (logits - before)
-    cycles: Tensor  # (B,) the head's cycles that each row ran
-
-
-@torch.no_grad()
-def think(
-    model: Model, ids: Tensor, cache: KVCache, *, h_cycles: int | None = None, settled: float | None = None
-) -> Thought:
-    """Like `decode`, for the next columns' ids (B, T), but read out; may leave the head's cycles early.
-
-    With `settled`, a row leaves after the first cycle whose distribution lies within that many nats (KL divergence) of
-    the one before; before the first cycle comes the trunk's own. What a row says does not depend on its neighbours.
-    A prompt (T > 1) always runs all cycles. Each distribution costs a product with the embedding.
-    """
-    hrm, n_rows = model.config.hrm, ids.shape[0]
-    n_cycles = (h_cycles or hrm.h_cycles) if hrm else 0
-    n_calls = len(model.head.block_passes(1)) if hrm else 0
-    may_leave = settled is not None and ids.shape[1] == 1
-    ran = torch.full((n_rows,), n_cycles, device=ids.device)
-    states = model.cycles(ids.flatten(), cache.place(ids.shape[1]), h_cycles=h_cycles)
-    for cycle, hidden in enumerate(states):
-        gone = ran < cycle
-        if gone.any():
-            cache.repeat(n_calls, gone.nonzero().flatten())
-        if not may_leave and cycle < n_cycles - 1:
-            continue
-        read = model.logits(hidden.view(*ids.shape, -1)[:, -1])
-        if cycle == 0 or (not may_leave and cycle == n_cycles - 1):
-            logits = before = read
-            continue
-        before, logits = (torch.where(gone[:, None], old, new) for old, new in ((before, logits), (logits, read)))
-        if may_leave and cycle < n_cycles:
-            now, then = logits.log_softmax(dim=-1), before.log_softmax(dim=-1)
-            close = (now.exp() * (now - then)).sum(dim=-1).clamp(min=0) < settled
-            ran[close & ~gone] = cycle
-            if bool((ran <= cycle).all()):
-                for _ in range(n_cycles - cycle):
-                    cache.skip(n_calls)
-                break
-    cache.advance()
-    return Thought(logits, before, ran)
-
-
-MATRICES = {Block: (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)), HRMHead: (("out",),), Model: (("embedding",),)}
-
-
-def for_decoding(model: Model, make: Callable[[Tensor], Any]) -> Model:
-    """A copy of `model` that can only decode: `make` turns each weight matrix into what is called with x instead.
-
-    Matrices that read the same x are laid one under the other. Gains and other vectors are shared with the model.
-    """
-    with torch.device("meta"):
-        copy = Model(model.config)
-    for ours, theirs in zip(copy.modules(), model.modules(), strict=True):
-        for name, weight in theirs.named_parameters(recurse=False):
-            setattr(ours, name, nn.Parameter(weight.detach(), requires_grad=False))
-        for group in MATRICES.get(type(theirs), ()):
-            group = [name for name in group if getattr(theirs, name) is not None]
-            matrix = make(torch.cat([getattr(theirs, name).detach() for name in group]))
-            for name in group:
-                delattr(ours, name)
-                setattr(ours, name, matrix if name == group[0] else None)
-    copy.dtype = model.dtype
-    return copy

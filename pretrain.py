@@ -1,10 +1,13 @@
-"""Train the base model on the token shards, at growing context; continue if the run's folder holds a checkpoint.
+"""Train the base model on the token shards, at growing context; continue if the run's folder holds
+a checkpoint.
 
 In: runs/<preset>/tokens/ and tokenizer/. Out: runs/<preset>/base/step-*/, metrics.jsonl.
 
     uv run pretrain.py --preset 16gb
-    uv run pretrain.py --preset 16gb --plan                                   memory, speed and hours, before anything
-    uv run torchrun --nproc-per-node 2 pretrain.py --preset 16gb              on two cards
+    uv run pretrain.py --preset 16gb --plan
+        memory, speed and hours, before anything
+    uv run torchrun --nproc-per-node 2 pretrain.py --preset 16gb
+        on two cards
 """
 
 from __future__ import annotations
@@ -17,18 +20,18 @@ from typing import Any
 
 import torch
 
-import config as settings
 from config import Config, UserError
-from hearth import checkpoint, hardware, log, parallel
-from hearth.batches import PretrainingBatches, validation_batches
-from hearth.eight_bit import linear_that_pays
-from hearth.engine import Engine, Sampling
-from hearth.optim import Optimizers, build_optimizers
-from hearth.planning import GIB, make_plan, measure, table, time_update
-from hearth.report import Reporter, Trace, learning_charts, refresh, x_axes
-from hearth.shards import TokenShards
-from hearth.tokenizer import Tokenizer
-from hearth.training import Job, Progress, evaluate_loss, fit, resume
+from hearth import cli, hardware, log
+from hearth.data.token_shards import TokenShards
+from hearth.data.tokenizer import Tokenizer
+from hearth.decoding.engine import Engine, Sampling
+from hearth.reporting.report import Reporter, Trace, learning_charts, refresh, x_axes
+from hearth.training import checkpoint, distributed
+from hearth.training.batches import PretrainingBatches, validation_batches
+from hearth.training.eight_bit import linear_that_pays
+from hearth.training.loop import Job, Progress, evaluate_loss, fit, resume
+from hearth.training.optim import Optimizers, build_optimizers
+from hearth.training.planning import GIB, make_plan, measure, table, time_update
 from model import Model, Packed, build_model, compute_dtype, probe_head
 
 
@@ -36,7 +39,8 @@ from model import Model, Packed, build_model, compute_dtype, probe_head
 class Options:
     """What only this script knows."""
 
-    plan: bool = False  # measure for about a minute what the run will take, print it, and train nothing
+    # measure for about a minute what the run will take, print it, and train nothing
+    plan: bool = False
 
 
 def main(config: Config, options: Options) -> None:
@@ -65,7 +69,9 @@ def main(config: Config, options: Options) -> None:
 
     def save(figures: dict[str, Any]) -> Path:
         facts = {"stage": "base", **figures, "data": data}
-        return checkpoint.save(folder, model, optimizers, config, tokenizer, facts, loop.keep_checkpoints)
+        return checkpoint.save(
+            folder, model, optimizers, config, tokenizer, facts, loop.keep_checkpoints
+        )
 
     def evaluate() -> dict[str, float]:
         figures = {
@@ -89,7 +95,7 @@ def main(config: Config, options: Options) -> None:
         save=save,
         evaluate=evaluate,
         sample=sample,
-        command=parallel.command(config.command("pretrain.py")),
+        command=distributed.command(config.command("pretrain.py")),
         after_evaluation=partial(draw, config, Reporter(config)),
     )
     fit(job, progress)
@@ -107,12 +113,18 @@ def build(config: Config, device: torch.device) -> tuple[Model, Optimizers]:
     if compiled:
         model.compile_blocks()
     if config.eight_bit:
-        model.multiply_with(linear_that_pays(config.eight_bit, config.model, device, model.dtype, compiled))
-    return model, build_optimizers(model, config.optim, loop.lr, round(loop.steps * loop.warmup_share))
+        model.multiply_with(
+            linear_that_pays(config.eight_bit, config.model, device, model.dtype, compiled)
+        )
+    return model, build_optimizers(
+        model, config.optim, loop.lr, round(loop.steps * loop.warmup_share)
+    )
 
 
 def show_plan(config: Config, seconds: float = 50) -> None:
-    """Measure the micro-batches that this machine could run and print what the whole run takes with each."""
+    """Measure the micro-batches that this machine could run and print what the whole run takes with
+    each.
+    """
     device, loop = hardware.pick_device(config.device), config.pretrain
     process = hardware.memory_in_use(device) if device.type == "cpu" else 0.0
     model, optimizers = build(config, device)
@@ -120,13 +132,28 @@ def show_plan(config: Config, seconds: float = 50) -> None:
     plan = make_plan(model, optimizers, loop, stages=stages, n_steps=loop.steps)
     time_update(plan, model, optimizers)
     measure(plan, plan.rows, model, optimizers, seconds=seconds)
-    log.say(f"device      {hardware.describe(device)}, computing in {str(model.dtype).removeprefix('torch.')}")
-    log.say(f"model       {model.n_parameters():,} parameters, {len(model.block_passes())} block passes a token")
-    log.say(f"tokens      {log.count(plan.n_tokens)} in {loop.steps} steps of {log.count(loop.tokens_per_step)}")
-    log.say(f"peak        {plan.peak_flops / 1e12:.3g} TFLOP/s; a run may fill {plan.room / GIB:.1f} GiB")
+    log.say(
+        f"device      {hardware.describe(device)}, computing in "
+        f"{str(model.dtype).removeprefix('torch.')}"
+    )
+    log.say(
+        f"model       {model.n_parameters():,} parameters, {len(model.block_passes())} block "
+        "passes a token"
+    )
+    log.say(
+        f"tokens      {log.count(plan.n_tokens)} in {loop.steps} steps of "
+        f"{log.count(loop.tokens_per_step)}"
+    )
+    log.say(
+        f"peak        {plan.peak_flops / 1e12:.3g} TFLOP/s; a run may fill {plan.room / GIB:.1f} "
+        "GiB"
+    )
     for line in table(plan, plan.choose(loop.micro_batch_tokens, device)):
         log.say(line)
-    log.say("> is what a run takes. Memory is that of tensors, time that of steps alone; – was not measured.")
+    log.say(
+        "> is what a run takes. Memory is that of tensors, time that of steps alone; – was not "
+        "measured."
+    )
     if process:
         log.say(f"The process itself takes {process * 1e9 / GIB:.1f} GiB more.")
     if not any(row.watts for row in plan.rows):
@@ -134,26 +161,35 @@ def show_plan(config: Config, seconds: float = 50) -> None:
 
 
 def open_data(config: Config) -> tuple[Tokenizer, list[TokenShards], list[TokenShards]]:
-    """The tokenizer, and each corpus' training and held-out shards; `UserError` if they do not belong together."""
+    """The tokenizer, and each corpus' training and held-out shards; `UserError` if they do not
+    belong together.
+    """
     command = config.command("train_tokenizer.py")
     tokenizer = Tokenizer.load(config.run_dir / "tokenizer", command)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"The tokenizer has {tokenizer.vocab_size} entries, model.vocab_size is {config.model.vocab_size}."
+            f"The tokenizer has {tokenizer.vocab_size} entries, model.vocab_size is "
+            f"{config.model.vocab_size}."
         )
     folders = [config.run_dir / "tokens" / source.name for source in config.data.corpora()]
-    train, held_out = ([TokenShards(folder, split, command) for folder in folders] for split in ("train", "validation"))
+    train, held_out = (
+        [TokenShards(folder, split, command) for folder in folders]
+        for split in ("train", "validation")
+    )
     for shards in train:
         if shards.tokenizer_hash != tokenizer.hash:
             raise UserError(
-                f"{shards.folder} was made with another tokenizer than {config.run_dir / 'tokenizer'}. Remove "
+                f"{shards.folder} was made with another tokenizer than "
+                f"{config.run_dir / 'tokenizer'}. Remove "
                 f"{config.run_dir / 'tokens'} and run `{command}`."
             )
     return tokenizer, train, held_out
 
 
 def bits_per_byte(model: Model, shards: TokenShards, config: Config, tokenizer: Tokenizer) -> float:
-    """Held-out cross-entropy in bits a byte of text, whatever the tokenizer; ends of documents are counted too."""
+    """Held-out cross-entropy in bits a byte of text, whatever the tokenizer; ends of documents are
+    counted too.
+    """
     loop = config.pretrain
     batches = list(
         validation_batches(
@@ -165,20 +201,28 @@ def bits_per_byte(model: Model, shards: TokenShards, config: Config, tokenizer: 
         )
     )
     nats, _ = evaluate_loss(model, batches)
-    n_bytes = sum(int(tokenizer.token_bytes[b.targets[b.weights > 0].numpy()].sum()) for b in batches)
+    n_bytes = sum(
+        int(tokenizer.token_bytes[b.targets[b.weights > 0].numpy()].sum()) for b in batches
+    )
     return nats / math.log(2) / max(1, n_bytes)
 
 
-def evaluate_head(model: Model, shards: TokenShards, config: Config, tokenizer: Tokenizer) -> dict[str, float]:
+def evaluate_head(
+    model: Model, shards: TokenShards, config: Config, tokenizer: Tokenizer
+) -> dict[str, float]:
     """What the HRM head does to the first held-out row; nothing for a dense model."""
     context = config.model.context
-    rows = validation_batches(shards, context=context, max_tokens=context, micro_tokens=context, bos=tokenizer.bos)
+    rows = validation_batches(
+        shards, context=context, max_tokens=context, micro_tokens=context, bos=tokenizer.bos
+    )
     batch = next(rows).to(model.device)
     where = Packed(batch.starts, batch.row_length, model.device)
     return probe_head(model, batch.ids, batch.targets, batch.weights, where)
 
 
-def continue_texts(model: Model, tokenizer: Tokenizer, prompts: tuple[str, ...], seed: int) -> list[tuple[str, str]]:
+def continue_texts(
+    model: Model, tokenizer: Tokenizer, prompts: tuple[str, ...], seed: int
+) -> list[tuple[str, str]]:
     """What the model writes after each prompt: up to 60 tokens at temperature 0.7."""
     ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
     answers = Engine(model).generate(
@@ -193,7 +237,9 @@ def continue_texts(model: Model, tokenizer: Tokenizer, prompts: tuple[str, ...],
 
 
 def draw(config: Config, reporter: Reporter) -> None:
-    """Refresh the report, and loss.png beside it: the training loss and the held-out figures over the tokens seen."""
+    """Refresh the report, and loss.png beside it: the training loss and the held-out figures over
+    the tokens seen.
+    """
     reporter.refresh()
     if not config.report.draw:
         return
@@ -204,7 +250,12 @@ def draw(config: Config, reporter: Reporter) -> None:
     figure = Figure((6 * len(charts), 4), layout="constrained")
     for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
         for series in chart.series:
-            axes.plot(series.x, series.y, label=series.name, marker="o" if series.style == "marked" else None)
+            axes.plot(
+                series.x,
+                series.y,
+                label=series.name,
+                marker="o" if series.style == "marked" else None,
+            )
         axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
@@ -213,22 +264,36 @@ def draw(config: Config, reporter: Reporter) -> None:
     figure.savefig(folder / "loss.png", dpi=120)
 
 
-def announce(config: Config, model: Model, batches: Any, device: Any, folder: Path, progress: Progress) -> None:
+def announce(
+    config: Config, model: Model, batches: Any, device: Any, folder: Path, progress: Progress
+) -> None:
     """What is about to happen, on the console."""
     loop = config.pretrain
-    log.say(f"device      {hardware.describe(device)}, computing in {str(model.dtype).removeprefix('torch.')}")
-    log.say(f"model       {model.n_parameters():,} parameters, {len(model.block_passes())} block passes a token")
+    log.say(
+        f"device      {hardware.describe(device)}, computing in "
+        f"{str(model.dtype).removeprefix('torch.')}"
+    )
+    log.say(
+        f"model       {model.n_parameters():,} parameters, {len(model.block_passes())} block "
+        "passes a token"
+    )
     tokens = loop.steps * loop.tokens_per_step
-    log.say(f"tokens      {log.count(tokens)} in {loop.steps} steps of {log.count(loop.tokens_per_step)}")
+    log.say(
+        f"tokens      {log.count(tokens)} in {loop.steps} steps of "
+        f"{log.count(loop.tokens_per_step)}"
+    )
     curriculum = " → ".join(f"{stage.context} ({stage.share:.0%})" for stage in loop.stages)
     passes = ", ".join(
-        f"{source.name} {epochs:.2f}" for source, epochs in zip(config.data.corpora(), batches.epochs(), strict=True)
+        f"{source.name} {epochs:.2f}"
+        for source, epochs in zip(config.data.corpora(), batches.epochs(), strict=True)
     )
     log.say(f"curriculum  {curriculum}")
     log.say(f"passes      {passes}")
-    log.say(f"run folder  {folder}" + (f", going on from step {progress.step}" if progress.step else ""))
+    log.say(
+        f"run folder  {folder}" + (f", going on from step {progress.step}" if progress.step else "")
+    )
     log.say(f"report      {config.run_dir / 'report' / 'index.html'}")
 
 
 if __name__ == "__main__":
-    settings.run_script(lambda: main(*settings.parse_cli_with(Options(), __doc__)))
+    cli.run_script(lambda: main(*cli.parse_cli_with(Options(), __doc__)))

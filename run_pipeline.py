@@ -1,7 +1,10 @@
-"""Walk the whole road of one preset: corpus, tokenizer, pretraining, two stages of fine-tuning, a chat.
+"""Walk the whole road of one preset: corpus, tokenizer, pretraining, two stages of fine-tuning, a
+chat.
 
-Each stage is the script of its own, with the same options; a stage that is done says so and ends at once.
-In: what the preset names. Out: runs/<preset>/, and a chat (a few sample answers where there is no terminal).
+Each stage is the script of its own, with the same options; a stage that is done says so and ends at
+once.
+In: what the preset names. Out: runs/<preset>/, and a chat (a few sample answers where there is no
+terminal).
 
     uv run run_pipeline.py --preset demo
 """
@@ -14,16 +17,17 @@ import sys
 import time
 from pathlib import Path
 
-import config as settings
 from config import Config
-from hearth import log
+from hearth import cli, log
 
 HERE = Path(__file__).resolve().parent
 ROAD = ("create_shard.py", "train_tokenizer.py", "pretrain.py", "sft.py")
 
 
 def main(config: Config, words: list[str]) -> None:
-    """Run every stage in order; stop at the first that fails, with its exit code, or when asked to stop."""
+    """Run every stage in order; stop at the first that fails, with its exit code, or when asked to
+    stop.
+    """
     started = time.monotonic()
     asks_world = any(source.demo for source in config.data.corpora())
     for number, script in enumerate((*ROAD, *(("score.py",) if asks_world else ())), start=1):
@@ -39,7 +43,8 @@ def main(config: Config, words: list[str]) -> None:
 
 
 def run(script: str, words: list[str]) -> tuple[int, bool]:
-    """One stage in a process of its own, which gives back its memory; its exit code, and whether a signal came.
+    """One stage in a process of its own, which gives back its memory; its exit code, and whether a
+    signal came.
 
     The stage answers Ctrl-C itself (the terminal sends it to both); SIGTERM is handed on to it.
     """
@@ -59,4 +64,4 @@ def run(script: str, words: list[str]) -> tuple[int, bool]:
 
 
 if __name__ == "__main__":
-    settings.run_script(lambda: main(settings.parse_cli(__doc__), sys.argv[1:]))
+    cli.run_script(lambda: main(cli.parse_cli(__doc__), sys.argv[1:]))

@@ -1,4 +1,5 @@
-"""Fine-tune on conversations, in two stages; loss on the assistant's tokens alone; continue where a run stopped.
+"""Fine-tune on conversations, in two stages; loss on the assistant's tokens alone; continue where a
+run stopped.
 
 In: the base checkpoint (stage 1) or stage 1's (stage 2), runs/<preset>/text/chat/.
 Out: runs/<preset>/chat_tokens/, then runs/<preset>/sft1/ or sft2/ with step-*/ and metrics.jsonl.
@@ -15,17 +16,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import config as settings
 from config import ChatSource, Config, SFTConfig, UserError
-from hearth import checkpoint, corpora, hardware, ingest, log, parallel
-from hearth.batches import ConversationBatches, held_out_conversations
-from hearth.conversation import CHAT_TEMPLATE, Rendered, parse_answer, render
-from hearth.engine import Engine, Sampling
-from hearth.optim import build_optimizers
-from hearth.report import Reporter, refresh
-from hearth.shards import SPLITS, TokenShards, TokenShardWriter
-from hearth.tokenizer import Tokenizer
-from hearth.training import Job, Progress, evaluate_loss, fit, resume
+from hearth import cli, hardware, log
+from hearth.data import ingest, sources
+from hearth.data.chat_format import CHAT_TEMPLATE, Rendered, parse_answer, render
+from hearth.data.shard_folder import SPLITS
+from hearth.data.token_shards import TokenShards, TokenShardWriter
+from hearth.data.tokenizer import Tokenizer
+from hearth.decoding.engine import Engine, Sampling
+from hearth.reporting.report import Reporter, refresh
+from hearth.training import checkpoint, distributed
+from hearth.training.batches import ConversationBatches, held_out_conversations
+from hearth.training.loop import Job, Progress, evaluate_loss, fit, resume
+from hearth.training.optim import build_optimizers
 from model import Model, build_model, compute_dtype
 
 
@@ -39,8 +42,8 @@ class Options:
 
 def main(config: Config, options: Options) -> None:
     """Train the stages asked for, each from the one before it."""
-    if parallel.n_ranks() > 1:
-        said = f"sft.py trains in one process, but torchrun started {parallel.n_ranks()}"
+    if distributed.n_ranks() > 1:
+        said = f"sft.py trains in one process, but torchrun started {distributed.n_ranks()}"
         raise UserError(f"{said}. Use `{config.command('sft.py')}`.")
     for stage in (options.stage,) if options.stage else (1, 2):
         first = stage == (options.stage or 1)
@@ -61,7 +64,9 @@ def train_stage(config: Config, stage: int, start: Path | None) -> None:
     tokenizer = before.tokenizer
     sets = sets_of(config, stage)
     folders = [write_chat_tokens(config, source, loop, tokenizer, name) for source in sets]
-    train, held_out = ([TokenShards(f, split, config.command("sft.py")) for f in folders] for split in SPLITS)
+    train, held_out = (
+        [TokenShards(f, split, config.command("sft.py")) for f in folders] for split in SPLITS
+    )
     weights = [source.weight for source in sets]
     batches = ConversationBatches(train, weights, loop, pad=tokenizer.pad, seed=config.seed)
     model = build_model(before.config.model, seed=config.seed, device=device)
@@ -69,19 +74,27 @@ def train_stage(config: Config, stage: int, start: Path | None) -> None:
         model.compile_blocks()
     model.load_state_dict(before.model.state_dict())
     model.dtype = compute_dtype(device)
-    optimizers = build_optimizers(model, config.optim, loop.lr, round(batches.n_steps * loop.warmup_share))
+    optimizers = build_optimizers(
+        model, config.optim, loop.lr, round(batches.n_steps * loop.warmup_share)
+    )
     data = {shards.folder.name: shards.fingerprint for shards in train}
     progress = resume(folder, model, optimizers, config, name, data)
 
     def save(figures: dict[str, Any]) -> Path:
         facts = {"stage": name, **figures, "from": str(start), "data": data}
         template = {"tokenizer/chat_template.jinja": CHAT_TEMPLATE}
-        return checkpoint.save(folder, model, optimizers, config, tokenizer, facts, loop.keep_checkpoints, template)
+        return checkpoint.save(
+            folder, model, optimizers, config, tokenizer, facts, loop.keep_checkpoints, template
+        )
 
     asked = probe_prompts(config, sets, loop, tokenizer)
 
     def evaluate() -> dict[str, float]:
-        losses = {f"loss {s.folder.name}": held_out_loss(model, s, loop, tokenizer) for s in held_out if s.n_documents}
+        losses = {
+            f"loss {s.folder.name}": held_out_loss(model, s, loop, tokenizer)
+            for s in held_out
+            if s.n_documents
+        }
         return losses | probe(model, tokenizer, asked, loop.probe_tokens)
 
     def sample() -> list[tuple[str, str]]:
@@ -104,14 +117,20 @@ def train_stage(config: Config, stage: int, start: Path | None) -> None:
     )
     fit(job, progress)
     refresh(config)
-    log.say(f"fine-tuning stage {stage}: done in {log.duration(progress.seconds)}, {checkpoint.newest(folder)}")
+    log.say(
+        f"fine-tuning stage {stage}: done in {log.duration(progress.seconds)}, "
+        f"{checkpoint.newest(folder)}"
+    )
 
 
 def sets_of(config: Config, stage: int) -> tuple[ChatSource, ...]:
     """The sets a stage trains on; stage 2 may see a share of stage 1's again."""
     if stage == 1 or not config.sft2.repeat_earlier:
         return getattr(config, f"sft{stage}").sets()
-    again = [replace(source, weight=source.weight * config.sft2.repeat_earlier) for source in config.sft1.sets()]
+    again = [
+        replace(source, weight=source.weight * config.sft2.repeat_earlier)
+        for source in config.sft1.sets()
+    ]
     return (*config.sft2.sets(), *again)
 
 
@@ -123,15 +142,21 @@ def stage_before(config: Config, stage: int) -> Path:
         found = checkpoint.newest(folder)
         state = f"only {found}, unfinished" if found else "no checkpoint"
         command = config.command(script.split()[0]) + script.removeprefix(script.split()[0])
-        raise UserError(f"Stage {stage} starts from {folder}, which holds {state}. Make it with `{command}`.")
+        raise UserError(
+            f"Stage {stage} starts from {folder}, which holds {state}. Make it with `{command}`."
+        )
     return checkpoint.newest(folder)
 
 
-# ------------------------------------------------------------------------------------------ chat tokens
+# -------------------------------------------------------------------------------------- chat tokens
 
 
-def write_chat_tokens(config: Config, source: ChatSource, loop: SFTConfig, tokenizer: Tokenizer, name: str) -> Path:
-    """Encode one set of conversations into token shards with loss masks, unless that is done; gives their folder."""
+def write_chat_tokens(
+    config: Config, source: ChatSource, loop: SFTConfig, tokenizer: Tokenizer, name: str
+) -> Path:
+    """Encode one set of conversations into token shards with loss masks, unless that is done; gives
+    their folder.
+    """
     text = config.run_dir / "text" / "chat" / source.name
     ingest.write_chat_shards(source, text, loop.validation_share)
     folder = config.run_dir / "chat_tokens" / name / source.name
@@ -157,12 +182,15 @@ def write_chat_tokens(config: Config, source: ChatSource, loop: SFTConfig, token
     return folder
 
 
-def fitting(text: Path, split: str, context: int, tokenizer: Tokenizer, counts: Counter[str]) -> Iterator[Rendered]:
-    """Conversations that fit `context` tokens, the last exchanges left out where that makes them fit.
+def fitting(
+    text: Path, split: str, context: int, tokenizer: Tokenizer, counts: Counter[str]
+) -> Iterator[Rendered]:
+    """Conversations that fit `context` tokens, the last exchanges left out where that makes them
+    fit.
 
     Nothing is cut within a turn: a first exchange too long for the context is dropped and counted.
     """
-    for messages in corpora.read_conversations(text, split):
+    for messages in sources.read_conversations(text, split):
         kept = messages
         rendered = render(kept, tokenizer)
         while len(rendered.ids) > context and kept:
@@ -178,18 +206,24 @@ def fitting(text: Path, split: str, context: int, tokenizer: Tokenizer, counts: 
         yield rendered
 
 
-# ---------------------------------------------------------------------------------- figures and samples
+# ------------------------------------------------------------------------------ figures and samples
 
 
-def held_out_loss(model: Model, shards: TokenShards, loop: SFTConfig, tokenizer: Tokenizer) -> float:
+def held_out_loss(
+    model: Model, shards: TokenShards, loop: SFTConfig, tokenizer: Tokenizer
+) -> float:
     """Mean cross-entropy of the assistant's held-out tokens, in nats."""
-    batches = held_out_conversations(shards, context=loop.context, max_tokens=loop.eval_tokens, pad=tokenizer.pad)
+    batches = held_out_conversations(
+        shards, context=loop.context, max_tokens=loop.eval_tokens, pad=tokenizer.pad
+    )
     nats, count = evaluate_loss(model, batches)
     return nats / max(1, count)
 
 
 class ProbePrompt(NamedTuple):
-    """The beginning of a held-out conversation, up to the assistant's first turn, and whether that one reasons."""
+    """The beginning of a held-out conversation, up to the assistant's first turn, and whether that
+    one reasons.
+    """
 
     ids: list[int]
     reasons: bool
@@ -202,8 +236,12 @@ def probe_prompts(
     found: list[ProbePrompt] = []
     for source in sets:
         mine: list[ProbePrompt] = []
-        for messages in corpora.read_conversations(config.run_dir / "text" / "chat" / source.name, "validation"):
-            first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
+        for messages in sources.read_conversations(
+            config.run_dir / "text" / "chat" / source.name, "validation"
+        ):
+            first = next(
+                (i for i, message in enumerate(messages) if message["role"] == "assistant"), 0
+            )
             if first == 0 or len(mine) == loop.probe_prompts // len(sets):
                 continue
             ids = render(messages[:first], tokenizer, answer=True).ids
@@ -213,10 +251,14 @@ def probe_prompts(
     return found
 
 
-def probe(model: Model, tokenizer: Tokenizer, prompts: list[ProbePrompt], max_tokens: int) -> dict[str, float]:
-    """Shares of greedy answers that stop by themselves, that loop, and that reason exactly when asked to.
+def probe(
+    model: Model, tokenizer: Tokenizer, prompts: list[ProbePrompt], max_tokens: int
+) -> dict[str, float]:
+    """Shares of greedy answers that stop by themselves, that loop, and that reason exactly when
+    asked to.
 
-    An answer loops when some 8 tokens in a row stand in it three times: what users of small models complain of most.
+    An answer loops when some 8 tokens in a row stand in it three times: what users of small models
+    complain of most.
     """
     if not prompts:
         return {}
@@ -224,10 +266,14 @@ def probe(model: Model, tokenizer: Tokenizer, prompts: list[ProbePrompt], max_to
     answers = Engine(model).generate(ids, max_tokens=max_tokens, stop_ids=[tokenizer.end])
     stops = [answer[-1:] == [tokenizer.end] for answer in answers]
     reasons = [
-        (answer[:1] == [tokenizer.think]) == prompt.reasons for prompt, answer in zip(prompts, answers, strict=True)
+        (answer[:1] == [tokenizer.think]) == prompt.reasons
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
     loops = [is_looping(answer) for answer in answers]
-    return {name: sum(marks) / len(marks) for name, marks in (("stops", stops), ("loops", loops), ("reasons", reasons))}
+    return {
+        name: sum(marks) / len(marks)
+        for name, marks in (("stops", stops), ("loops", loops), ("reasons", reasons))
+    }
 
 
 def is_looping(ids: list[int], length: int = 8, times: int = 3) -> bool:
@@ -236,25 +282,51 @@ def is_looping(ids: list[int], length: int = 8, times: int = 3) -> bool:
     return max(runs.values(), default=0) >= times
 
 
-def answer_prompts(model: Model, tokenizer: Tokenizer, prompts: tuple[str, ...]) -> list[tuple[str, str]]:
+def answer_prompts(
+    model: Model, tokenizer: Tokenizer, prompts: tuple[str, ...]
+) -> list[tuple[str, str]]:
     """The likeliest answer to each prompt, up to 120 tokens."""
-    ids = [render([{"role": "user", "content": prompt}], tokenizer, answer=True).ids for prompt in prompts]
+    ids = [
+        render([{"role": "user", "content": prompt}], tokenizer, answer=True).ids
+        for prompt in prompts
+    ]
     answers = Engine(model).generate(
-        ids, max_tokens=120, stop_ids=[tokenizer.end], sampling=Sampling(temperature=0.0), seeds=[0] * len(ids)
+        ids,
+        max_tokens=120,
+        stop_ids=[tokenizer.end],
+        sampling=Sampling(temperature=0.0),
+        seeds=[0] * len(ids),
     )
-    return [(prompt, parse_answer(ids, tokenizer).content) for prompt, ids in zip(prompts, answers, strict=True)]
+    return [
+        (prompt, parse_answer(ids, tokenizer).content)
+        for prompt, ids in zip(prompts, answers, strict=True)
+    ]
 
 
 def announce(
-    stage: int, start: Path, model: Model, batches: ConversationBatches, device: Any, folder: Path, progress: Progress
+    stage: int,
+    start: Path,
+    model: Model,
+    batches: ConversationBatches,
+    device: Any,
+    folder: Path,
+    progress: Progress,
 ) -> None:
     """What is about to happen, on the console."""
     filled, learnt = batches.fill()
     log.say(f"stage       {stage} of fine-tuning, from {start}")
-    log.say(f"device      {hardware.describe(device)}, computing in {str(model.dtype).removeprefix('torch.')}")
-    log.say(f"tokens      {batches.n_steps} steps; {filled:.1%} of the tokens are no padding, {learnt:.1%} carry loss")
-    log.say(f"run folder  {folder}" + (f", going on from step {progress.step}" if progress.step else ""))
+    log.say(
+        f"device      {hardware.describe(device)}, computing in "
+        f"{str(model.dtype).removeprefix('torch.')}"
+    )
+    log.say(
+        f"tokens      {batches.n_steps} steps; {filled:.1%} of the tokens are no padding, "
+        f"{learnt:.1%} carry loss"
+    )
+    log.say(
+        f"run folder  {folder}" + (f", going on from step {progress.step}" if progress.step else "")
+    )
 
 
 if __name__ == "__main__":
-    settings.run_script(lambda: main(*settings.parse_cli_with(Options(), __doc__)))
+    cli.run_script(lambda: main(*cli.parse_cli_with(Options(), __doc__)))

@@ -4,7 +4,8 @@ In: runs/<preset>/text/. Out: runs/<preset>/tokenizer/ and token shards under ru
 Continues what was interrupted, skips what is finished, makes damaged shards again.
 
     uv run train_tokenizer.py --preset 16gb
-    uv run train_tokenizer.py --preset 16gb --gpt2 FOLDER        compare with GPT-2's vocab.json and merges.txt
+    uv run train_tokenizer.py --preset 16gb --gpt2 FOLDER
+        compare with GPT-2's vocab.json and merges.txt
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from typing import Any
 import numpy as np
 import psutil
 
-import config as settings
 from config import Config, TextSource, UserError
-from hearth import log, shards, text_shards
-from hearth.disk import write_text, writing
-from hearth.report import refresh
-from hearth.shards import SPLITS, TokenShardWriter
-from hearth.tokenizer import FILE, Tokenizer
+from hearth import cli, log
+from hearth.data import shard_folder, text_shards
+from hearth.data.shard_folder import SPLITS
+from hearth.data.token_shards import TokenShardWriter
+from hearth.data.tokenizer import FILE, Tokenizer
+from hearth.reporting.report import refresh
+from hearth.storage import write_text, writing
 
 BATCH_CHARS = 1 << 20  # text encoded in one call
 REPORT_BYTES = 2_000_000  # held-out text of each corpus that the report measures
-TRAINING_MEMORY = (500e6, 3.0)  # bytes that training takes: at least, and for each byte of the sample
+# bytes that training takes: at least, and for each byte of the sample
+TRAINING_MEMORY = (500e6, 3.0)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Options:
     """What this script alone can be told."""
 
     verify: bool = False  # look for damaged shards by their checksum, not by their size alone
-    gpt2: str | None = None  # folder with GPT-2's vocab.json and merges.txt, to compare with; None leaves it out
+    # folder with GPT-2's vocab.json and merges.txt, to compare with; None leaves it out
+    gpt2: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,35 +67,49 @@ class Corpus:
 
 def main(config: Config, options: Options) -> None:
     """Train the tokenizer where there is none, then encode what is not encoded yet."""
-    corpora = [open_corpus(source, config, verify=options.verify) for source in config.data.corpora()]
+    corpora = [
+        open_corpus(source, config, verify=options.verify) for source in config.data.corpora()
+    ]
     tokenizer = get_tokenizer(config, corpora)
     report(tokenizer, corpora, config.run_dir / "tokenizer", options.gpt2)
     for corpus in corpora:
         encode_corpus(tokenizer, corpus, config.tokenizer.shard_tokens, verify=options.verify)
     refresh(config)
-    log.say(f"Token shards are in {config.run_dir / 'tokens'}. Next: {config.command('pretrain.py')}")
+    log.say(
+        f"Token shards are in {config.run_dir / 'tokens'}. Next: {config.command('pretrain.py')}"
+    )
 
 
 def open_corpus(source: TextSource, config: Config, *, verify: bool) -> Corpus:
     """The text shards of one corpus, checked."""
     folder, command = config.run_dir / "text" / source.name, config.command("create_shard.py")
-    manifest = shards.read_manifest(folder, command)
-    shards.require_whole(folder, manifest, command + (" --verify" if verify else ""), full=verify)
+    manifest = shard_folder.read_manifest(folder, command)
+    shard_folder.require_whole(
+        folder, manifest, command + (" --verify" if verify else ""), full=verify
+    )
     return Corpus(source, folder, config.run_dir / "tokens" / source.name, manifest, command)
 
 
-# ------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 def get_tokenizer(config: Config, corpora: list[Corpus]) -> Tokenizer:
-    """The tokenizer of this run: loaded where it exists, trained on a weighted sample of the corpora otherwise."""
-    folder = shards.ShardFolder(config.run_dir / "tokenizer", "tokenizer", tokenizer_settings(config, corpora))
+    """The tokenizer of this run: loaded where it exists, trained on a weighted sample of the
+    corpora otherwise.
+    """
+    folder = shard_folder.ShardFolder(
+        config.run_dir / "tokenizer", "tokenizer", tokenizer_settings(config, corpora)
+    )
     if folder.finished and (folder.folder / FILE).exists():
         return Tokenizer.load(folder.folder, config.command("train_tokenizer.py"))
     shares = sample_shares(config, corpora)
-    n_bytes = sum(share * corpus.text_bytes("train") for share, corpus in zip(shares, corpora, strict=True))
+    n_bytes = sum(
+        share * corpus.text_bytes("train") for share, corpus in zip(shares, corpora, strict=True)
+    )
     require_memory(n_bytes)
-    log.say(f"training a tokenizer of {config.model.vocab_size} entries on {log.size(n_bytes)} of text")
+    log.say(
+        f"training a tokenizer of {config.model.vocab_size} entries on {log.size(n_bytes)} of text"
+    )
     texts = sample_texts(corpora, shares, config.seed)
     tokenizer = Tokenizer.train(texts, config.model.vocab_size, progress=sys.stderr.isatty())
     with writing(folder.folder):
@@ -113,7 +131,9 @@ def tokenizer_settings(config: Config, corpora: list[Corpus]) -> dict[str, Any]:
 
 def text_fingerprint(corpus: Corpus) -> str:
     """A hash of the text shards of a corpus."""
-    return shards.fingerprint([[f["sha256"] for f in unit["files"].values()] for unit in corpus.manifest["units"]])
+    return shard_folder.fingerprint(
+        [[f["sha256"] for f in unit["files"].values()] for unit in corpus.manifest["units"]]
+    )
 
 
 def sample_shares(config: Config, corpora: list[Corpus]) -> list[float]:
@@ -122,7 +142,10 @@ def sample_shares(config: Config, corpora: list[Corpus]) -> list[float]:
     What a corpus is too small to give is asked of the others.
     """
     wanted = dict.fromkeys(range(len(corpora)), 0.0)
-    left, open_ones = config.tokenizer.sample_mb * 1e6, {i for i, c in enumerate(corpora) if c.source.weight > 0}
+    left, open_ones = (
+        config.tokenizer.sample_mb * 1e6,
+        {i for i, c in enumerate(corpora) if c.source.weight > 0},
+    )
     while left > 1 and open_ones:
         total = sum(corpora[i].source.weight for i in open_ones)
         for i in sorted(open_ones):
@@ -144,7 +167,11 @@ def sample_texts(corpora: list[Corpus], shares: list[float], seed: int) -> Itera
         draw = np.random.default_rng(seed)
         with log.progress(corpus.text_bytes("train"), "B", f"reading {corpus.source.name}") as bar:
             for texts in corpus.batches("train"):
-                yield [text for text, u in zip(texts, draw.random(len(texts)), strict=True) if u < share]
+                yield [
+                    text
+                    for text, u in zip(texts, draw.random(len(texts)), strict=True)
+                    if u < share
+                ]
                 bar.update(sum(map(len, texts)))
 
 
@@ -156,24 +183,30 @@ def require_memory(sample_bytes: float) -> None:
         fits = max(1, int((free - least) / per_byte / 1e6))
         raise UserError(
             f"Training the tokenizer on {log.size(sample_bytes)} of text takes about "
-            f"{log.size(least + per_byte * sample_bytes)} of memory, and {log.size(free)} are free. "
+            f"{log.size(least + per_byte * sample_bytes)} of memory, and {log.size(free)} are "
+            "free. "
             f"Close other programs, or draw a smaller sample: --tokenizer.sample_mb {fits}."
         )
 
 
 def free_memory(group: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes of memory that this process may still take, by the system and by the limit of its control group."""
+    """Bytes of memory that this process may still take, by the system and by the limit of its
+    control group.
+    """
     free = float(psutil.virtual_memory().available)
     try:
-        limit, used = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        limit, used = (
+            float((group / name).read_text()) for name in ("memory.max", "memory.current")
+        )
         facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = float(facts["active_file"]) + float(facts["inactive_file"])  # given back as soon as it is wanted
+        # given back as soon as it is wanted
+        cached = float(facts["active_file"]) + float(facts["inactive_file"])
     except (OSError, ValueError, KeyError):  # no such group, or no limit in it
         return free
     return min(free, limit - used + cached)
 
 
-# ------------------------------------------------------------------------------------------- encoding
+# ----------------------------------------------------------------------------------------- encoding
 
 
 def encode_corpus(tokenizer: Tokenizer, corpus: Corpus, shard_tokens: int, *, verify: bool) -> None:
@@ -190,20 +223,32 @@ def encode_corpus(tokenizer: Tokenizer, corpus: Corpus, shard_tokens: int, *, ve
             for split in reversed(SPLITS):
                 encode_split(tokenizer, corpus, split, writer)
                 writer.close_split(split)
-            writer.finish(**{key: corpus.manifest.get(key) for key in ("name", "source", "revision", "licence")})
+            writer.finish(
+                **{
+                    key: corpus.manifest.get(key)
+                    for key in ("name", "source", "revision", "licence")
+                }
+            )
         splits = writer.folder.manifest["splits"]
     sheet = text_shards.data_sheet({**corpus.manifest, "splits": splits})
     for folder in (corpus.text, corpus.tokens):
         write_text(folder / "README.md", sheet)
     held_out = log.count(splits["validation"]["tokens"])
-    log.say(f"{corpus.source.name}: {log.count(splits['train']['tokens'])} tokens to train on, {held_out} held out")
+    log.say(
+        f"{corpus.source.name}: {log.count(splits['train']['tokens'])} tokens to train on, "
+        f"{held_out} held out"
+    )
 
 
-def encode_split(tokenizer: Tokenizer, corpus: Corpus, split: str, writer: TokenShardWriter) -> None:
+def encode_split(
+    tokenizer: Tokenizer, corpus: Corpus, split: str, writer: TokenShardWriter
+) -> None:
     """Encode what `writer` still wants of one split."""
     first = writer.n_done(split)
     title = f"encoding {corpus.source.name}, {split}"
-    with log.progress(corpus.text_bytes(split), "B", title, start=writer.folder.totals(split)["text_bytes"]) as bar:
+    with log.progress(
+        corpus.text_bytes(split), "B", title, start=writer.folder.totals(split)["text_bytes"]
+    ) as bar:
         wanted = wanted_texts(corpus.batches(split, first), split, first, writer)
         for n_skipped, n_bytes, encoded in encode_ahead(tokenizer, wanted, writer.dtype):
             writer.skip(split, n_skipped)
@@ -237,7 +282,9 @@ def wanted_texts(
 def encode_ahead(
     tokenizer: Tokenizer, batches: Iterator[tuple[int, list[str]]], dtype: Any
 ) -> Iterator[tuple[int, list[int], list[np.ndarray]]]:
-    """Encode batches in order, several under way at once so that no core waits for the end of a batch."""
+    """Encode batches in order, several under way at once so that no core waits for the end of a
+    batch.
+    """
 
     def encode(skipped: int, texts: list[str]) -> tuple[int, list[int], list[np.ndarray]]:
         ids = [np.array([tokenizer.bos, *ids], dtype) for ids in tokenizer.encode_batch(texts)]
@@ -254,11 +301,13 @@ def encode_ahead(
             yield under_way.popleft().result()
 
 
-# --------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------- report
 
 
 def report(tokenizer: Tokenizer, corpora: list[Corpus], folder: Path, gpt2: str | None) -> None:
-    """Bytes a token on held-out text of each corpus, on the console and in the tokenizer's README.md."""
+    """Bytes a token on held-out text of each corpus, on the console and in the tokenizer's
+    README.md.
+    """
     other = load_gpt2(Path(gpt2)) if gpt2 else None
     head = ["held-out text", "bytes a token", "lone bytes", *(["GPT-2"] if other else [])]
     rows = [head]
@@ -266,17 +315,25 @@ def report(tokenizer: Tokenizer, corpora: list[Corpus], folder: Path, gpt2: str 
         text = held_out_text(corpus)
         ids = np.array([i for ids in tokenizer.encode_batch(text) for i in ids])
         n_bytes = sum(len(t.encode()) for t in text)
-        row = [corpus.source.name, f"{n_bytes / max(1, len(ids)):.3f}", f"{lone_bytes(tokenizer, ids):.3%}"]
+        row = [
+            corpus.source.name,
+            f"{n_bytes / max(1, len(ids)):.3f}",
+            f"{lone_bytes(tokenizer, ids):.3%}",
+        ]
         if other:
             row.append(f"{n_bytes / max(1, sum(len(e.ids) for e in other.encode_batch(text))):.3f}")
         rows.append(row)
     log.say(f"tokenizer: {tokenizer.n_entries} entries of {tokenizer.vocab_size}, in {folder}")
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     for row in rows:
-        log.say("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        log.say(
+            "  "
+            + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
     table = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows[1:]]]
     notes = "Lone bytes: the share of tokens that stand for one byte of a longer character."
-    title = f"# Tokenizer {tokenizer.hash}\n\n{tokenizer.n_entries} entries of {tokenizer.vocab_size}.\n\n"
+    size = f"{tokenizer.n_entries} entries of {tokenizer.vocab_size}"
+    title = f"# Tokenizer {tokenizer.hash}\n\n{size}.\n\n"
     write_text(folder / "README.md", title + "\n".join(table) + f"\n\n{notes}\n")
 
 
@@ -301,7 +358,8 @@ def load_gpt2(folder: Path) -> Any:
     """GPT-2's tokenizer from its vocab.json and merges.txt."""
     from tokenizers import ByteLevelBPETokenizer
 
-    for names in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):  # as the hub, as OpenAI names them
+    # as the hub, as OpenAI names them
+    for names in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         files = [folder / name for name in names]
         if all(path.is_file() for path in files):
             return ByteLevelBPETokenizer(*map(str, files))
@@ -309,4 +367,4 @@ def load_gpt2(folder: Path) -> Any:
 
 
 if __name__ == "__main__":
-    settings.run_script(lambda: main(*settings.parse_cli_with(Options(), __doc__)))
+    cli.run_script(lambda: main(*cli.parse_cli_with(Options(), __doc__)))

@@ -1,15 +1,23 @@
-"""Measure the two data stages and batch loading against their bars: memory, throughput, disk, waiting.
+"""Measure the two data stages and batch loading against their bars: memory, throughput, disk,
+waiting.
 
-In: text files of your own. Out: one line a measurement, with its bar and whether it holds.
-Rates stand beside a reference that runs in the same process, the two in turn: the median of their ratios counts.
+In: text files of your own. Out: one line a measurement, with its bar and whether it holds. Rates
+stand beside a reference that runs in the same process, the two in turn: the median of their ratios
+counts.
 
-    uv run benchmarks/data.py memory corpus/*.parquet                 create_shard.py over 0.2, 0.6 and 2 GB
-    uv run benchmarks/data.py write corpus/*.parquet                  text shards beside reading with pyarrow alone
-    uv run benchmarks/data.py tokenizer-memory corpus/*.parquet       train_tokenizer.py on 1 GB, and its refusal
-    uv run benchmarks/data.py encode corpus/*.parquet                 token shards beside one big encode_batch
-    uv run benchmarks/data.py loading corpus/*.parquet                batches beside the training steps that take them
+    uv run benchmarks/data.py memory corpus/*.parquet
+        create_shard.py over 0.2, 0.6 and 2 GB
+    uv run benchmarks/data.py write corpus/*.parquet
+        text shards beside reading with pyarrow alone
+    uv run benchmarks/data.py tokenizer-memory corpus/*.parquet
+        train_tokenizer.py on 1 GB, and its refusal
+    uv run benchmarks/data.py encode corpus/*.parquet
+        token shards beside one big encode_batch
+    uv run benchmarks/data.py loading corpus/*.parquet
+        batches beside the training steps that take them
     uv run benchmarks/data.py tokenizer prose.parquet maths.parquet --gpt2 FOLDER
-                                                                      bytes a token on held-out text, each file apart
+                                                                      bytes a token on held-out
+                                                                      text, each file apart
 """
 
 from __future__ import annotations
@@ -35,9 +43,11 @@ sys.path.insert(0, str(ROOT))
 import config as settings  # noqa: E402
 import train_tokenizer  # noqa: E402
 from config import PRESETS, Config, DataConfig, TextSource  # noqa: E402
-from hearth import corpora, ingest, log, shards, training  # noqa: E402
-from hearth.batches import PretrainingBatches  # noqa: E402
-from hearth.tokenizer import Tokenizer  # noqa: E402
+from hearth import cli, log  # noqa: E402
+from hearth.data import ingest, shard_folder, sources, token_shards  # noqa: E402
+from hearth.data.tokenizer import Tokenizer  # noqa: E402
+from hearth.training import loop  # noqa: E402
+from hearth.training.batches import PretrainingBatches  # noqa: E402
 from model import Model, build_model  # noqa: E402
 
 SHARD_MEMORY = 1.0e9  # bars: bytes, bytes, and shares of the reference
@@ -49,12 +59,18 @@ STEPS = 20  # batches loaded
 
 def main() -> None:
     """Run the measurement that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=list(MEASUREMENTS))
     parser.add_argument("files", nargs="+", help="text files, folders or globs")
-    parser.add_argument("--gb", type=float, nargs="+", help="sizes to measure at, in 10^9 bytes of text")
+    parser.add_argument(
+        "--gb", type=float, nargs="+", help="sizes to measure at, in 10^9 bytes of text"
+    )
     parser.add_argument("--vocab-size", type=int, default=32_768)
-    parser.add_argument("--gpt2", help="folder with GPT-2's vocab.json and merges.txt, for the tokenizer")
+    parser.add_argument(
+        "--gpt2", help="folder with GPT-2's vocab.json and merges.txt, for the tokenizer"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark-") as folder:
         MEASUREMENTS[options.what](options, Path(folder).absolute())
@@ -65,15 +81,17 @@ def verdict(title: str, value: str, bar: str, holds: bool) -> None:
     log.say(f"{title:<48} {value:>22}   bar {bar:<8} {'holds' if holds else 'MISSED'}")
 
 
-# ---------------------------------------------------------------------------------------------- input
+# -------------------------------------------------------------------------------------------- input
 
 
 def documents(files: list[str]) -> Iterator[str]:
-    yield from corpora.text_documents(TextSource(name="input", files=tuple(files)))
+    yield from sources.text_documents(TextSource(name="input", files=tuple(files)))
 
 
 def enlarged(files: list[str], gb: float, folder: Path) -> Path:
-    """A parquet file of `gb` of text: the documents over and over, each time with another last line."""
+    """A parquet file of `gb` of text: the documents over and over, each time with another last
+    line.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -97,7 +115,9 @@ def enlarged(files: list[str], gb: float, folder: Path) -> Path:
 
 
 def watched(command: list[str], folder: Path) -> tuple[float, float, float]:
-    """Run a command; (peak resident bytes, seconds, most bytes under `folder` beyond those at the end)."""
+    """Run a command; (peak resident bytes, seconds, most bytes under `folder` beyond those at the
+    end).
+    """
     started, most, peak = time.monotonic(), 0, 0.0
     process = subprocess.Popen(command, cwd=ROOT)
     while process.poll() is None:
@@ -111,7 +131,9 @@ def watched(command: list[str], folder: Path) -> tuple[float, float, float]:
 
 
 def resident_peak(pid: int) -> float:
-    """Most resident bytes of a process so far; where the system keeps no such mark, those of this moment."""
+    """Most resident bytes of a process so far; where the system keeps no such mark, those of this
+    moment.
+    """
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -133,13 +155,15 @@ def folder_bytes(folder: Path) -> int:
 
 def script(name: str, folder: Path, *words: str, validation_share: float = 0.005) -> list[str]:
     chat = ["--sft1.files", str(folder / "chat.jsonl"), "--sft2.files", str(folder / "chat.jsonl")]
-    (folder / "chat.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
+    (folder / "chat.jsonl").write_text(
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n'
+    )
     runs = ["--preset", "16gb", "--runs", str(folder / "runs")]
     runs += ["--data.validation_share", str(validation_share)]
     return [sys.executable, str(ROOT / name), *runs, *chat, *words]
 
 
-# -------------------------------------------------------------------------------------- measurements
+# ------------------------------------------------------------------------------------- measurements
 
 
 def memory(options: argparse.Namespace, folder: Path) -> None:
@@ -150,7 +174,9 @@ def memory(options: argparse.Namespace, folder: Path) -> None:
             script("create_shard.py", folder, "--data.text_files", str(path)), folder / "runs"
         )
         title = f"create_shard.py, {gb:g} GB in {log.duration(seconds)}"
-        verdict(f"{title}: peak memory", log.size(peak), log.size(SHARD_MEMORY), peak <= SHARD_MEMORY)
+        verdict(
+            f"{title}: peak memory", log.size(peak), log.size(SHARD_MEMORY), peak <= SHARD_MEMORY
+        )
         verdict(f"{title}: extra disk", f"{extra:.1%}", f"{EXTRA_DISK:.0%}", extra < EXTRA_DISK)
         path.unlink()
         shutil.rmtree(folder / "runs")
@@ -162,17 +188,27 @@ def tokenizer_memory(options: argparse.Namespace, folder: Path) -> None:
         path = enlarged(options.files, 1.02 * gb, folder)
         words = ["--data.text_files", str(path), "--tokenizer.sample_mb", str(round(1000 * gb))]
         watched(script("create_shard.py", folder, *words), folder / "runs")
-        peak, seconds, extra = watched(script("train_tokenizer.py", folder, *words), folder / "runs")
+        peak, seconds, extra = watched(
+            script("train_tokenizer.py", folder, *words), folder / "runs"
+        )
         title = f"train_tokenizer.py, {gb:g} GB in {log.duration(seconds)}"
-        verdict(f"{title}: peak memory", log.size(peak), log.size(TOKENIZER_MEMORY), peak <= TOKENIZER_MEMORY)
+        verdict(
+            f"{title}: peak memory",
+            log.size(peak),
+            log.size(TOKENIZER_MEMORY),
+            peak <= TOKENIZER_MEMORY,
+        )
         verdict(f"{title}: extra disk", f"{extra:.1%}", f"{EXTRA_DISK:.0%}", extra < EXTRA_DISK)
         least, per_byte = train_tokenizer.TRAINING_MEMORY
         asked = least + per_byte * gb * 1e9
-        verdict(f"{title}: what it asks for", log.size(asked), log.size(TOKENIZER_MEMORY), peak <= asked)
+        verdict(
+            f"{title}: what it asks for", log.size(asked), log.size(TOKENIZER_MEMORY), peak <= asked
+        )
         path.unlink()
         shutil.rmtree(folder / "runs")
     try:
-        train_tokenizer.require_memory(train_tokenizer.free_memory())  # a sample as large as all that is free
+        # a sample as large as all that is free
+        train_tokenizer.require_memory(train_tokenizer.free_memory())
         verdict("a sample beyond this machine's memory", "was begun", "refusal", False)
     except settings.UserError as refusal:
         log.say(f"  {refusal}")
@@ -191,7 +227,9 @@ def write(options: argparse.Namespace, folder: Path) -> None:
 
     def ours() -> float:
         shutil.rmtree(folder / "text", ignore_errors=True)
-        manifest = ingest.write_text_shards(TextSource(name="own", files=(str(path),)), folder / "text", data)
+        manifest = ingest.write_text_shards(
+            TextSource(name="own", files=(str(path),)), folder / "text", data
+        )
         return sum(split["text_bytes"] for split in manifest["splits"].values())
 
     compare("text shards", "pyarrow reading", ours, reference, WRITE_SHARE)
@@ -203,7 +241,7 @@ def encode(options: argparse.Namespace, folder: Path) -> None:
     corpus, tokenizer, texts = text_and_tokenizer(config, options.vocab_size)
     backend = tokenizer._backend
     n_bytes = sum(len(text.encode()) for text in texts)
-    total = sum(corpus.text_bytes(split) for split in shards.SPLITS)
+    total = sum(corpus.text_bytes(split) for split in shard_folder.SPLITS)
 
     def reference() -> float:
         backend.encode_batch(texts, add_special_tokens=False)
@@ -211,14 +249,20 @@ def encode(options: argparse.Namespace, folder: Path) -> None:
 
     def ours() -> float:
         shutil.rmtree(corpus.tokens, ignore_errors=True)
-        train_tokenizer.encode_corpus(tokenizer, corpus, config.tokenizer.shard_tokens, verify=False)
+        train_tokenizer.encode_corpus(
+            tokenizer, corpus, config.tokenizer.shard_tokens, verify=False
+        )
         return total
 
     compare("token shards", "encode_batch", ours, reference, ENCODE_SHARE)
 
 
-def text_and_tokenizer(config: Config, vocab_size: int) -> tuple[train_tokenizer.Corpus, Tokenizer, list[str]]:
-    """The text shards of the run's one corpus, a tokenizer from its first documents, and its training documents."""
+def text_and_tokenizer(
+    config: Config, vocab_size: int
+) -> tuple[train_tokenizer.Corpus, Tokenizer, list[str]]:
+    """The text shards of the run's one corpus, a tokenizer from its first documents, and its
+    training documents.
+    """
     source = config.data.corpora()[0]
     ingest.write_text_shards(source, config.run_dir / "text" / source.name, config.data)
     corpus = train_tokenizer.open_corpus(source, config, verify=False)
@@ -231,7 +275,9 @@ def small_run(folder: Path, path: Path) -> Config:
     return replace(preset, runs=str(folder / "runs"), data=DataConfig(text_files=(str(path),)))
 
 
-def compare(name: str, other: str, ours: Callable[[], float], reference: Callable[[], float], bar: float) -> None:
+def compare(
+    name: str, other: str, ours: Callable[[], float], reference: Callable[[], float], bar: float
+) -> None:
     """Run both in turn and report the median ratio of their rates."""
     reference()  # the files are in the page cache and the libraries loaded before anything counts
     ours()
@@ -251,9 +297,11 @@ def rate(job: Callable[[], float]) -> float:
 
 
 def loading(options: argparse.Namespace, folder: Path) -> None:
-    """Seconds inside `batch(step)` beside the seconds of the step: demo and 16gb, on this machine's processor.
+    """Seconds inside `batch(step)` beside the seconds of the step: demo and 16gb, on this machine's
+    processor.
 
-    The faster the device, the more loading weighs: the last line says how fast one may train before it is 1%.
+    The faster the device, the more loading weighs: the last line says how fast one may train before
+    it is 1%.
     """
     config = small_run(folder, enlarged(options.files, (options.gb or [0.1])[0], folder))
     corpus, tokenizer, _ = text_and_tokenizer(config, options.vocab_size)
@@ -262,14 +310,28 @@ def loading(options: argparse.Namespace, folder: Path) -> None:
         shape = PRESETS[preset]
         loop = replace(shape.pretrain, steps=STEPS + 1)
         forget_pages(corpus.tokens)
-        cold, warm = (loading_seconds(corpus.tokens, shape.model.context, loop, tokenizer.bos) for _ in range(2))
+        cold, warm = (
+            loading_seconds(corpus.tokens, shape.model.context, loop, tokenizer.bos)
+            for _ in range(2)
+        )
         waiting = max(cold, warm)
         step = step_seconds(shape, loop.tokens_per_step)
-        log.say(f"  {preset}: a batch in {1e3 * cold:.2f} ms from the disk, {1e3 * warm:.2f} ms from memory")
+        log.say(
+            f"  {preset}: a batch in {1e3 * cold:.2f} ms from the disk, {1e3 * warm:.2f} ms from "
+            "memory"
+        )
         title = f"waiting for data, {preset}, step of {step:,.1f} s"
-        verdict(title, f"{waiting / (waiting + step):.4%}", f"{WAITING:.0%}", waiting < WAITING * (waiting + step))
+        verdict(
+            title,
+            f"{waiting / (waiting + step):.4%}",
+            f"{WAITING:.0%}",
+            waiting < WAITING * (waiting + step),
+        )
         fastest = WAITING * loop.tokens_per_step / waiting
-        log.say(f"  {preset}: loading is below {WAITING:.0%} of the step up to {log.count(fastest)} tokens a second")
+        log.say(
+            f"  {preset}: loading is below {WAITING:.0%} of the step up to {log.count(fastest)} "
+            "tokens a second"
+        )
 
 
 def forget_pages(folder: Path) -> None:
@@ -282,8 +344,10 @@ def forget_pages(folder: Path) -> None:
 
 
 def loading_seconds(folder: Path, context: int, loop: settings.PretrainConfig, bos: int) -> float:
-    """The mean over `STEPS` steps of the time inside `batch(step)`, after a first one that draws the permutation."""
-    train = shards.TokenShards(folder, "train")
+    """The mean over `STEPS` steps of the time inside `batch(step)`, after a first one that draws
+    the permutation.
+    """
+    train = token_shards.TokenShards(folder, "train")
     batches = PretrainingBatches([train], [1.0], loop, context=context, bos=bos, seed=0)
     batches.batch(0)
     started = time.perf_counter()
@@ -298,24 +362,33 @@ def step_seconds(config: Config, n_tokens: int) -> float:
     n = 256
     ids = torch.randint(config.model.vocab_size, (n,), generator=torch.Generator().manual_seed(0))
     starts = torch.arange(n) == 0
-    batch = training.Batch(ids, ids.roll(-1), torch.ones(n), starts, n)
+    batch = loop.Batch(ids, ids.roll(-1), torch.ones(n), starts, n)
     seconds = []
     for _ in range(ROUNDS):
         started = time.perf_counter()
-        training.accumulate(model, batch, n)
+        loop.accumulate(model, batch, n)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds) * n_tokens / n
 
 
 def tokenizer_report(options: argparse.Namespace, folder: Path) -> None:
-    """The two stages over each file as a corpus of its own; train_tokenizer.py prints the report on held-out text."""
-    words = ["--data.text_files", *options.files, "--data.text_weights", *["1"] * len(options.files)]
+    """The two stages over each file as a corpus of its own; train_tokenizer.py prints the report on
+    held-out text.
+    """
+    words = [
+        "--data.text_files",
+        *options.files,
+        "--data.text_weights",
+        *["1"] * len(options.files),
+    ]
     words += ["--model.vocab_size", str(options.vocab_size)]
     for number, name in enumerate(options.files):
         log.say(f"own-{number} is {name}")
     watched(script("create_shard.py", folder, *words, validation_share=0.02), folder / "runs")
     gpt2 = ["--gpt2", options.gpt2] if options.gpt2 else []
-    watched(script("train_tokenizer.py", folder, *words, *gpt2, validation_share=0.02), folder / "runs")
+    watched(
+        script("train_tokenizer.py", folder, *words, *gpt2, validation_share=0.02), folder / "runs"
+    )
 
 
 MEASUREMENTS = {
@@ -328,4 +401,4 @@ MEASUREMENTS = {
 }
 
 if __name__ == "__main__":
-    settings.run_script(main, "stopped.")
+    cli.run_script(main, "stopped.")

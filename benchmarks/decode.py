@@ -1,16 +1,23 @@
-"""Measure decoding against its bars: transformers, llama.cpp, the memory's speed, the cache between turns.
+"""Measure decoding against its bars: transformers, llama.cpp, the memory's speed, the cache between
+turns.
 
-Out: a table of medians with the bars of the project, and with --json the same for a program. Random weights of one
-shape everywhere; the contenders take turns within each round, so that all see the same machine.
+Out: a table of medians with the bars of the project, and with --json the same for a program. Random
+weights of one shape everywhere; the contenders take turns within each round, so that all see the
+same machine.
 
-    uv venv rivals                                                    once, in any folder; builds llama.cpp with cmake
+    uv venv rivals  once, in any folder; builds llama.cpp with cmake
     uv pip install --python rivals torch transformers gguf llama-cpp-python
-    uv run benchmarks/decode.py --python rivals/bin/python            every figure
-    uv run benchmarks/decode.py --without transformers llamacpp       only what needs no other package
-    uv run benchmarks/decode.py --model hrm                           the preset's own model, with its reasoning head
-    uv run benchmarks/decode.py --quality runs/16gb/base text.txt     what storing weights in fewer bits costs
+    uv run benchmarks/decode.py --python rivals/bin/python
+        every figure
+    uv run benchmarks/decode.py --without transformers llamacpp
+        only what needs no other package
+    uv run benchmarks/decode.py --model hrm
+        the preset's own model, with its reasoning head
+    uv run benchmarks/decode.py --quality runs/16gb/base text.txt
+        what storing weights in fewer bits costs
 
-On a machine that others use too, `--threads 1 --clock cpu` counts the seconds that this program was given.
+On a machine that others use too, `--threads 1 --clock cpu` counts the seconds that this program was
+given.
 """
 
 from __future__ import annotations
@@ -35,10 +42,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import PRESETS, ModelConfig, run_script
-from hearth import checkpoint, hardware
-from hearth.engine import Engine, compress
-from hearth.matrices import Matrix, compiled_kernels
+from config import PRESETS, ModelConfig
+from hearth import hardware
+from hearth.cli import run_script
+from hearth.decoding.engine import Engine, compress
+from hearth.decoding.matrices import Matrix, compiled_kernels
+from hearth.training import checkpoint
 from model import Model, Packed, build_model
 
 DENSE_LAYERS = 19  # of the dense model with as many parameters as the 16gb preset
@@ -53,7 +62,8 @@ BARS = {
     "batch": 4.0,  # times the tokens a second of one row
 }
 
-RIVALS = {"transformers": ("float32", "bfloat16"), "llamacpp": ("F16", "Q8_0")}  # and how they store weights
+# and how they store weights
+RIVALS = {"transformers": ("float32", "bfloat16"), "llamacpp": ("F16", "Q8_0")}
 AS_MANY_BITS = {"bfloat16": "F16", "int8": "Q8_0"}  # ours, and llama.cpp's
 PARTS = ("speed", "second_turn", "long_context", "cache", "batch")
 
@@ -67,7 +77,10 @@ def main() -> None:
     bench = Bench(options)
     print(f"machine     {hardware.describe(torch.device('cpu'))}")
     print(f"kernels     {'compiled' if compiled_kernels() else 'none: no C compiler'}")
-    print(f"model       {bench.model.n_parameters() / 1e6:.1f}M parameters, context {bench.config.context}")
+    print(
+        f"model       {bench.model.n_parameters() / 1e6:.1f}M parameters, context "
+        f"{bench.config.context}"
+    )
     print(f"measured    medians of {options.rounds} rounds, {options.clock} clock\n")
     for name in options.only or PARTS:
         getattr(bench, name)()
@@ -76,18 +89,34 @@ def main() -> None:
 
 
 def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of every contender")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each figure; the median counts")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads of every contender"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="measurements of each figure; the median counts"
+    )
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded in a measurement")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of prompt before it")
-    parser.add_argument("--model", choices=("dense", "hrm", "tiny"), default="dense", help="dense: 19 plain blocks")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of this thread alone")
-    parser.add_argument("--without", nargs="*", default=[], choices=RIVALS, help="contenders to leave out")
-    parser.add_argument("--python", default=sys.executable, help="the Python that has the contenders' packages")
+    parser.add_argument(
+        "--model", choices=("dense", "hrm", "tiny"), default="dense", help="dense: 19 plain blocks"
+    )
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of this thread alone"
+    )
+    parser.add_argument(
+        "--without", nargs="*", default=[], choices=RIVALS, help="contenders to leave out"
+    )
+    parser.add_argument(
+        "--python", default=sys.executable, help="the Python that has the contenders' packages"
+    )
     parser.add_argument("--only", nargs="*", choices=PARTS, help="parts to measure; default: all")
     parser.add_argument("--json", help="file for the results")
-    parser.add_argument("--quality", nargs=2, metavar=("CHECKPOINT", "TEXT"), help="bits per byte of each store")
+    parser.add_argument(
+        "--quality", nargs=2, metavar=("CHECKPOINT", "TEXT"), help="bits per byte of each store"
+    )
     options = parser.parse_args()
     if shutil.which(options.python) is None:
         parser.error(f"--python {options.python}: there is no such program")
@@ -101,7 +130,16 @@ def model_config(name: str) -> ModelConfig:
     if name == "dense":
         return replace(shape, n_layer=DENSE_LAYERS, hrm=None)
     if name == "tiny":  # to try this program
-        return replace(shape, n_layer=2, hrm=None, vocab_size=1024, d_model=128, n_head=4, n_kv_head=2, d_ff=256)
+        return replace(
+            shape,
+            n_layer=2,
+            hrm=None,
+            vocab_size=1024,
+            d_model=128,
+            n_head=4,
+            n_kv_head=2,
+            d_ff=256,
+        )
     return shape
 
 
@@ -135,15 +173,21 @@ class Bench:
                     found[name].append(value)
         return found
 
-    def note(self, name: str, value: float, what: str, *, bar: str | None = None, at_most: bool = False) -> None:
+    def note(
+        self, name: str, value: float, what: str, *, bar: str | None = None, at_most: bool = False
+    ) -> None:
         verdict = ""
         if bar:
             holds = value <= BARS[bar] if at_most else value >= BARS[bar]
-            verdict = f"   bar {'≤' if at_most else '≥'} {BARS[bar]:g}: {'holds' if holds else 'MISSED'}"
+            verdict = (
+                f"   bar {'≤' if at_most else '≥'} {BARS[bar]:g}: {'holds' if holds else 'MISSED'}"
+            )
         print(f"{name:<44} {value:10.3f} {what}{verdict}", flush=True)
-        self.results.append({"name": name, "value": value, "unit": what, "bar": BARS.get(bar or "")})
+        self.results.append(
+            {"name": name, "value": value, "unit": what, "bar": BARS.get(bar or "")}
+        )
 
-    # ------------------------------------------------------------------------------------------- figures
+    # -------------------------------------------------------------------------------------- figures
 
     def speed(self) -> None:
         """Tokens a second at batch 1 after the prompt, beside the other programs and the memory."""
@@ -159,13 +203,24 @@ class Bench:
             self.note(name, statistics.median(values), unit)
         for store, engine in engines.items():
             n_bytes = bytes_per_token(engine.model)
-            shares = [n_bytes * s / (m * 1e9) for s, m in zip(found[f"ours {store}"], found["memory"], strict=True)]
+            shares = [
+                n_bytes * s / (m * 1e9)
+                for s, m in zip(found[f"ours {store}"], found["memory"], strict=True)
+            ]
             bar = f"bandwidth {store}"
-            self.note(f"{bar}, of the memory's", statistics.median(shares), "", bar=bar if bar in BARS else None)
+            self.note(
+                f"{bar}, of the memory's",
+                statistics.median(shares),
+                "",
+                bar=bar if bar in BARS else None,
+            )
         theirs = [name for name in found if name.startswith("transformers")]
         best = max(theirs, default=None, key=lambda name: statistics.median(found[name]))
         pairs = [("ours bfloat16", best, "transformers")] if best else []
-        pairs += [(f"ours {ours}", f"llamacpp {theirs}", "llamacpp") for ours, theirs in AS_MANY_BITS.items()]
+        pairs += [
+            (f"ours {ours}", f"llamacpp {theirs}", "llamacpp")
+            for ours, theirs in AS_MANY_BITS.items()
+        ]
         for ours, theirs, bar in pairs:
             if theirs in found:
                 ratios = [a / b for a, b in zip(found[ours], found[theirs], strict=True)]
@@ -182,7 +237,10 @@ class Bench:
     def second_turn(self) -> None:
         """Time to the first token of a second turn, beside reading the whole conversation."""
         total, question = min(2000, self.config.context - 100), 40
-        engine, fresh = Engine(self.model, weights="bfloat16"), Engine(self.model, weights="bfloat16")
+        engine, fresh = (
+            Engine(self.model, weights="bfloat16"),
+            Engine(self.model, weights="bfloat16"),
+        )
         prompt = self.ids(total - question - 8)
         answer = list(engine.stream(prompt, max_tokens=8))
         conversation = [*prompt, *answer, *self.ids(question)]
@@ -191,26 +249,42 @@ class Bench:
             if forget:
                 engine.cache, engine.held = None, []
             else:
-                list(engine.stream([*prompt, *answer, 0], max_tokens=1))  # back to the end of the first turn
+                # back to the end of the first turn
+                list(engine.stream([*prompt, *answer, 0], max_tokens=1))
             stream = engine.stream(conversation, max_tokens=1)
             return self.seconds(lambda: next(stream))
 
-        found = self.rounds({"reused": lambda: again(engine, False), "anew": lambda: again(fresh, True)})
+        found = self.rounds(
+            {"reused": lambda: again(engine, False), "anew": lambda: again(fresh, True)}
+        )
         anew = statistics.median(found["anew"])
         self.note("a prompt read anew", len(conversation) / anew, "tokens/s")
         self.note(f"first token after {total} tokens, all read", anew, "s")
         ratios = [a / b for a, b in zip(found["reused"], found["anew"], strict=True)]
-        self.note("the same in a second turn", statistics.median(ratios), "of it", bar="second turn", at_most=True)
+        self.note(
+            "the same in a second turn",
+            statistics.median(ratios),
+            "of it",
+            bar="second turn",
+            at_most=True,
+        )
 
     def long_context(self) -> None:
         """Speed at the end of a long context against the beginning."""
         length = min(4000, self.config.context - self.options.tokens - 1)
         for store in ("bfloat16", "int8"):
             near, far = Engine(self.model, weights=store), Engine(self.model, weights=store)
-            speeds = {"near": self.stream_speed(near, self.ids(200)), "far": self.stream_speed(far, self.ids(length))}
+            speeds = {
+                "near": self.stream_speed(near, self.ids(200)),
+                "far": self.stream_speed(far, self.ids(length)),
+            }
             found = self.rounds(speeds)
-            ratio = statistics.median(a / b for a, b in zip(found["far"], found["near"], strict=True))
-            self.note(f"speed at {length} tokens against 200, {store}", ratio, "times", bar="long context")
+            ratio = statistics.median(
+                a / b for a, b in zip(found["far"], found["near"], strict=True)
+            )
+            self.note(
+                f"speed at {length} tokens against 200, {store}", ratio, "times", bar="long context"
+            )
 
     def cache(self) -> None:
         """Memory of the cache at the whole context against keeping every layer whole."""
@@ -218,32 +292,52 @@ class Bench:
         n_passes, c = len(self.model.block_passes()), self.config
         whole = n_passes * c.context * 2 * c.n_kv_head * c.head_dim * self.model.dtype.itemsize
         self.note(f"cache at {c.context} tokens", engine.cache_bytes() / 1e6, "MB")
-        self.note("the same against whole layers", engine.cache_bytes() / whole, "of it", bar="cache", at_most=True)
+        self.note(
+            "the same against whole layers",
+            engine.cache_bytes() / whole,
+            "of it",
+            bar="cache",
+            at_most=True,
+        )
 
     def batch(self) -> None:
         """Tokens a second of sixteen rows together against one."""
         for store in ("float32", "bfloat16", "int8"):
             engine, prompts = Engine(self.model, weights=store), [self.ids(32) for _ in range(16)]
 
-            def speed(rows: int, engine: Engine = engine, prompts: list[list[int]] = prompts) -> float:
+            def speed(
+                rows: int, engine: Engine = engine, prompts: list[list[int]] = prompts
+            ) -> float:
                 def run(n: int) -> float:
                     return self.seconds(lambda: engine.generate(prompts[:rows], max_tokens=n))
 
                 return rows * self.options.tokens / (run(self.options.tokens + 1) - run(1))
 
             found = self.rounds({"one": lambda: speed(1), "sixteen": lambda: speed(16)})
-            self.note(f"sixteen rows, {store}", statistics.median(found["sixteen"]), "tokens/s in total")
-            ratio = statistics.median(a / b for a, b in zip(found["sixteen"], found["one"], strict=True))
+            self.note(
+                f"sixteen rows, {store}", statistics.median(found["sixteen"]), "tokens/s in total"
+            )
+            ratio = statistics.median(
+                a / b for a, b in zip(found["sixteen"], found["one"], strict=True)
+            )
             self.note(f"sixteen rows against one, {store}", ratio, "times", bar="batch")
 
     def read_bandwidth(self) -> float:
-        """Bytes a second that all threads read from memory, in 10^9: the best of several sums over 512 MiB."""
+        """Bytes a second that all threads read from memory, in 10^9: the best of several sums over
+        512 MiB.
+        """
         if not hasattr(self, "_buffer"):
             self._buffer = torch.ones(2**27)
-        ways = (self._buffer.sum, self._buffer.view(torch.int64).sum, lambda: torch.dot(self._buffer, self._buffer))
-        return max(4 * len(self._buffer) / self.seconds(way) / 1e9 for way in ways for _ in range(2))
+        ways = (
+            self._buffer.sum,
+            self._buffer.view(torch.int64).sum,
+            lambda: torch.dot(self._buffer, self._buffer),
+        )
+        return max(
+            4 * len(self._buffer) / self.seconds(way) / 1e9 for way in ways for _ in range(2)
+        )
 
-    # ---------------------------------------------------------------------------------------- contenders
+    # ----------------------------------------------------------------------------------- contenders
 
     def rivals(self, prompt: list[int]) -> dict[str, Callable[[], float]]:
         """The other programs that can be had, ready to be measured; says of the others why not."""
@@ -263,7 +357,9 @@ class Bench:
 
 
 class Rival:
-    """Another program in a process of its own, run by the Python that has its packages (decode_rivals.py)."""
+    """Another program in a process of its own, run by the Python that has its packages
+    (decode_rivals.py).
+    """
 
     def __init__(self, program: str, store: str, bench: Bench, prompt: list[int]) -> None:
         options, c = bench.options, bench.config
@@ -300,16 +396,23 @@ class Rival:
 
 
 def bytes_per_token(model: Model) -> int:
-    """Bytes of weights that one token needs from memory: those of each block pass, the output, the head's vectors."""
+    """Bytes of weights that one token needs from memory: those of each block pass, the output, the
+    head's vectors.
+    """
 
     def matrices(module: Any) -> Iterator[Matrix]:
-        return (value for part in module.modules() for value in vars(part).values() if isinstance(value, Matrix))
+        return (
+            value
+            for part in module.modules()
+            for value in vars(part).values()
+            if isinstance(value, Matrix)
+        )
 
     blocks = sum(matrix.n_bytes() for block in model.block_passes() for matrix in matrices(block))
     return blocks + model.embedding.n_bytes() + (model.head.out.n_bytes() if model.head else 0)
 
 
-# ----------------------------------------------------------------------------------------------- quality
+# ------------------------------------------------------------------------------------------ quality
 
 
 @torch.no_grad()
@@ -328,8 +431,12 @@ def report_quality(folder: str, text_file: str) -> None:
         model, nats = compress(loaded.model, store), 0.0
         for start in range(0, n_rows * row, row):
             hidden = model(rows[start : start + row], Packed(torch.arange(row) == 0, row))
-            for part, target in zip(hidden.split(512), rows[start + 1 : start + row + 1].split(512), strict=True):
-                nats += torch.nn.functional.cross_entropy(model.logits(part), target, reduction="sum").item()
+            for part, target in zip(
+                hidden.split(512), rows[start + 1 : start + row + 1].split(512), strict=True
+            ):
+                nats += torch.nn.functional.cross_entropy(
+                    model.logits(part), target, reduction="sum"
+                ).item()
         bits = nats / math.log(2) / n_bytes
         reference = reference or bits
         print(f"{store:<9} {bits:.5f} bits per byte over {n_bytes} bytes   {bits - reference:+.5f}")

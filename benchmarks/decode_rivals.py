@@ -1,8 +1,10 @@
-"""The programs that benchmarks/decode.py is measured against, each decoding in a process of its own.
+"""The programs that benchmarks/decode.py is measured against, each decoding in a process of its
+own.
 
-In: a shape and what to measure, as JSON; then a line for each measurement wanted. Out: a line of JSON for each: first
-the version or what is missing, then tokens a second. Random weights. Run by the Python that decode.py's --python names;
-it needs torch and transformers, or gguf and llama-cpp-python, and nothing of this project.
+In: a shape and what to measure, as JSON; then a line for each measurement wanted. Out: a line of
+JSON for each: first the version or what is missing, then tokens a second. Random weights. Run by
+the Python that decode.py's --python names; it needs torch and transformers, or gguf and
+llama-cpp-python, and nothing of this project.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-PACKAGES = {"transformers": ("transformers", "torch"), "llamacpp": ("llama-cpp-python", "gguf", "numpy")}
+PACKAGES = {
+    "transformers": ("transformers", "torch"),
+    "llamacpp": ("llama-cpp-python", "gguf", "numpy"),
+}
 
 
 def main() -> None:
@@ -32,19 +37,25 @@ def main() -> None:
 
     wanted = SimpleNamespace(**json.loads(sys.argv[1]))
     try:
-        versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES[wanted.program]]
+        versions = [
+            f"{name} {importlib.metadata.version(name)}" for name in PACKAGES[wanted.program]
+        ]
     except importlib.metadata.PackageNotFoundError as error:
         say(missing=f"{sys.executable} has no {error.name}")
         return
     clock = time.thread_time if wanted.clock == "cpu" else time.perf_counter
     with tempfile.TemporaryDirectory() as folder:
-        measure = {"transformers": transformers, "llamacpp": llamacpp}[wanted.program](wanted, clock, Path(folder))
+        measure = {"transformers": transformers, "llamacpp": llamacpp}[wanted.program](
+            wanted, clock, Path(folder)
+        )
         say(version=", ".join(versions))
         for _ in sys.stdin:
             say(tokens_per_second=measure())
 
 
-def transformers(wanted: SimpleNamespace, clock: Callable[[], float], folder: Path) -> Callable[[], float]:
+def transformers(
+    wanted: SimpleNamespace, clock: Callable[[], float], folder: Path
+) -> Callable[[], float]:
     """Qwen3 of the same shape, with transformers' own `generate`."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -87,8 +98,12 @@ def transformers(wanted: SimpleNamespace, clock: Callable[[], float], folder: Pa
     return measure
 
 
-def llamacpp(wanted: SimpleNamespace, clock: Callable[[], float], folder: Path) -> Callable[[], float]:
-    """llama.cpp, greedy, with a model file of the same shape; asked for one token at a time, as a chat asks."""
+def llamacpp(
+    wanted: SimpleNamespace, clock: Callable[[], float], folder: Path
+) -> Callable[[], float]:
+    """llama.cpp, greedy, with a model file of the same shape; asked for one token at a time, as a
+    chat asks.
+    """
     import llama_cpp as cpp
     import numpy as np
 
@@ -154,7 +169,11 @@ def write_gguf(path: Path, c: SimpleNamespace, store: str) -> None:
     vector("output_norm.weight")
     q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
     shapes = {"attn_q": (q, c.d_model), "attn_k": (kv, c.d_model), "attn_v": (kv, c.d_model)}
-    shapes |= {"attn_output": (c.d_model, q), "ffn_gate": (c.d_ff, c.d_model), "ffn_up": (c.d_ff, c.d_model)}
+    shapes |= {
+        "attn_output": (c.d_model, q),
+        "ffn_gate": (c.d_ff, c.d_model),
+        "ffn_up": (c.d_ff, c.d_model),
+    }
     shapes["ffn_down"] = (c.d_model, c.d_ff)
     for layer in range(c.n_layer):
         for name, shape in shapes.items():

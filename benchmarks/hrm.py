@@ -1,16 +1,22 @@
-"""Measure the HRM head against dense and looped models: bits per byte on real text, six reasoning tasks.
+"""Measure the HRM head against dense and looped models: bits per byte on real text, six reasoning
+tasks.
 
-A row is an arm on a task with a seed; its result is a line of OUT/results.jsonl. Rows that are there are skipped, so a
-study that was killed goes on where it was, and several processes may share one OUT. Each arm's learning rate is tuned
-first, by rows of their own; on real text the best of them is seed 0's result too. On the automaton, where the rate that
-did best with one seed may do so by luck, two seeds tune and three others are the result; and as a rate that is too high
-fails altogether with some seeds, the lower of two that come close is taken.
+A row is an arm on a task with a seed; its result is a line of OUT/results.jsonl. Rows that are
+there are skipped, so a study that was killed goes on where it was, and several processes may share
+one OUT. Each arm's learning rate is tuned first, by rows of their own; on real text the best of
+them is seed 0's result too. On the automaton, where the rate that did best with one seed may do so
+by luck, two seeds tune and three others are the result; and as a rate that is too high fails
+altogether with some seeds, the lower of two that come close is taken.
 
-    uv run benchmarks/hrm.py OUT --data FOLDER    every row that is missing; FOLDER holds .parquet files of text
-    uv run benchmarks/hrm.py OUT --plan           the rows, with estimated minutes on one core
-    uv run benchmarks/hrm.py OUT --table          the tables, from what is there
+    uv run benchmarks/hrm.py OUT --data FOLDER
+        every row that is missing; FOLDER holds .parquet files of text
+    uv run benchmarks/hrm.py OUT --plan
+        the rows, with estimated minutes on one core
+    uv run benchmarks/hrm.py OUT --table
+        the tables, from what is there
 
-One thread a process (OMP_NUM_THREADS=1); seconds are CPU seconds of that thread, so neighbours hardly count.
+One thread a process (OMP_NUM_THREADS=1); seconds are CPU seconds of that thread, so neighbours
+hardly count.
 """
 
 from __future__ import annotations
@@ -38,15 +44,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reasoning_tasks
 from reasoning_tasks import TASKS, lay
 
-from config import HRMConfig, LoopConfig, ModelConfig, OptimConfig, UserError, run_script
+from config import HRMConfig, LoopConfig, ModelConfig, OptimConfig, UserError
 from hearth import log
-from hearth.batches import Batch
-from hearth.gradients import accumulate, head_schedule
-from hearth.optim import build_optimizers, learning_rate_factor
-from hearth.tokenizer import Tokenizer
+from hearth.cli import run_script
+from hearth.data.tokenizer import Tokenizer
+from hearth.training.batches import Batch
+from hearth.training.gradients import accumulate, head_schedule
+from hearth.training.optim import build_optimizers, learning_rate_factor
 from model import Model, Packed, build_model
 
-# -------------------------------------------------------------------------------------- what is varied
+# ----------------------------------------------------------------------------------- what is varied
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ class Arm:
         return replace(base, n_layer=self.n_layer, hrm=self.hrm)
 
 
-HRM = HRMConfig(l_layer=1, h_layer=1, h_cycles=2, l_cycles=2)  # 6 module calls, so 8 block passes with the trunk's 2
+# 6 module calls, so 8 block passes with the trunk's 2
+HRM = HRMConfig(l_layer=1, h_layer=1, h_cycles=2, l_cycles=2)
 ARMS = {
     "dense": Arm("dense, equal parameters", 4),
     "deep": Arm("dense, equal FLOPs (deeper)", 8),
@@ -75,8 +83,10 @@ ARMS = {
     "h3_l2": Arm("HRM, 3 × (2 L + H)", 2, replace(HRM, h_cycles=3, l_cycles=2)),
 }
 CYCLED = ["h1_l1", "h1_l3", "h2_l1", "h3_l2"]  # other numbers of cycles than `full`'s, at its FLOPs
-COMPARED = [name for name in ARMS if name not in ("full_random", *CYCLED[1:])]  # with a learning rate of their own
-OTHER_COST = ("dense", "one_step", "truncated", "full_ds", "h1_l1")  # unlike `full`'s: run at its FLOPs too
+# with a learning rate of their own
+COMPARED = [name for name in ARMS if name not in ("full_random", *CYCLED[1:])]
+# unlike `full`'s: run at its FLOPs too
+OTHER_COST = ("dense", "one_step", "truncated", "full_ds", "h1_l1")
 
 REASONING = ModelConfig(
     vocab_size=reasoning_tasks.VOCAB_SIZE,
@@ -90,7 +100,9 @@ REASONING = ModelConfig(
     token_shift=False,  # came after most rows had been run; `shifted` and `larger` have it
     hrm=None,
 )
-TEXT = replace(REASONING, vocab_size=2048, d_model=128, d_ff=352, context=256, window=64, pattern="SL")
+TEXT = replace(
+    REASONING, vocab_size=2048, d_model=128, d_ff=352, context=256, window=64, pattern="SL"
+)
 TEXTS = {
     "text": TEXT,
     "shifted": replace(TEXT, token_shift=True),
@@ -106,7 +118,8 @@ class Tuning:
 
     rates: tuple[float, ...]  # peaks tried, over all steps: a shorter row flatters high ones
     seeds: tuple[int, ...] = (0,)
-    tie: float = 1.0  # losses up to this many times the best tie, and the lowest of their rates is taken
+    # losses up to this many times the best tie, and the lowest of their rates is taken
+    tie: float = 1.0
 
 
 TUNINGS = {
@@ -128,12 +141,14 @@ class Size:
 
     steps: int
     rows: int  # of a batch
-    gflops: float  # reached on one core of the machine in EXPERIMENTS.md; for the plan's estimates alone
+    # reached on one core of the machine in EXPERIMENTS.md; for the plan's estimates alone
+    gflops: float
 
 
 SIZES = {
     "text": Size(240, 4, 32),
-    "shifted": Size(240, 4, 32),  # the preset's head against the plain model once more: with the token before,
+    # the preset's head against the plain model once more: with the token before,
+    "shifted": Size(240, 4, 32),
     "larger": Size(560, 4, 40),  # and with 3.5 times the parameters as well
     "automaton": Size(450, 32, 24),
     "permutation": Size(450, 32, 24),
@@ -146,7 +161,9 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Row:
-    """kind: `tune` tries a learning rate; `main` takes the best; `flops` too, but trains for the FLOPs of `full`."""
+    """kind: `tune` tries a learning rate; `main` takes the best; `flops` too, but trains for the
+    FLOPs of `full`.
+    """
 
     kind: str
     task: str
@@ -156,7 +173,15 @@ class Row:
 
     @property
     def key(self) -> str:
-        return "-".join([self.task, self.arm, self.kind, f"s{self.seed}", *([f"lr{self.lr:g}"] if self.lr else [])])
+        return "-".join(
+            [
+                self.task,
+                self.arm,
+                self.kind,
+                f"s{self.seed}",
+                *([f"lr{self.lr:g}"] if self.lr else []),
+            ]
+        )
 
     def steps(self, context: int) -> int:
         steps = SIZES[self.task].steps
@@ -198,13 +223,19 @@ def plan() -> list[Row]:
 
 
 def tuned_on(row: Row) -> list[Row]:
-    """The tuning rows that this row's learning rate comes from; the reasoning tasks share the automaton's."""
+    """The tuning rows that this row's learning rate comes from; the reasoning tasks share the
+    automaton's.
+    """
     arm = row.arm if row.arm in COMPARED else "full"
     task = row.task if row.task in TEXTS else "automaton"
-    return [Row("tune", task, arm, seed, lr) for lr in TUNINGS[task].rates for seed in TUNINGS[task].seeds]
+    return [
+        Row("tune", task, arm, seed, lr)
+        for lr in TUNINGS[task].rates
+        for seed in TUNINGS[task].seeds
+    ]
 
 
-# ----------------------------------------------------------------------------------------- the subjects
+# ------------------------------------------------------------------------------------- the subjects
 
 
 class Reasoning:
@@ -221,7 +252,9 @@ class Reasoning:
         self.beyond = {f"{self.task.beyond} (untrained)": self._held_out(self.task.beyond)}
 
     def _held_out(self, size: int) -> list[Batch]:
-        given = list(islice(reasoning_tasks.rows(self.task, "held out", held_out=True, size=size), 384))
+        given = list(
+            islice(reasoning_tasks.rows(self.task, "held out", held_out=True, size=size), 384)
+        )
         return [lay(given, max(self.context, len(given[0][0]) - 1))]
 
     def batch(self, step: int) -> Batch:
@@ -247,7 +280,13 @@ class Text:
 
     def _batch(self, ids: np.ndarray, targets: np.ndarray) -> Batch:
         ids, targets = torch.from_numpy(ids), torch.from_numpy(targets)
-        return Batch(ids, targets, torch.ones(len(ids)), torch.zeros(len(ids), dtype=torch.bool), self.context)
+        return Batch(
+            ids,
+            targets,
+            torch.ones(len(ids)),
+            torch.zeros(len(ids), dtype=torch.bool),
+            self.context,
+        )
 
     def batch(self, step: int) -> Batch:
         dice = np.random.default_rng((self.seed, step))
@@ -257,14 +296,17 @@ class Text:
 
 
 def text_tokens(out: Path, data: Path | None) -> dict[str, np.ndarray]:
-    """Token ids of text from each .parquet file of `data`, made once: train, held_out, and the bytes of each id."""
+    """Token ids of text from each .parquet file of `data`, made once: train, held_out, and the
+    bytes of each id.
+    """
     path = out / "text.npz"
     if not path.exists():
         files = sorted(data.glob("*.parquet")) if data else []
         if not files:
             where = f"{data} holds no .parquet file" if data else "no folder is named"
             raise UserError(
-                f"The rows on real text have no text: {where}. Name a folder of .parquet files with --data."
+                f"The rows on real text have no text: {where}. Name a folder of .parquet files "
+                "with --data."
             )
         train, held_out = [], []
         for file in files:
@@ -276,10 +318,14 @@ def text_tokens(out: Path, data: Path | None) -> dict[str, np.ndarray]:
         def encode(texts: list[str]) -> np.ndarray:
             order = np.random.default_rng(0).permutation(len(texts))  # the files mixed
             ids = tokenizer.encode_batch([texts[i] for i in order])
-            return np.concatenate([np.array([tokenizer.bos, *document], dtype=np.uint16) for document in ids])
+            return np.concatenate(
+                [np.array([tokenizer.bos, *document], dtype=np.uint16) for document in ids]
+            )
 
         part = out / f"text-{os.getpid()}.npz"
-        np.savez(part, train=encode(train), held_out=encode(held_out), token_bytes=tokenizer.token_bytes)
+        np.savez(
+            part, train=encode(train), held_out=encode(held_out), token_bytes=tokenizer.token_bytes
+        )
         part.replace(path)
     return dict(np.load(path))
 
@@ -298,7 +344,7 @@ def some_texts(file: Path, n_chars: int) -> list[str]:
     return chosen
 
 
-# ---------------------------------------------------------------------------------------- one row's run
+# ------------------------------------------------------------------------------------ one row's run
 
 
 def run(row: Row, lr: float, subject: Reasoning | Text) -> dict[str, Any]:
@@ -316,7 +362,9 @@ def run(row: Row, lr: float, subject: Reasoning | Text) -> dict[str, Any]:
         train_step(model, optimizers, batch, step, steps, row.seed)
         seconds += time.process_time() - started
         if step + 1 in points:
-            curve.append({"step": step + 1, "cpu_seconds": seconds, **score(model, subject, subject.exam)})
+            curve.append(
+                {"step": step + 1, "cpu_seconds": seconds, **score(model, subject, subject.exam)}
+            )
     flops = flops_a_token(row.arm, row.task, subject.context)
     result = {
         "key": row.key,
@@ -333,14 +381,20 @@ def run(row: Row, lr: float, subject: Reasoning | Text) -> dict[str, Any]:
         "final": curve[-1],
     }
     if row.kind != "flops":
-        result["sizes"] = {name: score(model, subject, {name: exam}) for name, exam in subject.exam.items()}
-        result["sizes"] |= {name: score(model, subject, {name: exam}) for name, exam in subject.beyond.items()}
+        result["sizes"] = {
+            name: score(model, subject, {name: exam}) for name, exam in subject.exam.items()
+        }
+        result["sizes"] |= {
+            name: score(model, subject, {name: exam}) for name, exam in subject.beyond.items()
+        }
         if row.arm.startswith(("full", "h1_l1")):
             result["inference"] = inference(model, subject)
     return result
 
 
-def train_step(model: Model, optimizers: Any, batch: Batch, step: int, steps: int, seed: int) -> None:
+def train_step(
+    model: Model, optimizers: Any, batch: Batch, step: int, steps: int, seed: int
+) -> None:
     optimizers.schedule(step, learning_rate_factor(step, steps, LOOP))
     accumulate(model, batch, len(batch.ids), head_schedule(model.config.hrm, seed, step, steps))
     torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip)
@@ -359,12 +413,14 @@ def flops_a_token(arm: str, task: str, context: int) -> float:
     return model.flops_per_token(context, plan.h_cycles, plan.horizon)
 
 
-# ------------------------------------------------------------------------------------------ examination
+# -------------------------------------------------------------------------------------- examination
 
 
 @torch.no_grad()
 def hidden_states(model: Model, batch: Batch, h_cycles: int | None = None) -> list[Tensor]:
-    """What the output reads at the targets that count, (K, D): after the trunk and after each cycle."""
+    """What the output reads at the targets that count, (K, D): after the trunk and after each
+    cycle.
+    """
     where, counts = Packed(batch.starts, batch.row_length), batch.weights > 0
     x = model.run_trunk(batch.ids, where)
     after = model.head.cycles(x, where, h_cycles=h_cycles) if model.head else ()
@@ -397,7 +453,9 @@ class Tally:
         return {"loss": loss, "accuracy": self.right / self.tokens, "exact": self.whole / self.rows}
 
 
-def score(model: Model, subject: Reasoning | Text, exam: dict[str, list[Batch]]) -> dict[str, float]:
+def score(
+    model: Model, subject: Reasoning | Text, exam: dict[str, list[Batch]]
+) -> dict[str, float]:
     tally = Tally()
     for batch in (batch for part in exam.values() for batch in part):
         tally.add(batch, model.logits(hidden_states(model, batch)[-1]))
@@ -405,10 +463,12 @@ def score(model: Model, subject: Reasoning | Text, exam: dict[str, list[Batch]])
 
 
 def inference(model: Model, subject: Reasoning | Text) -> dict[str, Any]:
-    """The trained model with other numbers of cycles, with early exit, and with guidance, on the held-out problems.
+    """The trained model with other numbers of cycles, with early exit, and with guidance, on the
+    held-out problems.
 
-    A token leaves after the first cycle whose distribution is closer to the one before than a threshold; the trunk's
-    own prediction counts as the one before the first. The other tokens' keys stay those of all cycles.
+    A token leaves after the first cycle whose distribution is closer to the one before than a
+    threshold; the trunk's own prediction counts as the one before the first. The other tokens' keys
+    stay those of all cycles.
     """
     trained = model.config.hrm.random_cycles or model.config.hrm.h_cycles
     by_cycle = [Tally() for _ in range(CYCLES + 1)]
@@ -437,7 +497,9 @@ def inference(model: Model, subject: Reasoning | Text) -> dict[str, Any]:
 
 
 def leave_early(logits: list[Tensor], threshold: float) -> tuple[Tensor, Tensor]:
-    """Logits (K, V) where each token leaves, and after how many cycles (K,); logits[0] are the trunk's."""
+    """Logits (K, V) where each token leaves, and after how many cycles (K,); logits[0] are the
+    trunk's.
+    """
     chosen = logits[-1].clone()
     cycles = torch.full((len(chosen),), len(logits) - 1)
     going = torch.ones(len(chosen), dtype=torch.bool)
@@ -449,7 +511,7 @@ def leave_early(logits: list[Tensor], threshold: float) -> tuple[Tensor, Tensor]
     return chosen, cycles
 
 
-# ------------------------------------------------------------------------------------------- the study
+# ---------------------------------------------------------------------------------------- the study
 
 
 class Study:
@@ -470,7 +532,9 @@ class Study:
         return found
 
     def add(self, result: dict[str, Any]) -> None:
-        """One write, so that lines of several processes do not mix; a torn line before it stays a line of its own."""
+        """One write, so that lines of several processes do not mix; a torn line before it stays a
+        line of its own.
+        """
         with (self.out / "results.jsonl").open("ab+") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
@@ -505,7 +569,8 @@ class Study:
         except FileNotFoundError:
             return True  # somebody is taking it over
         except ValueError:
-            return time.time() - lock.stat().st_mtime < 60  # its owner has not written its name yet, or never will
+            # its owner has not written its name yet, or never will
+            return time.time() - lock.stat().st_mtime < 60
         except psutil.NoSuchProcess:
             return False
 
@@ -513,18 +578,29 @@ class Study:
         (self.out / "locks" / key).unlink(missing_ok=True)
 
     def rate(self, row: Row, results: dict[str, dict[str, Any]]) -> float | None:
-        """The learning rate of a row: its own, or the best of its arm's tuning rows; None while those are not done."""
+        """The learning rate of a row: its own, or the best of its arm's tuning rows; None while
+        those are not done.
+        """
         if row.lr:
             return row.lr
         tuned = [results.get(other.key) for other in tuned_on(row)]
         if None in tuned:
             return None
-        losses = {lr: tuning_loss(select(tuned, lr=lr)) for lr in sorted({result["lr"] for result in tuned})}
-        return next(lr for lr, loss in losses.items() if loss <= TUNINGS[tuned[0]["task"]].tie * min(losses.values()))
+        losses = {
+            lr: tuning_loss(select(tuned, lr=lr))
+            for lr in sorted({result["lr"] for result in tuned})
+        }
+        return next(
+            lr
+            for lr, loss in losses.items()
+            if loss <= TUNINGS[tuned[0]["task"]].tie * min(losses.values())
+        )
 
     def tuned(self, row: Row, lr: float) -> dict[str, Any] | None:
         """The result of the tuning row that did what this row would do, under this row's name."""
-        done = self.results().get(replace(row, kind="tune", lr=lr).key) if row.kind == "main" else None
+        done = (
+            self.results().get(replace(row, kind="tune", lr=lr).key) if row.kind == "main" else None
+        )
         return done and {**done, "key": row.key, "kind": row.kind}
 
     def work(self, rows: list[Row], subject_of: Callable[[Row], Reasoning | Text]) -> None:
@@ -545,17 +621,21 @@ class Study:
             self.add(result)
             figures = {k: v for k, v in result["final"].items() if k not in ("step", "cpu_seconds")}
             told = " ".join(f"{name} {value:.3f}" for name, value in figures.items())
-            log.say(f"{row.key:38} lr {lr:g} | {told} | {log.duration(time.perf_counter() - started)}")
+            log.say(
+                f"{row.key:38} lr {lr:g} | {told} | {log.duration(time.perf_counter() - started)}"
+            )
         finally:
             self.release(row.key)
         return True
 
 
-# --------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def estimated_seconds(row: Row) -> float:
-    """CPU seconds that the row should take on one core, examinations included; 0 for what a tuning row has done."""
+    """CPU seconds that the row should take on one core, examinations included; 0 for what a tuning
+    row has done.
+    """
     if row in [replace(other, kind="main", lr=None) for other in tuned_on(row)]:
         return 0.0
     size = SIZES[row.task]
@@ -574,7 +654,10 @@ def print_plan(study: Study) -> None:
         left += seconds * (row.key not in there)
         mark = "done" if row.key in there else "    "
         print(f"{mark} {row.key:38} {seconds / 60:5.1f} min, together {total / 60:5.1f}")
-    print(f"{len(plan())} rows, about {total / 60:.0f} minutes on one core, {left / 60:.0f} of them to go")
+    print(
+        f"{len(plan())} rows, about {total / 60:.0f} minutes on one core, {left / 60:.0f} of them "
+        "to go"
+    )
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -598,11 +681,17 @@ def print_tables(study: Study) -> None:
     print_inference(results)
     print_rates(results)
     if missing:
-        print("missing: " + ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else ""))
+        print(
+            "missing: "
+            + ", ".join(missing[:6])
+            + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
+        )
 
 
 def select(results: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
-    return [result for result in results if all(result[name] == value for name, value in wanted.items())]
+    return [
+        result for result in results if all(result[name] == value for name, value in wanted.items())
+    ]
 
 
 def line(*cells: Any) -> None:
@@ -618,12 +707,23 @@ def print_text(results: list[dict[str, Any]]) -> None:
     """Bits per byte at equal tokens, FLOPs and seconds."""
     full = select(results, task="text", arm="full", kind="main")
     budget = statistics.fmean(r["cpu_seconds"] for r in full) if full else None
-    dense = {r["seed"]: r["final"]["bpb"] for r in select(results, task="text", arm="dense", kind="main")}
+    dense = {
+        r["seed"]: r["final"]["bpb"] for r in select(results, task="text", arm="dense", kind="main")
+    }
     print("Held-out bits per byte of real text\n")
-    columns = ("equal tokens", "less dense, by seed", "its CPU s", "equal FLOPs", "its CPU s", "at full's CPU s")
+    columns = (
+        "equal tokens",
+        "less dense, by seed",
+        "its CPU s",
+        "equal FLOPs",
+        "its CPU s",
+        "at full's CPU s",
+    )
     head("arm", "parameters", "MFLOPs/token", *columns)
     for arm in COMPARED:
-        main, longer = (select(results, task="text", arm=arm, kind=kind) for kind in ("main", "flops"))
+        main, longer = (
+            select(results, task="text", arm=arm, kind=kind) for kind in ("main", "flops")
+        )
         if not main:
             continue
         shown = longer if arm in OTHER_COST else main
@@ -639,7 +739,8 @@ def print_text(results: list[dict[str, Any]]) -> None:
             f"{value:.3f}" if budget and (value := at_seconds(results, arm, budget)) else "missing",
         )
     print(
-        "\nEqual seconds are read off a line through the arm's two lengths of training (the dense arm's slope where it"
+        "\nEqual seconds are read off a line through the arm's two lengths of training (the dense "
+        "arm's slope where it"
     )
     print("has one length), in the logarithm of the CPU seconds.\n")
 
@@ -665,7 +766,10 @@ def at_seconds(results: list[dict[str, Any]], arm: str, seconds: float) -> float
 
 def print_again(results: list[dict[str, Any]]) -> None:
     """Equal tokens, parameters and, all but, FLOPs."""
-    print("The same text with the token before mixed in, and with more parameters: held-out bits per byte\n")
+    print(
+        "The same text with the token before mixed in, and with more parameters: held-out bits per "
+        "byte\n"
+    )
     head("arm", "parameters", "MFLOPs/token", "steps", "bits per byte", "by seed", "CPU s")
     for task, arm in ((task, arm) for task in ("shifted", "larger") for arm in COMPARED):
         if rows := select(results, task=task, arm=arm, kind="main"):
@@ -686,7 +790,9 @@ def print_reasoning(results: list[dict[str, Any]]) -> None:
         if not select(results, task=task, kind="main"):
             continue
         sizes = ", ".join(map(str, TASKS[task].sizes))
-        print(f"{task}: {TASKS[task].what} {sizes} in training; accuracy a token, and exact answers\n")
+        print(
+            f"{task}: {TASKS[task].what} {sizes} in training; accuracy a token, and exact answers\n"
+        )
         names = list(select(results, task=task, kind="main")[0]["sizes"])
         head("arm", "steps", "CPU s", "accuracy", "exact", *[f"exact at {name}" for name in names])
         for arm in (*COMPARED, "full_random"):
@@ -695,7 +801,10 @@ def print_reasoning(results: list[dict[str, Any]]) -> None:
                 if not rows:
                     continue
                 by_size = [
-                    spread([r["sizes"][name]["exact"] for r in rows], 2) if "sizes" in rows[0] else "" for name in names
+                    spread([r["sizes"][name]["exact"] for r in rows], 2)
+                    if "sizes" in rows[0]
+                    else ""
+                    for name in names
                 ]
                 line(
                     ARMS[arm].label + (", equal FLOPs" if kind == "flops" else ""),
@@ -710,17 +819,30 @@ def print_reasoning(results: list[dict[str, Any]]) -> None:
 
 def print_cycles(results: list[dict[str, Any]]) -> None:
     """Heads of other numbers of cycles, each trained for the FLOPs of `full`."""
-    print("Other numbers of cycles at the FLOPs of HRM, full (2 × (2 L + H)); the automaton with one seed\n")
+    print(
+        "Other numbers of cycles at the FLOPs of HRM, full (2 × (2 L + H)); the automaton with one "
+        "seed\n"
+    )
     head("head", "text steps", "bits per byte", "automaton steps", "accuracy", "exact")
     for arm in ("full", *CYCLED):
         kind = "main" if arm == "full" else "flops"
-        text, cells = (select(results, task=task, arm=arm, kind=kind) for task in ("text", "automaton"))
+        text, cells = (
+            select(results, task=task, arm=arm, kind=kind) for task in ("text", "automaton")
+        )
         cells = [r for r in cells if r["seed"] == 1]
         line(
             ARMS[arm].label,
-            *([text[0]["steps"], spread([r["final"]["bpb"] for r in text])] if text else ["missing"] * 2),
+            *(
+                [text[0]["steps"], spread([r["final"]["bpb"] for r in text])]
+                if text
+                else ["missing"] * 2
+            ),
             *([cells[0]["steps"]] if cells else ["missing"]),
-            *([f"{cells[0]['final'][name]:.3f}" for name in ("accuracy", "exact")] if cells else ["missing"] * 2),
+            *(
+                [f"{cells[0]['final'][name]:.3f}" for name in ("accuracy", "exact")]
+                if cells
+                else ["missing"] * 2
+            ),
         )
     print()
 
@@ -738,7 +860,10 @@ def print_curves(results: list[dict[str, Any]]) -> None:
             curves = [r["curve"] for r in select(rows, arm=arm)]
             if curves:
                 points = zip(*curves, strict=True)
-                line(ARMS[arm].label, *[f"{statistics.fmean(p[figure] for p in point):.3f}" for point in points])
+                line(
+                    ARMS[arm].label,
+                    *[f"{statistics.fmean(p[figure] for p in point):.3f}" for point in points],
+                )
         print()
 
 
@@ -751,29 +876,48 @@ def print_inference(results: list[dict[str, Any]]) -> None:
         arms = [(arm, [r["inference"] for r in select(rows, task=task, arm=arm)]) for arm in ARMS]
         arms = [(arm, found) for arm, found in arms if found]
         for arm, found in arms:
-            means = [statistics.fmean(r["by_cycle"][c][figure] for r in found) for c in range(CYCLES + 1)]
+            means = [
+                statistics.fmean(r["by_cycle"][c][figure] for r in found) for c in range(CYCLES + 1)
+            ]
             line(ARMS[arm].label, *[f"{mean:.3f}" for mean in means])
-        print(f"\n{task}: early exit below a KL divergence, share of cycles saved → {figure}; guidance w → {figure}\n")
-        head("arm", "all cycles", *[f"KL < {t:g}" for t in THRESHOLDS], *[f"w = {w:g}" for w in GUIDANCE])
+        print(
+            f"\n{task}: early exit below a KL divergence, share of cycles saved → {figure}; "
+            f"guidance w → {figure}\n"
+        )
+        head(
+            "arm",
+            "all cycles",
+            *[f"KL < {t:g}" for t in THRESHOLDS],
+            *[f"w = {w:g}" for w in GUIDANCE],
+        )
         for arm, found in arms:
             plain = statistics.fmean(r["by_cycle"][r["trained"]][figure] for r in found)
             early = [[r["early_exit"][str(t)] for r in found] for t in THRESHOLDS]
             exits = [
-                f"{statistics.fmean(e['saved'] for e in es):.0%} → {statistics.fmean(e[figure] for e in es):.3f}"
+                f"{statistics.fmean(e['saved'] for e in es):.0%} → "
+                f"{statistics.fmean(e[figure] for e in es):.3f}"
                 for es in early
             ]
-            guided = [f"{statistics.fmean(r['guidance'][str(w)][figure] for r in found):.3f}" for w in GUIDANCE]
+            guided = [
+                f"{statistics.fmean(r['guidance'][str(w)][figure] for r in found):.3f}"
+                for w in GUIDANCE
+            ]
             line(ARMS[arm].label, f"{plain:.3f}", *exits, *guided)
         print()
 
 
 def tuning_loss(results: list[dict[str, Any]]) -> float:
     """Held-out loss, the mean over the seeds."""
-    return statistics.fmean(result["final"]["bpb" if result["task"] in TEXTS else "loss"] for result in results)
+    return statistics.fmean(
+        result["final"]["bpb" if result["task"] in TEXTS else "loss"] for result in results
+    )
 
 
 def print_rates(results: list[dict[str, Any]]) -> None:
-    print("Tuning: held-out loss by peak learning rate, mean over the seeds that tune; the best is taken\n")
+    print(
+        "Tuning: held-out loss by peak learning rate, mean over the seeds that tune; the best is "
+        "taken\n"
+    )
     tried = [(task, lr) for task, tuning in TUNINGS.items() for lr in tuning.rates]
     head("arm", *[f"{task} {lr:g}" for task, lr in tried])
     for arm in COMPARED:
@@ -783,16 +927,30 @@ def print_rates(results: list[dict[str, Any]]) -> None:
     print()
 
 
-# ----------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder of the results; what is there is not run again")
-    parser.add_argument("--data", type=Path, help="folder of .parquet files with a column `text`; needed once")
-    parser.add_argument("--plan", action="store_true", help="print the rows and their estimated minutes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "out", type=Path, help="folder of the results; what is there is not run again"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="folder of .parquet files with a column `text`; needed once"
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="print the rows and their estimated minutes"
+    )
     parser.add_argument("--table", action="store_true", help="print the tables of what is there")
-    parser.add_argument("--only", nargs="+", metavar="WORD", default=[""], help="rows whose key holds one of the words")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="WORD",
+        default=[""],
+        help="rows whose key holds one of the words",
+    )
     options = parser.parse_args()
     study = Study(options.out)
     if options.plan:

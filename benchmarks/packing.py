@@ -1,7 +1,9 @@
-"""Packed conversations against conversations padded to the longest: trained tokens a second at equal memory.
+"""Packed conversations against conversations padded to the longest: trained tokens a second at
+equal memory.
 
-In: a folder of conversations. Out: a table and JSON; both sides train the same model with micro-batches of the same
-number of token slots, so the same activation memory, over the same conversations in the same shuffled order.
+In: a folder of conversations. Out: a table and JSON; both sides train the same model with
+micro-batches of the same number of token slots, so the same activation memory, over the same
+conversations in the same shuffled order.
 
     uv run benchmarks/packing.py --data PATH/TO/chat
 """
@@ -21,11 +23,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import ChatSource, ModelConfig, run_script
-from hearth import corpora, gradients, hardware
-from hearth.batches import Batch, pack_rows
-from hearth.conversation import Rendered, render
-from hearth.tokenizer import SPECIAL_TOKENS, Tokenizer
+from config import ChatSource, ModelConfig
+from hearth import hardware
+from hearth.cli import run_script
+from hearth.data import sources
+from hearth.data.chat_format import Rendered, render
+from hearth.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from hearth.training import gradients
+from hearth.training.batches import Batch, pack_rows
 from model import build_model, compute_dtype
 
 CONTEXT = 1024  # longest conversation kept, in tokens
@@ -34,9 +39,13 @@ PAD = SPECIAL_TOKENS.index("<|pad|>")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default=os.environ.get("HEARTH_DATA", "") and os.environ["HEARTH_DATA"] + "/chat")
+    parser.add_argument(
+        "--data", default=os.environ.get("HEARTH_DATA", "") and os.environ["HEARTH_DATA"] + "/chat"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="measured on each side")
-    parser.add_argument("--slots", type=int, default=8192, help="tokens of a micro-batch, padding included")
+    parser.add_argument(
+        "--slots", type=int, default=8192, help="tokens of a micro-batch, padding included"
+    )
     options = parser.parse_args()
     if not options.data:
         parser.error("give --data, a folder of conversations, or set HEARTH_DATA")
@@ -60,9 +69,11 @@ def main() -> None:
 
 
 def load(folder: Path) -> list[Rendered]:
-    """Every conversation of the folder's files that fits the context, rendered with a tokenizer trained on them."""
+    """Every conversation of the folder's files that fits the context, rendered with a tokenizer
+    trained on them.
+    """
     files = sorted(str(p) for p in folder.iterdir() if p.suffix in (".json", ".jsonl", ".parquet"))
-    talks = list(corpora.conversations(ChatSource(name="bench", files=tuple(files))))
+    talks = list(sources.conversations(ChatSource(name="bench", files=tuple(files))))
     tokenizer = Tokenizer.train((m["content"] for talk in talks for m in talk), 4096)
     rendered = (render(talk, tokenizer) for talk in talks)
     return [r for r in rendered if len(r.ids) <= CONTEXT and any(r.loss)]
@@ -89,7 +100,11 @@ def packed(conversations: list[Rendered], order: np.ndarray, slots: int) -> Iter
     rows = pack_rows(np.array([len(conversations[i].ids) for i in order]), CONTEXT)
     at_once = slots // CONTEXT
     for first in range(0, len(rows) - at_once + 1, at_once):
-        yield lay(conversations, [[order[i] for i in row] for row in rows[first : first + at_once]], CONTEXT)
+        yield lay(
+            conversations,
+            [[order[i] for i in row] for row in rows[first : first + at_once]],
+            CONTEXT,
+        )
 
 
 def padded(conversations: list[Rendered], order: np.ndarray, slots: int) -> Iterator[Batch]:
@@ -108,7 +123,14 @@ def padded(conversations: list[Rendered], order: np.ndarray, slots: int) -> Iter
 def measure(batches: Iterator[Batch], seconds: float) -> dict[str, float]:
     """Forward and backward over the batches for about `seconds`, after one to warm up."""
     shape = ModelConfig(
-        vocab_size=4096, n_layer=4, d_model=192, n_head=6, n_kv_head=2, d_ff=512, context=CONTEXT, hrm=None
+        vocab_size=4096,
+        n_layer=4,
+        d_model=192,
+        n_head=6,
+        n_kv_head=2,
+        d_ff=512,
+        context=CONTEXT,
+        hrm=None,
     )
     model = build_model(shape, seed=0)
     model.dtype = compute_dtype(model.device)

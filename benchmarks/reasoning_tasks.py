@@ -1,9 +1,8 @@
 """Six reasoning tasks whose answers need several dependent steps, written down in none.
 
-In: dice and a size. Out: a problem as symbols, with the places of its answer; rows of problems; held-out rows.
-A problem is held out by a hash of its symbols, so it never enters training whatever the seed; of the problems of one
-row, all are or none is.
-Knows nothing of models.
+In: dice and a size. Out: a problem as symbols, with the places of its answer; rows of problems;
+held-out rows. A problem is held out by a hash of its symbols, so it never enters training whatever
+the seed; of the problems of one row, all are or none is. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hearth.batches import Batch
+from hearth.training.batches import Batch
 
 PAD, START, IS, ARROW, BLANK, NEXT = "pad", "start", "=", ">", ".", ","
 SYMBOLS = (PAD, START, IS, ARROW, BLANK, NEXT, "(", ")", "+", "-", "*", *"0123456789")
@@ -35,22 +34,27 @@ Problem = tuple[list[str], list[bool]]  # symbols, and which of them are the ans
 
 @dataclass(frozen=True)
 class Task:
-    """A family of problems; the training sizes are mixed, the one `beyond` them is only ever tested."""
+    """A family of problems; the training sizes are mixed, the one `beyond` them is only ever
+    tested.
+    """
 
     name: str
     what: str  # the size, in words
     sizes: tuple[int, ...]
     beyond: int
     make: Callable[[random.Random, int], Problem]
-    a_row: int = 1  # problems of one size asked in a row: answers of one symbol teach too little a row
+    # problems of one size asked in a row: answers of one symbol teach too little a row
+    a_row: int = 1
 
     @property
     def row_length(self) -> int:
-        """Tokens in a row: a start and the longest training problems, less the last symbol, which nothing follows."""
+        """Tokens in a row: a start and the longest training problems, less the last symbol, which
+        nothing follows.
+        """
         return self.a_row * max(len(self.make(random.Random(0), size)[0]) for size in self.sizes)
 
 
-# ------------------------------------------------------------------------------------------- problems
+# ----------------------------------------------------------------------------------------- problems
 
 
 def arithmetic(dice: random.Random, size: int) -> Problem:
@@ -75,7 +79,9 @@ def automaton(dice: random.Random, size: int) -> Problem:
 
 
 def hops(dice: random.Random, size: int) -> Problem:
-    """A random map of 6 nodes as shuffled pairs, then 8 times `size` hops (one `>` each) from a start: its end."""
+    """A random map of 6 nodes as shuffled pairs, then 8 times `size` hops (one `>` each) from a
+    start: its end.
+    """
     to = [dice.randrange(NODES) for _ in range(NODES)]
     pairs = dice.sample(range(NODES), NODES)
     symbols = [symbol for a in pairs for symbol in (str(a), str(to[a]))]
@@ -93,7 +99,9 @@ PERMUTATIONS = list(itertools.permutations(range(ITEMS)))
 
 
 def permutations(dice: random.Random, size: int) -> Problem:
-    """`413=2`: `size` permutations of 3 items, each named by a digit, and their product: the first is applied first."""
+    """`413=2`: `size` permutations of 3 items, each named by a digit, and their product: the first
+    is applied first.
+    """
     given = [dice.randrange(len(PERMUTATIONS)) for _ in range(size)]
     product = tuple(range(ITEMS))
     for name in given:
@@ -102,7 +110,9 @@ def permutations(dice: random.Random, size: int) -> Problem:
 
 
 def sudoku(dice: random.Random, size: int) -> Problem:
-    """A 4×4 Sudoku with `size` blanks and one solution; the answer is what goes into the blanks, in order."""
+    """A 4×4 Sudoku with `size` blanks and one solution; the answer is what goes into the blanks, in
+    order.
+    """
     grids = sudoku_grids()
     while True:
         grid = grids[dice.randrange(len(grids))]
@@ -115,7 +125,9 @@ def sudoku(dice: random.Random, size: int) -> Problem:
 
 
 def addition(dice: random.Random, size: int) -> Problem:
-    """Two numbers of `size` digits and their sum, the most significant digit first: carries run against the order."""
+    """Two numbers of `size` digits and their sum, the most significant digit first: carries run
+    against the order.
+    """
     a, b = (dice.randrange(10**size) for _ in range(2))
     return question([*f"{a:0{size}}+{b:0{size}}"], [*f"{a + b:0{size + 1}}"])
 
@@ -132,7 +144,10 @@ def sudoku_grids() -> np.ndarray:
     rows = np.array(list(itertools.permutations((1, 2, 3, 4))))
     grids = rows[np.indices((24,) * 4).reshape(4, -1).T]  # (24⁴, 4, 4): every choice of four rows
     boxes = grids.reshape(-1, 2, 2, 2, 2).swapaxes(2, 3).reshape(-1, 4, 4)
-    filled = [(np.bitwise_or.reduce(1 << lines, axis=2) == 0b11110).all(axis=1) for lines in (grids.mT, boxes)]
+    filled = [
+        (np.bitwise_or.reduce(1 << lines, axis=2) == 0b11110).all(axis=1)
+        for lines in (grids.mT, boxes)
+    ]
     return grids[filled[0] & filled[1]].reshape(-1, 16)
 
 
@@ -149,7 +164,7 @@ TASKS = {
 }
 
 
-# -------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 def is_held_out(problem: Problem) -> bool:
@@ -159,7 +174,9 @@ def is_held_out(problem: Problem) -> bool:
 
 
 def rows(task: Task, seed: str, *, held_out: bool, size: int | None = None) -> Iterator[Problem]:
-    """Rows without end, of problems of `size` or of the training sizes in turn: a start, then the row's problems."""
+    """Rows without end, of problems of `size` or of the training sizes in turn: a start, then the
+    row's problems.
+    """
     dice = random.Random(f"{task.name} {seed}")
     for i in itertools.count():
         wanted = size or task.sizes[i % len(task.sizes)]
@@ -180,4 +197,6 @@ def lay(given: list[Problem], row_length: int) -> Batch:
         weights[row, : len(symbols) - 1] = torch.tensor(answers[1:], dtype=torch.float32)
     starts = torch.zeros(len(given), row_length, dtype=torch.bool)
     starts[:, 0] = True
-    return Batch(ids[:, :-1].flatten(), ids[:, 1:].flatten(), weights.flatten(), starts.flatten(), row_length)
+    return Batch(
+        ids[:, :-1].flatten(), ids[:, 1:].flatten(), weights.flatten(), starts.flatten(), row_length
+    )

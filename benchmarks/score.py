@@ -1,12 +1,15 @@
-"""How fast tasks are scored: batches with shared beginnings against one text a forward pass, and that both agree.
+"""How fast tasks are scored: batches with shared beginnings against one text a forward pass, and
+that both agree.
 
-In: a folder with the tasks' files (llm-foundry's local_data). Out: tokens a second of both ways, by task, over items
-taken evenly from each; and how long all items take, reckoned by their tokens at the speeds found.
-A token is one of a text as the paper scores it: beginning and ending of every option, whether computed anew or not.
+In: a folder with the tasks' files (llm-foundry's local_data). Out: tokens a second of both ways, by
+task, over items taken evenly from each; and how long all items take, reckoned by their tokens at
+the speeds found. A token is one of a text as the paper scores it: beginning and ending of every
+option, whether computed anew or not.
 
     uv run benchmarks/score.py --files local_data --checkpoint runs/16gb/base      a trained model
-    uv run benchmarks/score.py --files local_data --preset 16gb --tokenizer FOLDER a preset's model, untrained
-    uv run benchmarks/score.py --files local_data --preset 16gb --limit 4          the whole of CORE, a rough idea
+    uv run benchmarks/score.py --files local_data --preset 16gb --tokenizer FOLDER  untrained
+    uv run benchmarks/score.py --files local_data --preset 16gb --limit 4
+        the whole of CORE, a rough idea
 """
 
 from __future__ import annotations
@@ -23,33 +26,50 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import PRESETS, UserError, run_script
-from hearth import checkpoint, hardware, log, tasks
-from hearth.tokenizer import Tokenizer
+from config import PRESETS, UserError
+from hearth import hardware, log
+from hearth.cli import run_script
+from hearth.data.tokenizer import Tokenizer
+from hearth.evaluation import tasks
+from hearth.training import checkpoint
 from model import Model, Packed, build_model
 
 
 @torch.inference_mode()
 def one_by_one(model: Model, asked: list[tasks.Prompt]) -> list[tasks.Outcome]:
-    """The obvious way: every text in a forward pass of its own, with the logits of all its tokens."""
+    """The obvious way: every text in a forward pass of its own, with the logits of all
+    its tokens.
+    """
     found = []
     for prompt in asked:
         nats, greedy = [], []
         for row, start in zip(prompt.rows, prompt.starts, strict=True):
             ids = torch.tensor(row, device=model.device)
-            logits = model.logits(model(ids, Packed(torch.zeros_like(ids, dtype=torch.bool), len(ids))))
-            nats.append(float(F.cross_entropy(logits[start - 1 : -1], ids[start:], reduction="sum")))
+            logits = model.logits(
+                model(ids, Packed(torch.zeros_like(ids, dtype=torch.bool), len(ids)))
+            )
+            nats.append(
+                float(F.cross_entropy(logits[start - 1 : -1], ids[start:], reduction="sum"))
+            )
             greedy.append(bool((logits[start - 1 : -1].argmax(dim=-1) == ids[start:]).all()))
         n_tokens = [len(row) - start for row, start in zip(prompt.rows, prompt.starts, strict=True)]
-        found.append(tasks.Outcome(nats, n_tokens, prompt.n_bytes, greedy, prompt.gold, prompt.category))
+        found.append(
+            tasks.Outcome(nats, n_tokens, prompt.n_bytes, greedy, prompt.gold, prompt.category)
+        )
     return found
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     words.add_argument("--files", type=Path, help="folder with the tasks' files")
     words.add_argument("--checkpoint", type=Path, help="checkpoint to score")
-    words.add_argument("--preset", default="demo", help="preset whose model is built untrained, without --checkpoint")
+    words.add_argument(
+        "--preset",
+        default="demo",
+        help="preset whose model is built untrained, without --checkpoint",
+    )
     words.add_argument("--tokenizer", type=Path, help="folder of a tokenizer for --preset")
     words.add_argument("--tasks", nargs="+", default=[task.name for task in tasks.CORE])
     words.add_argument("--limit", type=int, default=16, help="items of each task")
@@ -63,9 +83,13 @@ def main() -> None:
         model = build_model(PRESETS[options.preset].model, seed=0, device=device)
         tokenizer = Tokenizer.load(options.tokenizer or Path("runs") / options.preset / "tokenizer")
     print(
-        f"{hardware.describe(device)}, {model.n_parameters():,} parameters, {str(model.dtype).removeprefix('torch.')}"
+        f"{hardware.describe(device)}, {model.n_parameters():,} parameters, "
+        f"{str(model.dtype).removeprefix('torch.')}"
     )
-    print(f"{'task':<34}{'items':>7}{'tokens':>13}{'alone':>10}{'batched':>10}  tok/s  {'ratio':>6}  same choice")
+    print(
+        f"{'task':<34}{'items':>7}{'tokens':>13}{'alone':>10}{'batched':>10}  tok/s  {'ratio':>6}  "
+        "same choice"
+    )
     whole = [0, 0, 0.0, 0.0]  # items, tokens, seconds of both ways, for the tasks as they are
     for name in options.tasks:
         task = tasks.TASKS[name]
@@ -76,21 +100,31 @@ def main() -> None:
             continue
         prompts = tasks.prompts(task, items, tokenizer, model.config.context, None)
         asked = prompts[:: max(1, len(prompts) // options.limit)][: options.limit]
-        n_tokens, n_all_tokens = (sum(len(row) for p in some for row in p.rows) for some in (asked, prompts))
+        n_tokens, n_all_tokens = (
+            sum(len(row) for p in some for row in p.rows) for some in (asked, prompts)
+        )
         alone, by_itself = timed(one_by_one, model, asked)
         batched, together = timed(tasks.outcomes, model, asked, batch_tokens=options.batch_tokens)
-        same = sum(a.choice() == b.choice() and a.greedy == b.greedy for a, b in zip(by_itself, together, strict=True))
-        print(row(name, len(asked), n_tokens, alone, batched) + f"  {same}/{len(asked)}", flush=True)
+        same = sum(
+            a.choice() == b.choice() and a.greedy == b.greedy
+            for a, b in zip(by_itself, together, strict=True)
+        )
+        print(
+            row(name, len(asked), n_tokens, alone, batched) + f"  {same}/{len(asked)}", flush=True
+        )
         part = n_all_tokens / n_tokens
         mine = (len(prompts), n_all_tokens, part * alone, part * batched)
         whole = [x + y for x, y in zip(whole, mine, strict=True)]
     print(row("all items, at these speeds", *whole))
     print(
-        f"one text a pass {log.duration(whole[2])}, batched {log.duration(whole[3])}: computed from the items' tokens"
+        f"one text a pass {log.duration(whole[2])}, batched {log.duration(whole[3])}: computed "
+        "from the items' tokens"
     )
 
 
-def timed(way: Callable[..., list[tasks.Outcome]], *given: Any, **named: Any) -> tuple[float, list[tasks.Outcome]]:
+def timed(
+    way: Callable[..., list[tasks.Outcome]], *given: Any, **named: Any
+) -> tuple[float, list[tasks.Outcome]]:
     """Seconds that a way of scoring takes, and what it finds."""
     started = time.perf_counter()
     found = way(*given, **named)

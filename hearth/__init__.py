@@ -1,1 +1,3 @@
-"""The parts that the stages share. `config.py` and `model.py` lie beside this folder: they are there to be edited."""
+"""The parts that the stages share. `config.py` and `model.py` lie beside this folder: they are
+there to be edited.
+"""

@@ -1,4 +1,5 @@
-"""The machine a run stands on: its device, peak speed, memory; and what is wrong with it, said before hours are lost.
+"""The machine a run stands on: its device, peak speed, memory; and what is wrong with it, said
+before hours are lost.
 
 Out: a torch device and figures of it. Knows nothing of models or training.
 """
@@ -21,7 +22,8 @@ import torch
 from config import UserError
 from hearth import log
 
-# Dense bfloat16 tensor-core peaks with float32 accumulation, in TFLOP/s, from NVIDIA's data sheets and white papers.
+# Dense bfloat16 tensor-core peaks with float32 accumulation, in TFLOP/s, from NVIDIA's data sheets
+# and white papers.
 PEAK_TFLOPS = {
     "H200": 989.0,
     "H100": 989.0,
@@ -41,33 +43,43 @@ PEAK_TFLOPS = {
 
 
 def pick_device(wish: str) -> torch.device:
-    """The device to run on. An NVIDIA card that torch cannot use is an error with its remedy, never a silent crawl."""
+    """The device to run on. An NVIDIA card that torch cannot use is an error with its remedy, never
+    a silent crawl.
+    """
     if wish != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # of torchrun: a card for each process
+        # of torchrun: a card for each process
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda")
     card = None if wish == "cpu" else nvidia_card()
     if wish == "cuda" or card:
         built = torch.version.cuda and f"CUDA {torch.version.cuda}"
         raise UserError(
-            f"{'An NVIDIA card is here (' + card + ')' if card else 'A CUDA device was asked for'}, but torch "
-            f"{torch.__version__} (built with {built or 'no CUDA'}) cannot use it. {card_remedy(torch.version.cuda)} "
+            f"{f'An NVIDIA card is here ({card})' if card else 'A CUDA device was asked for'}, "
+            f"but torch "
+            f"{torch.__version__} (built with {built or 'no CUDA'}) cannot use it. "
+            f"{card_remedy(torch.version.cuda)} "
             f"To train on the processor on purpose, add --device cpu."
         )
     return torch.device("cpu")
 
 
-# The oldest driver for each CUDA (docs.nvidia.com/deploy/cuda-compatibility, minor version compatibility).
+# The oldest driver for each CUDA (docs.nvidia.com/deploy/cuda-compatibility, minor version
+# compatibility).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 
 
 def card_remedy(cuda: str | None) -> str:
     """What to do about a card that torch, built for `cuda`, cannot use."""
     if cuda is None:
-        return "This torch has no CUDA: install the build with CUDA that https://pytorch.org/get-started names."
+        return (
+            "This torch has no CUDA: install the build with CUDA that "
+            "https://pytorch.org/get-started names."
+        )
     driver, oldest = driver_version(), OLDEST_DRIVER.get(int(cuda.split(".")[0]))
     if driver and oldest and int(driver.split(".")[0]) < oldest:
         return (
-            f"The NVIDIA driver {driver} is too old: CUDA {cuda} needs {oldest} or newer. Update the driver "
+            f"The NVIDIA driver {driver} is too old: CUDA {cuda} needs {oldest} or newer. Update "
+            "the driver "
             f"(https://www.nvidia.com/drivers) and restart."
         )
     return "Update the NVIDIA driver to one that supports that CUDA version and restart."
@@ -93,7 +105,9 @@ def nvidia_card() -> str | None:
         return driver.read_text().splitlines()[0].strip()
     for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"):
         # class 0x03…: a display controller; NVIDIA's network cards do not count
-        if vendor.read_text().strip() == "0x10de" and (vendor.parent / "class").read_text().startswith("0x03"):
+        if vendor.read_text().strip() == "0x10de" and (
+            vendor.parent / "class"
+        ).read_text().startswith("0x03"):
             return f"PCI device {vendor.parent.name}"
     return shutil.which("nvidia-smi")
 
@@ -106,7 +120,10 @@ def compiles(wish: bool | None, device: torch.device) -> bool:
     needed = "triton" if device.type == "cuda" else "g++"
     found = importlib.util.find_spec("triton") if device.type == "cuda" else shutil.which("g++")
     if wish and not found:
-        raise UserError(f"--compile True needs {needed}, which is not here. Install it, or leave --compile away.")
+        raise UserError(
+            f"--compile True needs {needed}, which is not here. Install it, or leave --compile "
+            "away."
+        )
     return bool(found) and (device.type == "cuda" if wish is None else wish)
 
 
@@ -122,7 +139,8 @@ def describe(device: torch.device) -> str:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Matrix-product FLOPs a second that model FLOPs utilisation is counted against.
 
-    A known card's data-sheet peak; otherwise the best of ten measured products of 1024×1024 matrices in `dtype`.
+    A known card's data-sheet peak; otherwise the best of ten measured products of 1024×1024
+    matrices in `dtype`.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -140,9 +158,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def memory_limit(device: torch.device) -> int:
-    """Bytes that this process may fill: what is free on the card or already its own, or the machine's whole memory."""
+    """Bytes that this process may fill: what is free on the card or already its own, or the
+    machine's whole memory.
+    """
     if device.type != "cuda":
-        return psutil.virtual_memory().total  # not what is free just now: that differs from start to start
+        # not what is free just now: that differs from start to start
+        return psutil.virtual_memory().total
     free, total = torch.cuda.mem_get_info(device)
     allowed = torch.cuda.get_per_process_memory_fraction(device) * total
     return int(min(free + torch.cuda.memory_reserved(device), allowed))
@@ -155,11 +176,12 @@ def memory_in_use(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 1e9
 
 
-# ---------------------------------------------------------------------------------------------- energy
+# ------------------------------------------------------------------------------------------- energy
 
 
 class EnergyMeter:
-    """Joules drawn since it was made, by the card (NVML) or by the processor where its counters may be read (RAPL).
+    """Joules drawn since it was made, by the card (NVML) or by the processor where its counters may
+    be read (RAPL).
 
     A card without an energy counter is sampled: its power times the time since the last reading.
     """
@@ -176,8 +198,12 @@ class EnergyMeter:
         """None where nothing tells."""
         now, counts = time.monotonic(), self._counts()
         if counts is not None and self._before is not None:
-            for path, before, count in zip([*self.counters, None], self._before, counts, strict=False):
-                self._sum += count - before if count >= before else count - before + _rapl_range(path)
+            for path, before, count in zip(
+                [*self.counters, None], self._before, counts, strict=False
+            ):
+                self._sum += (
+                    count - before if count >= before else count - before + _rapl_range(path)
+                )
         elif (watts := self._sampled_watts()) is not None:
             self._sum += watts * (now - self._last)
         else:
@@ -222,7 +248,9 @@ def _nvml_card(device: torch.device) -> Any:
         import pynvml
 
         pynvml.nvmlInit()
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return pynvml.nvmlDeviceGetHandleByUUID(
+            f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        )
     except Exception:
         return None
 
@@ -237,7 +265,7 @@ def _asked(function: str, *words: Any) -> Any:
         return None
 
 
-# ------------------------------------------------------------------------------------------- preflight
+# ---------------------------------------------------------------------------------------- preflight
 
 
 def check_disk(folder: Path, n_bytes: int) -> None:
@@ -246,8 +274,10 @@ def check_disk(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(there).free
     if free < n_bytes:
         raise UserError(
-            f"The disk of {folder} has {log.size(free)} free; the checkpoints that will be kept, and the one being "
-            f"written, take {log.size(n_bytes)}. Make room, put the run on another disk with --runs, or lower "
+            f"The disk of {folder} has {log.size(free)} free; the checkpoints that will be kept, "
+            "and the one being "
+            f"written, take {log.size(n_bytes)}. Make room, put the run on another disk with "
+            "--runs, or lower "
             f"keep_checkpoints."
         )
 

@@ -1,7 +1,7 @@
 """What a person and a program see of a run: the console line, `metrics.jsonl`, progress bars.
 
-In: a step's figures. Out: one fixed-width line a step on the terminal, the same values as JSON in the run's folder.
-Knows nothing of models or data.
+In: a step's figures. Out: one fixed-width line a step on the terminal, the same values as JSON in
+the run's folder. Knows nothing of models or data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hearth.disk import write_text
+from hearth.storage import write_text
 
 
 def is_first() -> bool:
@@ -98,12 +98,14 @@ def step_line(step: int, steps: int, figures: dict[str, Any]) -> str:
 class RunLog:
     """`metrics.jsonl` of one stage, and its lines on the console.
 
-    A run that goes on from step `start` first forgets what was noted after that step, so each step stands there once.
+    A run that goes on from step `start` first forgets what was noted after that step, so each step
+    stands there once.
     """
 
     def __init__(self, folder: Path, start: int = 0) -> None:
         self.path = folder / "metrics.jsonl"
-        self.trackers: Sequence[Callable[[str, int, dict[str, Any]], None]] = ()  # what else gets each record
+        # what else gets each record
+        self.trackers: Sequence[Callable[[str, int, dict[str, Any]], None]] = ()
         if not is_first():
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +114,9 @@ class RunLog:
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def note(self, kind: str, step: int, **figures: Any) -> None:
-        """Append one record to `metrics.jsonl`; `kind` says what it is: step, eval, sample, start."""
+        """Append one record to `metrics.jsonl`; `kind` says what it is: step, eval,
+        sample, start.
+        """
         if not is_first():
             return
         for tracker in self.trackers:

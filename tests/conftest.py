@@ -20,7 +20,9 @@ from config import HRMConfig, ModelConfig  # noqa: E402
 
 @pytest.fixture
 def tiny() -> ModelConfig:
-    """A model of all the parts, small enough for exhaustive tests: windows, whole context, HRM head, GQA."""
+    """A model of all the parts, small enough for exhaustive tests: windows, whole context, HRM
+    head, GQA.
+    """
     return ModelConfig(
         vocab_size=128,
         n_layer=3,

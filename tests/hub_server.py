@@ -1,7 +1,8 @@
 """A hub on loopback: serves folders as data sets over the hub's protocol, and misbehaves on demand.
 
-In: a folder holding owner/name/… for each data set, and a list of faults. Out: an address for HF_ENDPOINT.
-A fault is spent on the first request it matches: 429 or 503 with a Retry-After, a stall, or an answer broken off.
+In: a folder holding owner/name/… for each data set, and a list of faults. Out: an address for
+HF_ENDPOINT. A fault is spent on the first request it matches: 429 or 503 with a Retry-After, a
+stall, or an answer broken off.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 @dataclass
 class Fault:
-    """What goes wrong. kind: 429, 503, stall, break; path: part of the addresses it hits; times: how often."""
+    """What goes wrong. kind: 429, 503, stall, break; path: part of the addresses it hits; times:
+    how often.
+    """
 
     kind: str
     path: str = ""
@@ -29,10 +32,18 @@ class Fault:
 
 
 class Hub:
-    """The server, running in a thread between `with Hub(folder) as hub:` and the end of the block."""
+    """The server, running in a thread between `with Hub(folder) as hub:` and the end of
+    the block.
+    """
 
-    def __init__(self, folder: Path, faults: list[Fault] | None = None, stall_seconds: float = 30) -> None:
-        self.folder, self.faults, self.stall_seconds = Path(folder), list(faults or []), stall_seconds
+    def __init__(
+        self, folder: Path, faults: list[Fault] | None = None, stall_seconds: float = 30
+    ) -> None:
+        self.folder, self.faults, self.stall_seconds = (
+            Path(folder),
+            list(faults or []),
+            stall_seconds,
+        )
         self.requests: list[str] = []
         self.old_revisions: set[str] = set()  # commits that it still serves, with today's files
         self.bytes_sent = 0
@@ -40,7 +51,9 @@ class Hub:
         self.stopped = threading.Event()
 
     def __enter__(self) -> Hub:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
+        )
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -98,11 +111,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bool = True) -> None:
         hub, path = self.hub, unquote(urlsplit(self.path).path)
         with hub._lock:
-            hub.requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
+            hub.requests.append(
+                f"{self.command} {self.path} {self.headers.get('Range', '')}".strip()
+            )
         length = int(self.headers.get("Content-Length") or 0)
         sent = self.rfile.read(length).decode() if length else ""
-        if "/resolve/" in path and path.endswith(".parquet"):  # large files lie elsewhere, behind a redirect
-            return self._send(302, b"", {"Location": f"{hub.endpoint}{self.path.replace('/resolve/', '/cdn/')}"}, body)
+        # large files lie elsewhere, behind a redirect
+        if "/resolve/" in path and path.endswith(".parquet"):
+            return self._send(
+                302,
+                b"",
+                {"Location": f"{hub.endpoint}{self.path.replace('/resolve/', '/cdn/')}"},
+                body,
+            )
         fault = hub.fault(path)
         if fault in ("429", "503"):
             return self._send(int(fault), b"busy", {"Retry-After": "0"}, body)
@@ -126,21 +147,35 @@ class _Handler(BaseHTTPRequestHandler):
             below = "/".join(rest[2:])
             return self._json(self._tree(repo, files, below), body)
         if rest[:1] == ["paths-info"]:
-            asked = json.loads(sent)["paths"] if sent.startswith("{") else parse_qs(sent).get("paths", [])
+            asked = (
+                json.loads(sent)["paths"]
+                if sent.startswith("{")
+                else parse_qs(sent).get("paths", [])
+            )
             folder = self.hub.folder / repo
             found = [self.hub.entry(repo, f) for f in files if str(f.relative_to(folder)) in asked]
-            folders = [{"type": "directory", "path": p, "oid": "0" * 40} for p in asked if (folder / p).is_dir()]
+            folders = [
+                {"type": "directory", "path": p, "oid": "0" * 40}
+                for p in asked
+                if (folder / p).is_dir()
+            ]
             return self._json(found + folders, body)
         info = {
             "id": repo,
-            "sha": rest[1] if rest[:1] == ["revision"] and rest[1] != "main" else self.hub.revision(repo),
+            "sha": rest[1]
+            if rest[:1] == ["revision"] and rest[1] != "main"
+            else self.hub.revision(repo),
             "private": False,
             "gated": False,
             "disabled": False,
             "tags": ["license:odc-by"],
             "cardData": {"license": "odc-by"},
             "siblings": [
-                {"rfilename": (entry := self.hub.entry(repo, f))["path"], "size": entry["size"], "blobId": entry["oid"]}
+                {
+                    "rfilename": (entry := self.hub.entry(repo, f))["path"],
+                    "size": entry["size"],
+                    "blobId": entry["oid"],
+                }
                 for f in files
             ],
         }
@@ -152,14 +187,23 @@ class _Handler(BaseHTTPRequestHandler):
         if "recursive=true" in self.path.lower():
             return inside
         depth = len(below.split("/")) if below else 0
-        folders = {"/".join(e["path"].split("/")[: depth + 1]) for e in inside if e["path"].count("/") > depth}
+        folders = {
+            "/".join(e["path"].split("/")[: depth + 1])
+            for e in inside
+            if e["path"].count("/") > depth
+        }
         return [e for e in inside if e["path"].count("/") == depth] + [
-            {"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)
+            {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
+            for name in sorted(folders)
         ]
 
     def _file(self, repo: str, revision: str, name: str, body: bool, *, broken: bool) -> None:
         path = self.hub.folder / repo / name
-        if not path.is_file() or revision not in {"main", self.hub.revision(repo), *self.hub.old_revisions}:
+        if not path.is_file() or revision not in {
+            "main",
+            self.hub.revision(repo),
+            *self.hub.old_revisions,
+        }:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
         data = path.read_bytes()
         headers = {
@@ -178,7 +222,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, value: Any, body: bool) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"}, body)
 
-    def _send(self, status: int, data: bytes, headers: dict[str, str], body: bool, *, broken: bool = False) -> None:
+    def _send(
+        self, status: int, data: bytes, headers: dict[str, str], body: bool, *, broken: bool = False
+    ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

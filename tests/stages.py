@@ -1,6 +1,8 @@
-"""Run a script of this project as a process of its own, without paying for torch's import each time.
+"""Run a script of this project as a process of its own, without paying for torch's import each
+time.
 
-A fork server has imported torch; every stage is a fork of it that runs the script as `uv run` would.
+A fork server has imported torch; every stage is a fork of it that runs the script as `uv run`
+would.
 """
 
 from __future__ import annotations
@@ -29,11 +31,18 @@ def _run(script: str, words: list[str], output: str, environment: dict[str, Any]
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-def start(script: str, words: list[str], output: Path, environment: dict[str, Any] | None = None) -> BaseProcess:
-    """The script begun, with these further environment variables; its output is appended to the file `output`."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the fork server: models this small only wait for more threads
+def start(
+    script: str, words: list[str], output: Path, environment: dict[str, Any] | None = None
+) -> BaseProcess:
+    """The script begun, with these further environment variables; its output is appended to the
+    file `output`.
+    """
+    # for the fork server: models this small only wait for more threads
+    os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "safetensors.torch", "tyro", "datasets", "tokenizers", "psutil", "tqdm"])
+    context.set_forkserver_preload(
+        ["torch", "safetensors.torch", "tyro", "datasets", "tokenizers", "psutil", "tqdm"]
+    )
     process = context.Process(target=_run, args=(script, words, str(output), environment or {}))
     process.start()
     return process
@@ -47,17 +56,26 @@ def run(script: str, words: list[str], output: Path) -> int:
 
 
 def write_inputs(folder: Path) -> list[str]:
-    """A few kilobytes of text and conversations; the options that make a whole road of them in seconds."""
+    """A few kilobytes of text and conversations; the options that make a whole road of them in
+    seconds.
+    """
     dice = random.Random(0)
-    words = [a + b for a in ("ba", "ke", "li", "mo", "nu") for b in ("ra", "se", "ti", "vo", "xu", "zy")]
+    words = [
+        a + b for a in ("ba", "ke", "li", "mo", "nu") for b in ("ra", "se", "ti", "vo", "xu", "zy")
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "text.jsonl").open("w") as file:
         for _ in range(300):
-            file.write(json.dumps({"text": " ".join(dice.choices(words, k=dice.randint(20, 120)))}) + "\n")
+            file.write(
+                json.dumps({"text": " ".join(dice.choices(words, k=dice.randint(20, 120)))}) + "\n"
+            )
     with (folder / "chat.jsonl").open("w") as file:
         for _ in range(80):
             question = " ".join(dice.choices(words, k=5))
-            file.write(json.dumps({"instruction": question, "input": "", "output": question.split()[0]}) + "\n")
+            file.write(
+                json.dumps({"instruction": question, "input": "", "output": question.split()[0]})
+                + "\n"
+            )
     small = {
         "data.text_files": folder / "text.jsonl",
         "sft1.files": folder / "chat.jsonl",

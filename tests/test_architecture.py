@@ -10,53 +10,79 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ROOT / "hearth"
-FLOORS = (
-    {"config"},
-    {"disk"},
-    {"log"},
-    {"model", "optim", "matrices", "hardware", "tokenizer", "shards"}
-    | {"parallel", "trackers", "hub", "cleaning", "demo_world", "page", "terminal"},
-    {"text_shards", "readers", "layouts", "conversation", "batches", "checkpoint", "engine", "eight_bit"},
-    {"corpora", "gradients", "report", "tasks"},
-    {"ingest", "planning", "harness"},
-    {"training"},
-)
-FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-FILES = {path.stem: path for path in (*ROOT.glob("*.py"), *PARTS.glob("*.py")) if path.stem != "__init__"}
-SCRIPTS = {name for name, path in FILES.items() if path.parent == ROOT} - set(FLOOR)
+HOUSE = ROOT / "hearth"
+# A room imports only rooms before it; inside a room files import each other in one direction.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "top": ("config", "model"),
+    "hearth": ("cli", "storage", "log", "hardware"),
+    "reporting": ("page", "report", "trackers"),
+    "data": (
+        *("tokenizer", "chat_format", "cleaning", "hub", "readers", "layouts", "demo_world"),
+        *("shard_folder", "token_shards", "text_shards", "sources", "ingest"),
+    ),
+    "decoding": ("matrices", "kv_cache", "engine"),
+    "training": (
+        *("batches", "distributed", "optim", "eight_bit", "gradients", "planning"),
+        *("checkpoint", "loop"),
+    ),
+    "evaluation": ("tasks", "lm_eval_adapter"),
+    "serving": ("terminal",),
+}
+PLACE = {
+    (room, name): (r, n)
+    for r, (room, names) in enumerate(ROOMS.items())
+    for n, name in enumerate(names)
+}
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - set(ROOMS["top"])
+FILES = sorted(path for path in (*ROOT.glob("*.py"), *HOUSE.rglob("*.py")))
 
 
-def imported_modules(path: Path) -> set[str]:
+def place_of(path: Path) -> tuple[str, str]:
+    """Room and name of a file."""
+    folder = path.parent
+    room = "top" if folder == ROOT else "hearth" if folder == HOUSE else folder.name
+    return room, path.stem
+
+
+def imported(path: Path) -> set[tuple[str, str]]:
     """The project's own modules that a file imports, wherever in it."""
-    found: set[str] = set()
+    found: set[tuple[str, str]] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[-1] for alias in node.names if alias.name.split(".")[0] in OWN}
-        elif isinstance(node, ast.ImportFrom) and node.module == PARTS.name:
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OWN:
-            found.add(node.module.split(".")[-1])
+            found |= {("top", a.name) for a in node.names if (ROOT / f"{a.name}.py").is_file()}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            where, *inside = node.module.split(".")
+            if where != "hearth":
+                found |= {("top", where)} if (ROOT / f"{where}.py").is_file() else set()
+                continue
+            folder = HOUSE.joinpath(*inside)
+            if not folder.is_dir():
+                found.add(place_of(folder.with_suffix(".py")))
+                continue
+            found |= {place_of(folder / f"{a.name}.py") for a in node.names}
     return found
 
 
-OWN = {PARTS.name, *(path.stem for path in ROOT.glob("*.py"))}
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
+    here = PLACE.get(place_of(path), (len(ROOMS), 0))
+    wrong = {name for name in imported(path) if PLACE.get(name, (len(ROOMS), 0)) >= here}
+    assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
 
 
-@pytest.mark.parametrize("path", FILES.values(), ids=FILES)
-def test_modules_import_lower_floors_only(path: Path) -> None:
-    floor = FLOOR.get(path.stem, len(FLOORS))
-    too_high = {name for name in imported_modules(path) if FLOOR.get(name, len(FLOORS)) >= floor}
-    assert not too_high, f"{path.name} (floor {floor}) imports {too_high}"
+def test_every_file_has_its_place_in_a_room() -> None:
+    known = {place_of(path) for path in FILES if path.stem != "__init__"}
+    assert known - {("top", name) for name in SCRIPTS} == set(PLACE)
 
 
-def test_every_floor_lists_modules_that_exist() -> None:
-    assert set(FLOOR) <= set(FILES)
-    assert {path.stem for path in PARTS.glob("*.py")} <= {*FLOOR, "__init__"}
+def test_tests_mirror_the_rooms() -> None:
+    for path in (ROOT / "tests").glob("*/test_*.py"):
+        room, name = path.parent.name, path.stem.removeprefix("test_")
+        assert (room, name) in PLACE, f"{path.relative_to(ROOT)} tests no file of a room"
 
 
 def test_the_top_holds_the_stages_and_what_is_edited_alone() -> None:
-    assert {path.stem for path in ROOT.glob("*.py")} - SCRIPTS == {"config", "model"}
+    assert {path.stem for path in ROOT.glob("*.py")} - SCRIPTS == set(ROOMS["top"])
 
 
 def test_every_script_can_be_run_and_says_how() -> None:
@@ -68,14 +94,17 @@ def test_every_script_can_be_run_and_says_how() -> None:
 
 def test_module_names_hide_no_installed_package() -> None:
     installed = set(packages_distributions()) | set(sys.stdlib_module_names)
-    assert OWN & installed == set()
+    own = {HOUSE.name, *(path.stem for path in ROOT.glob("*.py"))}
+    assert own & installed == set()
 
 
 def test_nothing_runs_at_import() -> None:
     """Top-level statements are definitions, imports, constants and the main guard."""
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
-    for path in FILES.values():
+    for path in FILES:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             is_guard = isinstance(node, ast.If)
-            assert is_docstring or is_guard or isinstance(node, allowed), f"{path.name}:{node.lineno}"
+            assert is_docstring or is_guard or isinstance(node, allowed), (
+                f"{path.name}:{node.lineno}"
+            )

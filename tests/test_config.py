@@ -9,24 +9,34 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import config as settings
-from config import PRESETS, Config, DataConfig, HRMConfig, ModelConfig, PretrainConfig, SFTConfig, TextSource, UserError
+from config import (
+    PRESETS,
+    Config,
+    DataConfig,
+    HRMConfig,
+    ModelConfig,
+    PretrainConfig,
+    SFTConfig,
+    TextSource,
+    UserError,
+)
+from hearth import cli
 from model import Model
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_survives_json(name: str) -> None:
-    assert settings.from_json(Config, settings.to_json(PRESETS[name])) == PRESETS[name]
+    assert cli.from_json(Config, cli.to_json(PRESETS[name])) == PRESETS[name]
 
 
 def test_json_of_a_dense_model_keeps_the_head_off() -> None:
     dense = ModelConfig(hrm=None)
-    assert settings.from_json(ModelConfig, settings.to_json(dense)) == dense
+    assert cli.from_json(ModelConfig, cli.to_json(dense)) == dense
 
 
 def test_json_with_an_unknown_field_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="flavour"):
-        settings.from_json(HRMConfig, '{"flavour": 1}')
+        cli.from_json(HRMConfig, '{"flavour": 1}')
 
 
 @pytest.mark.parametrize("name", ["16gb", "12gb", "24gb", "8gb"])
@@ -49,19 +59,28 @@ def test_all_problems_are_reported_at_once() -> None:
             sft1=SFTConfig(files=("x",), epochs=0),
             sft2=SFTConfig(files=("x",)),
         )
-    for word in ("data.sources", "vocab_size", "try 1024", "n_head 5", "pretrain.steps", "sft1.epochs"):
+    for word in (
+        "data.sources",
+        "vocab_size",
+        "try 1024",
+        "n_head 5",
+        "pretrain.steps",
+        "sft1.epochs",
+    ):
         assert word in str(caught.value)
 
 
 def test_command_line_overrides_the_preset() -> None:
-    made = settings.parse_cli("", ["--preset", "demo", "--pretrain.lr", "1e-3", "--data.text_files", "a", "b"])
+    made = cli.parse_cli(
+        "", ["--preset", "demo", "--pretrain.lr", "1e-3", "--data.text_files", "a", "b"]
+    )
     assert made.pretrain.lr == 1e-3
     assert made.data.corpora()[0].files == ("a", "b")
     assert made.model == PRESETS["demo"].model
 
 
 def test_the_head_can_be_switched_off_on_the_command_line() -> None:
-    assert settings.parse_cli("", ["--preset=demo", "--model.hrm", "None"]).model.hrm is None
+    assert cli.parse_cli("", ["--preset=demo", "--model.hrm", "None"]).model.hrm is None
 
 
 @pytest.mark.parametrize(
@@ -76,7 +95,7 @@ def test_the_head_can_be_switched_off_on_the_command_line() -> None:
 )
 def test_a_mistake_exits_with_2_and_names_the_remedy(words: list[str], said: str, capsys) -> None:
     with pytest.raises(SystemExit) as caught:
-        settings.parse_cli("", words)
+        cli.parse_cli("", words)
     assert caught.value.code == 2
     told = capsys.readouterr()
     assert said in told.out + told.err
@@ -85,7 +104,7 @@ def test_a_mistake_exits_with_2_and_names_the_remedy(words: list[str], said: str
 
 def test_help_shows_every_field_with_its_comment(capsys) -> None:
     with pytest.raises(SystemExit):
-        settings.parse_cli("What it does.", ["--preset", "demo", "--help"])
+        cli.parse_cli("What it does.", ["--preset", "demo", "--help"])
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "attention reach of a short layer" in told
     assert "peak learning rate" in told
@@ -107,10 +126,14 @@ def handlers() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("broken", [None, ValueError("write to closed file"), UserError("half a file")])
-def test_ctrl_c_and_what_it_breaks_end_in_one_line(broken: Exception | None, handlers: None, capsys) -> None:
+@pytest.mark.parametrize(
+    "broken", [None, ValueError("write to closed file"), UserError("half a file")]
+)
+def test_ctrl_c_and_what_it_breaks_end_in_one_line(
+    broken: Exception | None, handlers: None, capsys
+) -> None:
     with pytest.raises(SystemExit) as end:
-        settings.run_script(lambda: stopped_in(broken), "stopped.")
+        cli.run_script(lambda: stopped_in(broken), "stopped.")
     assert (end.value.code, capsys.readouterr().err) == (130, "stopped.\n")
 
 
@@ -119,7 +142,7 @@ def test_a_users_mistake_ends_in_one_line(handlers: None, capsys) -> None:
         raise UserError("no such file")
 
     with pytest.raises(SystemExit) as end:
-        settings.run_script(work)
+        cli.run_script(work)
     assert (end.value.code, capsys.readouterr().err) == (2, "error: no such file\n")
 
 
@@ -130,9 +153,9 @@ def test_a_stop_that_was_dealt_with_hides_no_later_error(handlers: None) -> None
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        settings.run_script(work)
+        cli.run_script(work)
 
 
 def test_our_own_mistake_shows_where_it_is(handlers: None) -> None:
     with pytest.raises(ZeroDivisionError):
-        settings.run_script(lambda: 1 / 0)
+        cli.run_script(lambda: 1 / 0)

@@ -19,23 +19,46 @@ from hub_server import Fault, Hub, write_set
 
 import create_shard
 from config import PRESETS, ChatSource, Config, TextSource, UserError
-from hearth import corpora, disk, ingest, shards, text_shards
+from hearth import storage
+from hearth.data import ingest, shard_folder, sources, text_shards
 
-WORDS = "river stone light house green seven apple morning paper winter music garden table window".split()  # noqa: SIM905
+WORDS = [
+    "river",
+    "stone",
+    "light",
+    "house",
+    "green",
+    "seven",
+    "apple",
+    "morning",
+    "paper",
+    "winter",
+    "music",
+    "garden",
+    "table",
+    "window",
+]
 
 
 def make_texts(n: int, seed: int = 0) -> list[str]:
     draw = random.Random(seed)
-    return [f"{seed} {i}: " + " ".join(draw.choices(WORDS, k=draw.randint(20, 400))) for i in range(n)]
+    return [
+        f"{seed} {i}: " + " ".join(draw.choices(WORDS, k=draw.randint(20, 400))) for i in range(n)
+    ]
 
 
 TEXTS = make_texts(1500)  # 2.1 MB: three shards at a megabyte each
-TALKS = [{"instruction": f"What comes after {i}?", "input": "", "output": f"{i + 1} does."} for i in range(300)]
+TALKS = [
+    {"instruction": f"What comes after {i}?", "input": "", "output": f"{i + 1} does."}
+    for i in range(300)
+]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two files of text with a duplicate, a null and a bad line among them, and one of conversations."""
+    """Two files of text with a duplicate, a null and a bad line among them, and one of
+    conversations.
+    """
     folder = tmp_path_factory.mktemp("input")
     lines = [json.dumps({"text": text}) for text in TEXTS]
     lines[100:100] = ["{broken", '{"text": null}', lines[7]]
@@ -66,11 +89,19 @@ def make(config: Config, *, verify: bool = False) -> Path:
 
 
 def texts_of(folder: Path, split: str) -> list[str]:
-    return [text for batch in text_shards.read_text_batches(folder, split, "x") for text in batch.column(0).to_pylist()]
+    return [
+        text
+        for batch in text_shards.read_text_batches(folder, split, "x")
+        for text in batch.column(0).to_pylist()
+    ]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +116,7 @@ def copy(made: Path, to: Path) -> Path:
     return to / "demo" / "text"
 
 
-# ------------------------------------------------------------------------------------ what comes out
+# ----------------------------------------------------------------------------------- what comes out
 
 
 def test_every_document_is_there_once(made: Path) -> None:
@@ -107,7 +138,11 @@ def test_dropped_documents_are_counted_with_file_and_row(made: Path) -> None:
 
 
 def test_conversations_are_there_once(made: Path) -> None:
-    found = [m for split in shards.SPLITS for m in corpora.read_conversations(made / "chat/talks", split)]
+    found = [
+        m
+        for split in shard_folder.SPLITS
+        for m in sources.read_conversations(made / "chat/talks", split)
+    ]
     assert sorted(m[0]["content"] for m in found) == sorted(row["instruction"] for row in TALKS)
     assert all([m["role"] for m in talk] == ["user", "assistant"] for talk in found)
 
@@ -119,7 +154,9 @@ def test_shards_open_memory_mapped_in_datasets(made: Path) -> None:
     assert dataset[0]["text"] == texts_of(made / "own", "train")[0]
 
 
-def test_validation_documents_stay_the_same_and_never_train(files: Path, made: Path, tmp_path: Path) -> None:
+def test_validation_documents_stay_the_same_and_never_train(
+    files: Path, made: Path, tmp_path: Path
+) -> None:
     held_out = set(texts_of(made / "own", "validation"))
     assert 0 < len(held_out) < 0.1 * len(TEXTS)
     turned = (str(files / "text/b.jsonl"), str(files / "text/a.jsonl"))
@@ -150,10 +187,14 @@ def test_budget_of_bytes_stops_at_the_document_that_reaches_it(files: Path, tmp_
     assert sum(map(len, TEXTS[: n - 1])) < 300_000 <= sum(map(len, TEXTS[:n]))
 
 
-def test_corpus_without_held_out_documents_holds_out_the_lowest_hash(files: Path, tmp_path: Path) -> None:
+def test_corpus_without_held_out_documents_holds_out_the_lowest_hash(
+    files: Path, tmp_path: Path
+) -> None:
     few = make_texts(5, 9)
     for name, texts in (("a", few), ("b", few[::-1])):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps({"text": text}) for text in texts)
+        )
         config = configured(tmp_path / name, files, text_files=(str(tmp_path / f"{name}.jsonl"),))
         text = make(replace(config, data=replace(config.data, validation_share=1e-6))) / "own"
         assert len(texts_of(text, "validation")) == 1
@@ -166,8 +207,17 @@ def test_near_duplicates_are_dropped_as_an_option(files: Path, tmp_path: Path) -
     draw = random.Random(0)
     texts = [" ".join(f"w{draw.randint(0, 5000)}" for _ in range(200)) for _ in range(30)]
     near = [text.replace(" ", " changed ", 1) for text in texts]
-    (tmp_path / "n.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts + near))
-    text = make(configured(tmp_path, files, text_files=(str(tmp_path / "n.jsonl"),), near_duplicates=0.7)) / "own"
+    (tmp_path / "n.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in texts + near)
+    )
+    text = (
+        make(
+            configured(
+                tmp_path, files, text_files=(str(tmp_path / "n.jsonl"),), near_duplicates=0.7
+            )
+        )
+        / "own"
+    )
     assert json.loads((text / "manifest.json").read_text())["dropped"]["near-duplicate"] >= 28
 
 
@@ -180,7 +230,12 @@ def test_data_sheet_tells_source_licence_counts_and_losses(made: Path) -> None:
 
 def test_data_sheet_counts_the_reasoning_taken(tmp_path: Path) -> None:
     rows = [
-        {"problem": f"{i} + 1?", "solution": "s" * n, "answer": str(i), "generations": [f"<think>{'g' * n}</think>{i}"]}
+        {
+            "problem": f"{i} + 1?",
+            "solution": "s" * n,
+            "answer": str(i),
+            "generations": [f"<think>{'g' * n}</think>{i}"],
+        }
         | {"correctness_math_verify": [i % 2 == 0]}
         for i, n in enumerate([20, 20, 50, 400] * 10)
     ]
@@ -197,7 +252,9 @@ def test_data_sheet_counts_the_reasoning_taken(tmp_path: Path) -> None:
     assert all(f"- {n} × {what}\n" in sheet for what, n in (taken | manifest["dropped"]).items())
 
 
-def test_plan_prints_sizes_and_makes_nothing(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_sizes_and_makes_nothing(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     create_shard.main(configured(tmp_path / "runs", files), create_shard.Options(plan=True))
     out = capsys.readouterr().out
     assert "2.1 MB" in out
@@ -215,10 +272,15 @@ def test_plan_prints_sizes_and_makes_nothing(files: Path, tmp_path: Path, capsys
         ("", "empty file"),
         ("{}\n", "column|cannot tell"),
         ('{"text": null}\n', "1 × null"),
-        ('{"text": "one document, long enough to be kept by the rule on length"}\n', "single document"),
+        (
+            '{"text": "one document, long enough to be kept by the rule on length"}\n',
+            "single document",
+        ),
     ],
 )
-def test_corpus_without_usable_text_is_a_users_error(files: Path, tmp_path: Path, content: str, message: str) -> None:
+def test_corpus_without_usable_text_is_a_users_error(
+    files: Path, tmp_path: Path, content: str, message: str
+) -> None:
     (tmp_path / "x.jsonl").write_text(content)
     config = configured(tmp_path, files, text_files=(str(tmp_path / "x.jsonl"),))
     for _ in range(2):  # the second start finds what the first left behind
@@ -226,9 +288,13 @@ def test_corpus_without_usable_text_is_a_users_error(files: Path, tmp_path: Path
             make(config)
 
 
-def test_other_settings_are_refused_with_old_new_and_remedy(files: Path, made: Path, tmp_path: Path) -> None:
+def test_other_settings_are_refused_with_old_new_and_remedy(
+    files: Path, made: Path, tmp_path: Path
+) -> None:
     copy(made, tmp_path)
-    with pytest.raises(UserError, match=r"min_chars: made with 8, asked for 99[\s\S]*Remove that folder.*--name"):
+    with pytest.raises(
+        UserError, match=r"min_chars: made with 8, asked for 99[\s\S]*Remove that folder.*--name"
+    ):
         make(configured(tmp_path, files, min_chars=99))
 
 
@@ -239,19 +305,30 @@ def test_run_folder_that_is_a_file_is_a_users_error(files: Path, tmp_path: Path)
 
 
 def test_script_prints_mistakes_without_traceback(tmp_path: Path) -> None:
-    words = ["--preset", "demo", "--runs", str(tmp_path), "--data.text_files", str(tmp_path / "none.txt")]
+    words = [
+        "--preset",
+        "demo",
+        "--runs",
+        str(tmp_path),
+        "--data.text_files",
+        str(tmp_path / "none.txt"),
+    ]
     assert stages.run("create_shard.py", words, tmp_path / "out") == 2
     assert "error: There is no file" in (tmp_path / "out").read_text()
     assert "Traceback" not in (tmp_path / "out").read_text()
 
 
 def test_neither_script_imports_torch() -> None:
-    code = "import sys, create_shard, train_tokenizer; print({'torch', 'datasets'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=stages.ROOT, capture_output=True, text=True, check=True)
+    code = (
+        "import sys, create_shard, train_tokenizer; print({'torch', 'datasets'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=stages.ROOT, capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "set()"
 
 
-# --------------------------------------------------------------------------------- damage and mending
+# ------------------------------------------------------------------------------- damage and mending
 
 
 def test_finished_shards_are_left_alone(files: Path, made: Path, tmp_path: Path) -> None:
@@ -262,8 +339,12 @@ def test_finished_shards_are_left_alone(files: Path, made: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("harm", ["cut", "remove", "flip"])
-@pytest.mark.parametrize("name", ["own/train-00001", "own/validation-00000", "chat/talks/train-00000"])
-def test_only_the_damaged_shard_is_made_again(files: Path, made: Path, tmp_path: Path, harm: str, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["own/train-00001", "own/validation-00000", "chat/talks/train-00000"]
+)
+def test_only_the_damaged_shard_is_made_again(
+    files: Path, made: Path, tmp_path: Path, harm: str, name: str
+) -> None:
     text, name = copy(made, tmp_path), f"{name}.arrow"
     before = {path: path.stat().st_mtime_ns for path in text.rglob("*") if path.is_file()}
     data = bytearray((text / name).read_bytes())
@@ -280,7 +361,9 @@ def test_only_the_damaged_shard_is_made_again(files: Path, made: Path, tmp_path:
     assert changed <= {text / name}
 
 
-def test_damage_that_the_source_cannot_mend_is_a_users_error(files: Path, made: Path, tmp_path: Path) -> None:
+def test_damage_that_the_source_cannot_mend_is_a_users_error(
+    files: Path, made: Path, tmp_path: Path
+) -> None:
     text = copy(made, tmp_path / "runs")
     manifest = json.loads((text / "own/manifest.json").read_text())
     manifest["units"][0]["files"]["train-00000.arrow"]["sha256"] = "0" * 64
@@ -290,7 +373,7 @@ def test_damage_that_the_source_cannot_mend_is_a_users_error(files: Path, made: 
         make(configured(tmp_path / "runs", files))
 
 
-# ---------------------------------------------------------------------------------- kills, full disks
+# -------------------------------------------------------------------------------- kills, full disks
 
 
 def words_for(config: Config, files: Path) -> list[str]:
@@ -308,7 +391,9 @@ def words_for(config: Config, files: Path) -> list[str]:
 def kill_and_compare(
     script: str, words: list[str], broken: Path, unbroken: Path, parts: list[str], n_kills: int
 ) -> None:
-    """Kill `script` at `n_kills` random moments; whenever it comes through, compare `parts` and begin anew."""
+    """Kill `script` at `n_kills` random moments; whenever it comes through, compare `parts` and
+    begin anew.
+    """
     draw = random.Random(time.time_ns())
     output = broken / "output"
 
@@ -340,11 +425,20 @@ MANY_KILLS = pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(1800)
 
 
 @pytest.mark.parametrize("n_kills", [3, MANY_KILLS])
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(files: Path, tmp_path: Path, n_kills: int) -> None:
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(
+    files: Path, tmp_path: Path, n_kills: int
+) -> None:
     unbroken, broken = (configured(tmp_path / name, files) for name in ("unbroken", "broken"))
     assert stages.run("create_shard.py", words_for(unbroken, files), tmp_path / "out") == 0
     broken.run_dir.mkdir(parents=True)
-    kill_and_compare("create_shard.py", words_for(broken, files), broken.run_dir, unbroken.run_dir, ["text"], n_kills)
+    kill_and_compare(
+        "create_shard.py",
+        words_for(broken, files),
+        broken.run_dir,
+        unbroken.run_dir,
+        ["text"],
+        n_kills,
+    )
 
 
 @pytest.mark.parametrize("nth", range(8))
@@ -352,14 +446,14 @@ def test_stopped_between_any_two_writes_it_ends_with_the_same_bytes(
     files: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
     """As a kill just before the nth small file is put in place: drafts, logs, sheets, manifests."""
-    write_text, calls = disk.write_text, iter(range(1000))
+    write_text, calls = storage.write_text, iter(range(1000))
 
     def stopping(path: Path, text: str) -> None:
         if next(calls) == nth:
             raise KeyboardInterrupt
         write_text(path, text)
 
-    for module in (disk, ingest):
+    for module in (storage, ingest):
         monkeypatch.setattr(module, "write_text", stopping)
     with pytest.raises(KeyboardInterrupt):
         make(configured(tmp_path, files))
@@ -374,7 +468,8 @@ def test_interrupt_ends_in_one_line(files: Path, tmp_path: Path) -> None:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
     process.join()
-    assert process.exitcode in (0, 130, -signal.SIGINT)  # done before it came, stopped, done and on its way out
+    # done before it came, stopped, done and on its way out
+    assert process.exitcode in (0, 130, -signal.SIGINT)
     assert "Traceback" not in (tmp_path / "out").read_text()
 
 
@@ -403,7 +498,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_full_disk_is_said_and_the_run_goes_on_after_making_room(files: Path, made: Path, small_disk: Path) -> None:
+def test_full_disk_is_said_and_the_run_goes_on_after_making_room(
+    files: Path, made: Path, small_disk: Path
+) -> None:
     config = configured(small_disk, files)
     for megabytes in (2.4, 1.5, 1.05):  # hardly any room at all, then more and more
         (small_disk / "filler").write_bytes(bytes(int(megabytes * 1e6)))
@@ -414,7 +511,7 @@ def test_full_disk_is_said_and_the_run_goes_on_after_making_room(files: Path, ma
     assert contents(text) == contents(made)
 
 
-# ------------------------------------------------------------------------------------------- the hub
+# ------------------------------------------------------------------------------------------ the hub
 
 CARD = """---
 license: odc-by
@@ -437,36 +534,57 @@ def hub_folder(files: Path, tmp_path: Path) -> Path:
 
     def parquet(texts: list[str]) -> bytes:
         sink = io.BytesIO()
-        pq.write_table(pa.table({"id": list(map(str, range(len(texts)))), "text": texts}), sink, row_group_size=100)
+        pq.write_table(
+            pa.table({"id": list(map(str, range(len(texts)))), "text": texts}),
+            sink,
+            row_group_size=100,
+        )
         return sink.getvalue()
 
-    parts = {"sample/0.parquet": parquet(TEXTS[:700]), "sample/1.parquet": parquet(TEXTS[700:]), "data/x.txt": b"no"}
+    parts = {
+        "sample/0.parquet": parquet(TEXTS[:700]),
+        "sample/1.parquet": parquet(TEXTS[700:]),
+        "data/x.txt": b"no",
+    }
     write_set(tmp_path / "hub", "somebody/books", parts, CARD)
-    write_set(tmp_path / "hub", "somebody/talks", {"talks.jsonl": files / "chat.jsonl"}, "---\nlicense: mit\n---\n")
+    write_set(
+        tmp_path / "hub",
+        "somebody/talks",
+        {"talks.jsonl": files / "chat.jsonl"},
+        "---\nlicense: mit\n---\n",
+    )
     return tmp_path / "hub"
 
 
 RUN_ON_HUB = """
 import sys, time
 sleep = time.sleep
-time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # the hub's own client waits long between its attempts
+# the hub's own client waits long between its attempts
+time.sleep = lambda seconds: sleep(min(seconds, 0.01))
 from dataclasses import replace
 from pathlib import Path
 import config
-from hearth import hub, ingest
+from hearth import cli
+from hearth.data import hub
+from hearth.data import ingest
 hub.HUB_BLOCK = 1 << 16
 folder, minutes, name = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-data = config.DataConfig(shard_mb=1, text_files=("x",), min_chars=8, validation_share=0.02, retry_minutes=minutes)
+data = config.DataConfig(
+    shard_mb=1, text_files=("x",), min_chars=8, validation_share=0.02, retry_minutes=minutes
+)
 try:
-    ingest.write_text_shards(config.TextSource(name="own", hub=name, hub_config="sample"), folder / "own", data)
+    own = config.TextSource(name="own", hub=name, hub_config="sample")
+    ingest.write_text_shards(own, folder / "own", data)
     talks = config.ChatSource(name="talks", hub="somebody/talks")
     ingest.write_chat_shards(talks, folder / "chat/talks", 0.02, retry_minutes=minutes)
 except config.UserError as error:
-    config.fail(str(error))
+    cli.fail(str(error))
 """
 
 
-def run_on_hub(hub: Hub, folder: Path, minutes: float = 1, name: str = "somebody/books") -> subprocess.CompletedProcess:
+def run_on_hub(
+    hub: Hub, folder: Path, minutes: float = 1, name: str = "somebody/books"
+) -> subprocess.CompletedProcess:
     environment = os.environ | {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(folder / "home"),
@@ -482,7 +600,9 @@ def arrow_files(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(folder).items() if name.endswith(".arrow")}
 
 
-def test_hub_gives_the_same_shards_as_files_through_every_fault(hub_folder: Path, made: Path, tmp_path: Path) -> None:
+def test_hub_gives_the_same_shards_as_files_through_every_fault(
+    hub_folder: Path, made: Path, tmp_path: Path
+) -> None:
     faults = [
         Fault("503", "/api/datasets/somebody/books"),
         Fault("429", "0.parquet", after=1),

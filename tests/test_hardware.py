@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from config import UserError
-from hearth import hardware, training
+from hearth import hardware
+from hearth.training import loop
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 
 
-# ------------------------------------------------------------------------------------------- preflight
+# ---------------------------------------------------------------------------------------- preflight
 
 
 @pytest.fixture
@@ -27,9 +28,13 @@ def unusable_card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_torch_without_cuda_beside_a_card_names_the_build_to_install(unusable_card: pytest.MonkeyPatch) -> None:
+def test_torch_without_cuda_beside_a_card_names_the_build_to_install(
+    unusable_card: pytest.MonkeyPatch,
+) -> None:
     unusable_card.setattr(torch.version, "cuda", None)
-    with pytest.raises(UserError, match=r"a card.*no CUDA.*install the build with CUDA.*--device cpu"):
+    with pytest.raises(
+        UserError, match=r"a card.*no CUDA.*install the build with CUDA.*--device cpu"
+    ):
         hardware.pick_device("auto")
     assert hardware.pick_device("cpu") == CPU
 
@@ -53,12 +58,17 @@ def test_a_driver_older_than_torchs_cuda_is_named_with_what_it_needs(
 
 
 def test_the_drivers_version_is_read_from_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15\nGCC version: 12.3.0"
+    told = (
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15\n"
+        "GCC version: 12.3.0"
+    )
     monkeypatch.setattr(Path, "read_text", lambda path: told)
     assert hardware.driver_version() == "535.183.01"
 
 
-def test_a_disk_too_small_for_the_checkpoints_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_too_small_for_the_checkpoints_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hardware.check_disk(tmp_path / "not" / "there", 1000)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: usage(10, 9, 999))
@@ -71,25 +81,29 @@ def test_the_disk_must_hold_what_is_kept_and_what_is_being_written(
 ) -> None:
     wanted = []
     monkeypatch.setattr(hardware, "check_disk", lambda folder, n_bytes: wanted.append(n_bytes))
-    monkeypatch.setattr(training.checkpoint, "n_bytes", lambda model, optimizers: 100)
-    job = SimpleNamespace(folder=tmp_path, loop=SimpleNamespace(keep_checkpoints=2), model=None, optimizers=None)
+    monkeypatch.setattr(loop.checkpoint, "n_bytes", lambda model, optimizers: 100)
+    job = SimpleNamespace(
+        folder=tmp_path, loop=SimpleNamespace(keep_checkpoints=2), model=None, optimizers=None
+    )
     for there in range(4):
-        training.preflight(job)
+        loop.preflight(job)
         (tmp_path / f"step-{there}").mkdir()
     assert wanted == [300, 200, 100, 100]
 
 
 def test_a_laptop_on_its_battery_is_warned_not_stopped(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(training.checkpoint, "n_bytes", lambda model, optimizers: 1)
-    job = SimpleNamespace(folder=tmp_path, loop=SimpleNamespace(keep_checkpoints=1), model=None, optimizers=None)
+    monkeypatch.setattr(loop.checkpoint, "n_bytes", lambda model, optimizers: 1)
+    job = SimpleNamespace(
+        folder=tmp_path, loop=SimpleNamespace(keep_checkpoints=1), model=None, optimizers=None
+    )
     on, off, unknown = (SimpleNamespace(power_plugged=plugged) for plugged in (True, False, None))
     for state, warned in ((None, False), (on, False), (off, True), (unknown, False)):
         monkeypatch.setattr(psutil, "sensors_battery", lambda state=state: state, raising=False)
-        training.preflight(job)
+        loop.preflight(job)
         assert ("battery" in capsys.readouterr().out) == warned
 
 
-# ---------------------------------------------------------------------------------------------- energy
+# ------------------------------------------------------------------------------------------- energy
 
 
 class Clock:
@@ -126,7 +140,11 @@ def card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_a_cards_energy_counter_is_read_in_joules(card: pytest.MonkeyPatch) -> None:
-    card.setitem(sys.modules, "pynvml", fake_nvml(TotalEnergyConsumption=[5000, 5400, 6000], Temperature=[61]))
+    card.setitem(
+        sys.modules,
+        "pynvml",
+        fake_nvml(TotalEnergyConsumption=[5000, 5400, 6000], Temperature=[61]),
+    )
     meter = hardware.EnergyMeter(CARD)
     assert meter.joules() == pytest.approx(0.4)
     assert meter.watts() == pytest.approx(1.0 / 2)
@@ -144,10 +162,12 @@ def test_a_card_without_a_counter_is_sampled(card: pytest.MonkeyPatch) -> None:
 def test_a_card_that_tells_nothing_leaves_the_figures_out(card: pytest.MonkeyPatch) -> None:
     card.setitem(sys.modules, "pynvml", fake_nvml())
     assert hardware.EnergyMeter(CARD).joules() is None
-    assert training.Power(CARD).figures(training.Progress()) == {}
+    assert loop.Power(CARD).figures(loop.Progress()) == {}
 
 
-def test_a_processors_counter_is_read_over_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processors_counter_is_read_over_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     zone = tmp_path / "intel-rapl:0"
     zone.mkdir()
     (zone / "max_energy_range_uj").write_text("10000000")
@@ -162,12 +182,14 @@ def test_a_processors_counter_is_read_over_its_end(tmp_path: Path, monkeypatch: 
 
 
 def test_watts_kilowatt_hours_and_temperature_join_the_step(card: pytest.MonkeyPatch) -> None:
-    counter, progress = [0, 3_600_000, 7_200_000], training.Progress(joules=3600.0)
-    card.setitem(sys.modules, "pynvml", fake_nvml(TotalEnergyConsumption=counter, Temperature=[50, 60]))
-    power = training.Power(CARD)
+    counter, progress = [0, 3_600_000, 7_200_000], loop.Progress(joules=3600.0)
+    card.setitem(
+        sys.modules, "pynvml", fake_nvml(TotalEnergyConsumption=counter, Temperature=[50, 60])
+    )
+    power = loop.Power(CARD)
     assert power.figures(progress)["kwh"] == pytest.approx(0.002)
     figures = power.figures(progress)
     assert set(figures) == {"watts", "kwh", "temperature_c"}
     assert figures["kwh"] == pytest.approx(0.003)
     assert figures["watts"] > 0
-    assert training.Progress.of(training.state_of(progress, 10)).joules == pytest.approx(3 * 3600)
+    assert loop.Progress.of(loop.state_of(progress, 10)).joules == pytest.approx(3 * 3600)

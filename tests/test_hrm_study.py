@@ -1,4 +1,6 @@
-"""The study of the HRM head: rows that resume, are shared, and lose nothing; figures that mean what they say."""
+"""The study of the HRM head: rows that resume, are shared, and lose nothing; figures that mean what
+they say.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import hrm
 from hrm import ARMS, Row, Study, Tally, leave_early, plan
 
-from hearth.batches import Batch
+from hearth.training.batches import Batch
 
 
 @pytest.fixture
@@ -40,7 +42,9 @@ ROWS = [*TUNING, Row("main", "automaton", "dense", 0), Row("main", "addition", "
 def test_rows_that_are_there_are_not_run_again(tmp_path: Path, ran) -> None:
     Study(tmp_path).work(ROWS[:2], lambda row: None)
     Study(tmp_path).work(ROWS, lambda row: None)
-    assert [key for key, _ in ran] == [row.key for row in ROWS if row.key != "automaton-dense-main-s0"]
+    assert [key for key, _ in ran] == [
+        row.key for row in ROWS if row.key != "automaton-dense-main-s0"
+    ]
     assert dict(ran)["addition-dense-main-s0"] == 1e-2
     assert list((tmp_path / "locks").iterdir()) == []
 
@@ -48,11 +52,15 @@ def test_rows_that_are_there_are_not_run_again(tmp_path: Path, ran) -> None:
 def test_the_best_tuning_row_is_the_first_seed_of_its_task(tmp_path: Path, ran) -> None:
     study = Study(tmp_path)
     study.work(ROWS, lambda row: None)
-    best, adopted = (study.results()[row.key] for row in (Row("tune", "automaton", "dense", 0, 1e-2), ROWS[-2]))
+    best, adopted = (
+        study.results()[row.key] for row in (Row("tune", "automaton", "dense", 0, 1e-2), ROWS[-2])
+    )
     assert adopted == {**best, "key": "automaton-dense-main-s0", "kind": "main"}
 
 
-def test_a_row_that_was_killed_is_run_again_and_its_torn_line_hurts_no_other(tmp_path: Path, ran, monkeypatch) -> None:
+def test_a_row_that_was_killed_is_run_again_and_its_torn_line_hurts_no_other(
+    tmp_path: Path, ran, monkeypatch
+) -> None:
     study = Study(tmp_path)
     study.work(ROWS[:1], lambda row: None)
     fake = hrm.run
@@ -71,10 +79,14 @@ def test_a_row_that_was_killed_is_run_again_and_its_torn_line_hurts_no_other(tmp
     assert set(study.results()) == {row.key for row in ROWS[:2]}
 
 
-def test_a_row_of_a_living_process_is_left_alone_and_one_of_a_dead_is_taken_over(tmp_path: Path) -> None:
+def test_a_row_of_a_living_process_is_left_alone_and_one_of_a_dead_is_taken_over(
+    tmp_path: Path,
+) -> None:
     claim = f"import sys; sys.path[:0] = {sys.path!r}; import hrm, pathlib; "
     claim += f"print(hrm.Study(pathlib.Path({str(tmp_path)!r})).claim('a'), flush=True); input()"
-    other = subprocess.Popen([sys.executable, "-c", claim], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", claim], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert other.stdout.readline() == "True\n"
     study = Study(tmp_path)
     assert not study.claim("a")
@@ -118,15 +130,20 @@ def test_arms_of_equal_parameters_and_flops_are_that() -> None:
             assert abs(n[arm] / n["full"] - 1) < 0.05, arm
         for arm in ("deep", "looped"):
             assert abs(flops[arm] / flops["full"] - 1) < 0.03, arm
-        longer = Row("flops", task, "dense", 0).steps(base.context) / Row("main", task, "dense", 0).steps(base.context)
+        longer = Row("flops", task, "dense", 0).steps(base.context) / Row(
+            "main", task, "dense", 0
+        ).steps(base.context)
         assert longer == pytest.approx(flops["full"] / flops["dense"], rel=0.01)
 
 
 def test_tally_counts_tokens_and_whole_rows() -> None:
     targets = torch.tensor([1, 2, 3, 1, 2, 3])
-    batch = Batch(targets, targets, torch.tensor([0, 1, 1, 1.0, 1, 0]), torch.zeros(6, dtype=torch.bool), 3)
+    batch = Batch(
+        targets, targets, torch.tensor([0, 1, 1, 1.0, 1, 0]), torch.zeros(6, dtype=torch.bool), 3
+    )
     logits = torch.full((4, 5), -20.0)
-    logits[torch.arange(4), torch.tensor([2, 3, 1, 0])] = 0.0  # the last one, of the second row, is wrong
+    # the last one, of the second row, is wrong
+    logits[torch.arange(4), torch.tensor([2, 3, 1, 0])] = 0.0
     tally = Tally()
     tally.add(batch, logits)
     assert (tally.right, tally.tokens, tally.whole, tally.rows) == (3, 4, 1, 2)

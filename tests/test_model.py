@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from config import PRESETS, ModelConfig, UserError
+from hearth.decoding.kv_cache import KVCache, Thought, think
 from model import (
     ChunkedCrossEntropy,
-    KVCache,
     Model,
     Packed,
-    Thought,
     attend_in_blocks,
     attend_varlen,
     build_model,
@@ -26,13 +25,14 @@ from model import (
     rms_norm,
     rotary_table,
     rotate,
-    think,
     varlen_attention,
 )
 
 
 def awake(config: ModelConfig, seed: int = 0) -> Model:
-    """A model whose zero-initialised projections have been given values, so that nothing is hidden behind zeros."""
+    """A model whose zero-initialised projections have been given values, so that nothing is hidden
+    behind zeros.
+    """
     model = build_model(config, seed=seed)
     model.dtype = torch.float32
     dice = torch.Generator().manual_seed(seed + 1)
@@ -85,7 +85,9 @@ def test_a_head_without_a_fast_module_loops_one_and_learns(tiny: ModelConfig) ->
     assert len(model.block_passes()) == 3 + 3 * 2
     ids = random_ids(33, tiny)
     model.loss(model(ids[:-1], one_segment(32)), ids[1:], torch.ones(32)).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
+    ] == []
 
 
 def test_other_documents_in_the_pack_change_nothing(tiny: ModelConfig) -> None:
@@ -106,7 +108,9 @@ def random_heads(n: int, seed: int = 0, **kind) -> list[torch.Tensor]:
 
 
 def slow_attention(q, k, v, packed: Packed, window: int | None) -> torch.Tensor:
-    """A query at a time: softmax over its own segment's keys so far, no further back than the window."""
+    """A query at a time: softmax over its own segment's keys so far, no further back than the
+    window.
+    """
     row = packed.row_length
     out = []
     for t in range(len(q)):
@@ -127,7 +131,9 @@ def test_attention_in_blocks_equals_attention_a_query_at_a_time(window: int | No
     fast, slow = (f(*heads, packed, window) for f in (attend_in_blocks, slow_attention))
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
     weights = torch.randn(fast.shape, generator=torch.Generator().manual_seed(1))
-    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), heads) for y in (fast, slow)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad((y * weights).sum(), heads) for y in (fast, slow)), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
@@ -142,26 +148,39 @@ def flash_attn_varlen_func(q, k, v, edges_q, edges_k, longest_q, longest_k, caus
         query, key = torch.arange(end - start)[:, None], torch.arange(end - start)
         seen = (key <= query) if left < 0 else (key <= query + right) & (key >= query - left)
         heads = (x[None, start:end].transpose(1, 2) for x in (q, k, v))
-        out.append(torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen, enable_gqa=True))
+        out.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                *heads, attn_mask=seen, enable_gqa=True
+            )
+        )
     return torch.cat(out, dim=2)[0].transpose(0, 1)
 
 
 @pytest.mark.parametrize("window", [None, 40])
-def test_the_flash_attn_package_is_used_where_it_is_installed(window: int | None, monkeypatch) -> None:
+def test_the_flash_attn_package_is_used_where_it_is_installed(
+    window: int | None, monkeypatch
+) -> None:
     package = ModuleType("flash_attn")
     package.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setattr("model.varlen_attention", varlen_attention.__wrapped__)  # asked anew, not remembered
+    # asked anew, not remembered
+    monkeypatch.setattr("model.varlen_attention", varlen_attention.__wrapped__)
     starts = torch.zeros(600, dtype=torch.bool)
     starts[[3, 130, 131, 290, 450]] = True
     packed, heads = Packed(starts, 300), random_heads(600)
     torch.testing.assert_close(
-        attend_varlen(*heads, packed, window), attend_in_blocks(*heads, packed, window), atol=1e-5, rtol=1e-5
+        attend_varlen(*heads, packed, window),
+        attend_in_blocks(*heads, packed, window),
+        atol=1e-5,
+        rtol=1e-5,
     )
 
 
-def test_a_flash_attn_of_another_torch_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))  # without the function: ImportError
+def test_a_flash_attn_of_another_torch_is_told_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # without the function: ImportError
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     with pytest.raises(UserError, match="Build it anew for torch"):
         varlen_attention.__wrapped__()
 
@@ -177,12 +196,17 @@ def test_attention_on_a_card_equals_attention_in_blocks(window: int | None) -> N
     reference = [x.detach().float().cpu().requires_grad_() for x in heads]
     expected = attend_in_blocks(*reference, Packed(starts, 300), window)
     torch.testing.assert_close(y.float().cpu(), expected, atol=2e-2, rtol=2e-2)
-    for a, b in zip(torch.autograd.grad(y.sum(), heads), torch.autograd.grad(expected.sum(), reference), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(y.sum(), heads),
+        torch.autograd.grad(expected.sum(), reference),
+        strict=True,
+    ):
         torch.testing.assert_close(a.float().cpu(), b, atol=3e-2, rtol=3e-2)
 
 
 def test_the_token_before_is_mixed_in_within_its_document_alone(tiny: ModelConfig) -> None:
     model = build_model(replace(tiny, n_layer=1, hrm=None), seed=0)
+    model.dtype = torch.float32
     with torch.no_grad():
         model.shift.copy_(torch.linspace(-1, 1, tiny.d_model))
     ids, starts = random_ids(12, tiny), torch.zeros(12, dtype=torch.bool)
@@ -191,7 +215,9 @@ def test_the_token_before_is_mixed_in_within_its_document_alone(tiny: ModelConfi
     rows = rms_norm(model.embedding[ids])
     for at in range(12):
         before = torch.zeros_like(rows[0]) if at in (0, 5, 6) else rows[at - 1]
-        assert torch.allclose(model.embed(ids, where)[at], rows[at] + model.shift * before, atol=1e-6), at
+        assert torch.allclose(
+            model.embed(ids, where)[at], rows[at] + model.shift * before, atol=1e-6
+        ), at
 
 
 def test_tokens_beyond_the_window_change_nothing(tiny: ModelConfig) -> None:
@@ -233,20 +259,26 @@ def test_rotation_depends_on_distance_alone() -> None:
 def test_head_starts_as_the_identity(tiny: ModelConfig, l_cycles: int) -> None:
     model = build_model(replace(tiny, hrm=replace(tiny.hrm, l_cycles=l_cycles)), seed=0)
     ids, where = random_ids(16, tiny), one_segment(16)
-    torch.testing.assert_close(model.logits(model(ids, where)), model.logits(model.run_trunk(ids, where)))
+    torch.testing.assert_close(
+        model.logits(model(ids, where)), model.logits(model.run_trunk(ids, where))
+    )
 
 
 def test_the_head_weighs_the_same_however_large_the_trunk_grows(tiny: ModelConfig) -> None:
     model, ids, where = awake(tiny), random_ids(16, tiny), one_segment(16)
     x = model.run_trunk(ids, where)
-    small, large = (model.logits(list(model.head.cycles(scale * x, where))[-1]) for scale in (1, 100))
+    small, large = (
+        model.logits(list(model.head.cycles(scale * x, where))[-1]) for scale in (1, 100)
+    )
     torch.testing.assert_close(small, large, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(small, model.logits(x), atol=1e-2)
 
 
 def test_the_mlp_is_gated_or_of_squared_relu(tiny: ModelConfig) -> None:
     x = torch.randn(5, tiny.d_model, generator=torch.Generator().manual_seed(0))
-    plain, gated = (build_model(replace(tiny, gated_mlp=gated), seed=0).trunk[0] for gated in (False, True))
+    plain, gated = (
+        build_model(replace(tiny, gated_mlp=gated), seed=0).trunk[0] for gated in (False, True)
+    )
     for block in (plain, gated):
         torch.nn.init.normal_(block.down)
     torch.testing.assert_close(plain.mlp(x), (x @ plain.up.T).clamp(min=0) ** 2 @ plain.down.T)
@@ -306,7 +338,8 @@ def test_chunked_loss_equals_the_whole_and_its_gradients(tiny: ModelConfig, monk
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at it itself while it traces
+# torch looks at it itself while it traces
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_compiled_blocks_give_the_same_loss_and_gradients(tiny: ModelConfig) -> None:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
@@ -325,24 +358,32 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(tiny: ModelConfig) -> 
 
 def test_flops_count_every_pass(tiny: ModelConfig) -> None:
     dense = Model(replace(tiny, hrm=None))
-    n = sum(p.numel() for block in dense.trunk for p in block.parameters()) + dense.embedding.numel()
+    n = (
+        sum(p.numel() for block in dense.trunk for p in block.parameters())
+        + dense.embedding.numel()
+    )
     windows = [block.window for block in dense.trunk]
     assert windows == [6, None, None]  # the pattern SL over 3 blocks, the last one long
     seen = sum(sum(min(t + 1, w or 32) for t in range(32)) / 32 for w in windows)
     assert dense.flops_per_token(32) == pytest.approx(6 * n + 12 * 32 * seen)
     deep = Model(tiny)
     assert len(deep.block_passes()) == 3 + 2 * (2 * 1 + 2)
-    whole, cut = deep.flops_per_token(32), deep.flops_per_token(32, horizon=2)  # the last L and the last H call
+    # the last L and the last H call
+    whole, cut = deep.flops_per_token(32), deep.flops_per_token(32, horizon=2)
     early = [p for m in deep.head.calls()[:-2] for block in m.blocks for p in block.parameters()]
     spared = whole - cut - 4 * sum(p.numel() for p in early)  # what is left is attention's
-    reach = [sum(min(t + 1, b.window or 32) for t in range(32)) / 32 for m in deep.head.calls()[:-2] for b in m.blocks]
+    reach = [
+        sum(min(t + 1, b.window or 32) for t in range(32)) / 32
+        for m in deep.head.calls()[:-2]
+        for b in m.blocks
+    ]
     assert spared == pytest.approx(8 * 32 * sum(reach))
     supervised = replace(tiny, hrm=replace(tiny.hrm, deep_supervision=True, supervise_every=4))
     more = Model(supervised).flops_per_token(32) - whole
     assert more == pytest.approx(6 * (deep.embedding.numel() / 4 + deep.head.out.numel()))
 
 
-# ---------------------------------------------------------------------------------- leaving cycles early
+# ----------------------------------------------------------------------------- leaving cycles early
 
 
 LEAVES_SOMETIMES = 4e-4  # nats
@@ -353,7 +394,9 @@ def awake_settling(config: ModelConfig) -> Model:
     return awake(replace(config, hrm=replace(config.hrm, h_cycles=4)), seed=3)
 
 
-def thoughts(model: Model, ids: torch.Tensor, settled: float | None) -> tuple[list[Thought], KVCache]:
+def thoughts(
+    model: Model, ids: torch.Tensor, settled: float | None
+) -> tuple[list[Thought], KVCache]:
     """A prompt of 9 columns in one pass, then the others one by one."""
     cache = KVCache(len(ids), model.config.context)
     parts = [ids[:, :9], *ids[:, 9:].split(1, dim=1)]
@@ -361,11 +404,16 @@ def thoughts(model: Model, ids: torch.Tensor, settled: float | None) -> tuple[li
 
 
 @pytest.mark.parametrize("settled", [None, 0.0])
-def test_thinking_without_leaving_equals_the_full_computation(tiny: ModelConfig, settled: float | None) -> None:
+def test_thinking_without_leaving_equals_the_full_computation(
+    tiny: ModelConfig, settled: float | None
+) -> None:
     model = awake_settling(tiny)
     ids = random_ids(48, tiny).view(2, 24)
     with torch.no_grad():
-        states = [y.view(2, 24, -1) for y in model.cycles(ids.flatten(), Packed(torch.zeros(48, dtype=torch.bool), 24))]
+        states = [
+            y.view(2, 24, -1)
+            for y in model.cycles(ids.flatten(), Packed(torch.zeros(48, dtype=torch.bool), 24))
+        ]
     found, _ = thoughts(model, ids, settled)
     for column, thought in zip(range(8, 24), found, strict=True):
         assert thought.cycles.tolist() == [4, 4]
@@ -389,7 +437,9 @@ def test_a_row_leaves_early_without_regard_to_its_neighbours(tiny: ModelConfig) 
         for (k, v), (one_k, one_v) in zip(together.slots, cache.slots, strict=True):
             written = slice(min(24, k.shape[2]))
             for x, y in ((k, one_k), (v, one_v)):
-                torch.testing.assert_close(x[row, :, written], y[0, :, written], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(
+                    x[row, :, written], y[0, :, written], atol=1e-4, rtol=1e-4
+                )
 
 
 def test_skipped_cycles_take_the_keys_of_the_last_one_that_ran(tiny: ModelConfig) -> None:
@@ -402,7 +452,10 @@ def test_skipped_cycles_take_the_keys_of_the_last_one_that_ran(tiny: ModelConfig
     n_trunk, n_calls = tiny.n_layer, len(model.head.block_passes(1))
     assert len(cache.slots) == n_trunk + 4 * n_calls
     for place in range(n_trunk + n_calls, len(cache.slots)):
-        (k, v), (first_k, first_v) = cache.slots[place], cache.slots[n_trunk + (place - n_trunk) % n_calls]
+        (k, v), (first_k, first_v) = (
+            cache.slots[place],
+            cache.slots[n_trunk + (place - n_trunk) % n_calls],
+        )
         entry = 14 % k.shape[2]
         assert torch.equal(k[:, :, entry], first_k[:, :, entry])
         assert torch.equal(v[:, :, entry], first_v[:, :, entry])
@@ -420,7 +473,7 @@ def test_a_dense_model_thinks_no_cycles(tiny: ModelConfig) -> None:
     )
 
 
-# -------------------------------------------------------------------------------------------- the probe
+# ---------------------------------------------------------------------------------------- the probe
 
 
 def test_probed_losses_are_those_of_that_many_cycles(tiny: ModelConfig) -> None:
@@ -433,7 +486,9 @@ def test_probed_losses_are_those_of_that_many_cycles(tiny: ModelConfig) -> None:
             loss = model.loss(model(ids[:-1], where, h_cycles=cycles), ids[1:], weights) / 27
             assert figures[f"loss cycle {cycles}"] == pytest.approx(float(loss), rel=1e-5)
         trunk = model.loss(model.run_trunk(ids[:-1], where), ids[1:], weights) / 27
-        now, then = (model.logits(model(ids[:-1], where, h_cycles=c)[5:]).log_softmax(-1) for c in (3, 2))
+        now, then = (
+            model.logits(model(ids[:-1], where, h_cycles=c)[5:]).log_softmax(-1) for c in (3, 2)
+        )
     assert figures["loss cycle 0"] == pytest.approx(float(trunk), rel=1e-5)
     change = torch.nn.functional.kl_div(then, now, log_target=True, reduction="batchmean")
     assert figures["head last change"] == pytest.approx(float(change), rel=1e-3)
@@ -458,4 +513,9 @@ def test_probed_sizes_grow_with_what_a_module_writes(tiny: ModelConfig) -> None:
 
 def test_a_dense_model_has_nothing_to_probe(tiny: ModelConfig) -> None:
     ids = random_ids(33, tiny)
-    assert probe_head(build_model(replace(tiny, hrm=None), seed=0), ids[:-1], ids[1:], torch.ones(32), None) == {}
+    assert (
+        probe_head(
+            build_model(replace(tiny, hrm=None), seed=0), ids[:-1], ids[1:], torch.ones(32), None
+        )
+        == {}
+    )

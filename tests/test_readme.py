@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import config as settings
 from config import PRESETS
+from hearth import cli
 from model import Model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,7 @@ def test_every_command_names_a_script_and_options_that_exist(command: str) -> No
     if not words[0].startswith("benchmarks/"):
         script = importlib.import_module(words[0].removesuffix(".py"))
         options = script.Options() if hasattr(script, "Options") else None
-        settings.parse_cli_with(options, "", words[1:])
+        cli.parse_cli_with(options, "", words[1:])
 
 
 def test_the_first_screen_holds_the_commands_and_the_presets() -> None:
@@ -56,7 +56,11 @@ def test_the_table_of_presets_tells_the_models_size() -> None:
         for preset in re.findall(r"`(\w+)`", name):
             with torch.device("meta"):
                 n = Model(PRESETS[preset].model).n_parameters()
-            assert abs(n / 1e6 - float(told)) < 0.5 if float(told) > 10 else abs(n / 1e6 - float(told)) < 0.05
+            assert (
+                abs(n / 1e6 - float(told)) < 0.5
+                if float(told) > 10
+                else abs(n / 1e6 - float(told)) < 0.05
+            )
 
 
 def test_the_file_map_names_every_module() -> None:

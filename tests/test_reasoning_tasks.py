@@ -116,7 +116,9 @@ def test_held_out_problems_never_enter_training(task: str) -> None:
         """Every problem of some rows, each by itself."""
         size, a_row = TASKS[task].sizes[0], TASKS[task].a_row
         found = set()
-        for symbols, answers in islice(rows(TASKS[task], f"{held_out}", held_out=held_out, size=size), 300):
+        for symbols, answers in islice(
+            rows(TASKS[task], f"{held_out}", held_out=held_out, size=size), 300
+        ):
             length = (len(symbols) - 1) // a_row
             for i in range(1, len(symbols), length):
                 here = zip(symbols[i : i + length], answers[i : i + length], strict=True)
@@ -130,7 +132,9 @@ def test_held_out_problems_never_enter_training(task: str) -> None:
 def test_rows_carry_loss_on_the_answers_alone(task: str) -> None:
     given = list(islice(rows(TASKS[task], "b", held_out=False), 6))
     batch = lay(given, TASKS[task].row_length)
-    answers = [IDS[s] for symbols, places in given for s, a in zip(symbols, places, strict=True) if a]
+    answers = [
+        IDS[s] for symbols, places in given for s, a in zip(symbols, places, strict=True) if a
+    ]
     assert batch.targets[batch.weights > 0].tolist() == answers
     for row, (symbols, _) in zip(batch.ids.view(6, -1), given, strict=True):
         n = len(symbols) - 1

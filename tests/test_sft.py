@@ -11,11 +11,12 @@ import torch
 
 import sft
 from config import PRESETS, ChatSource, ModelConfig, SFTConfig, UserError
-from hearth import corpora, training
-from hearth.batches import ConversationBatches
-from hearth.conversation import render
-from hearth.shards import TokenShards, TokenShardWriter
-from hearth.tokenizer import Tokenizer
+from hearth.data import sources
+from hearth.data.chat_format import render
+from hearth.data.token_shards import TokenShards, TokenShardWriter
+from hearth.data.tokenizer import Tokenizer
+from hearth.training import loop
+from hearth.training.batches import ConversationBatches
 from model import Model, Packed, build_model
 
 
@@ -28,8 +29,18 @@ def talk(*turns: tuple[str, str], thinking: str | None = None) -> list[dict]:
 
 TALKS = [
     talk(("user", "what is two and two"), ("assistant", "four")),
-    talk(("system", "think"), ("user", "three and one"), ("assistant", "4"), thinking="three, then four"),
-    talk(("user", "hello"), ("assistant", "hello to you"), ("user", "who are you"), ("assistant", "a small model")),
+    talk(
+        ("system", "think"),
+        ("user", "three and one"),
+        ("assistant", "4"),
+        thinking="three, then four",
+    ),
+    talk(
+        ("user", "hello"),
+        ("assistant", "hello to you"),
+        ("user", "who are you"),
+        ("assistant", "a small model"),
+    ),
     talk(("user", "one"), ("assistant", "two three")),
 ]
 
@@ -52,7 +63,9 @@ def model(tiny: ModelConfig) -> Model:
 
 def packed_batches(folder: Path, talks: list[list[dict]], words: Tokenizer) -> ConversationBatches:
     """All talks in one batch of rows of 64 tokens."""
-    writer = TokenShardWriter(folder, {}, vocab_size=384, tokenizer_hash=words.hash, shard_tokens=10_000, masked=True)
+    writer = TokenShardWriter(
+        folder, {}, vocab_size=384, tokenizer_hash=words.hash, shard_tokens=10_000, masked=True
+    )
     for messages in talks:
         rendered = render(messages, words)
         writer.add("train", rendered.ids, 1, rendered.loss)
@@ -62,12 +75,14 @@ def packed_batches(folder: Path, talks: list[list[dict]], words: Tokenizer) -> C
     return ConversationBatches([shards], [1.0], plan, pad=words.pad, seed=0)
 
 
-def test_a_packed_batch_loses_what_its_conversations_lose_alone(tmp_path: Path, model: Model, words: Tokenizer) -> None:
+def test_a_packed_batch_loses_what_its_conversations_lose_alone(
+    tmp_path: Path, model: Model, words: Tokenizer
+) -> None:
     batches = packed_batches(tmp_path / "t", TALKS, words)
     packed_loss = packed_count = 0.0
     for step in range(batches.n_steps):
         batch = batches.batch(step)
-        nats, count = training.evaluate_loss(model, [batch])
+        nats, count = loop.evaluate_loss(model, [batch])
         packed_loss, packed_count = packed_loss + nats, packed_count + count
     alone = []
     for messages in TALKS:
@@ -81,7 +96,9 @@ def test_a_packed_batch_loses_what_its_conversations_lose_alone(tmp_path: Path, 
     assert abs(packed_loss / packed_count - float(reference.mean())) < 1e-5
 
 
-def test_another_conversation_in_the_pack_changes_no_logit(tmp_path: Path, model: Model, words: Tokenizer) -> None:
+def test_another_conversation_in_the_pack_changes_no_logit(
+    tmp_path: Path, model: Model, words: Tokenizer
+) -> None:
     batch = packed_batches(tmp_path / "t", TALKS, words).batch(0)
     changed = batch.ids.clone()
     first, second = batch.starts.nonzero().flatten()[:2].tolist()
@@ -98,7 +115,9 @@ def test_loss_covers_only_assistant_tokens_and_their_end(tmp_path: Path, words: 
         batch = batches.batch(step)
         learnt.update(batch.targets[batch.weights > 0].tolist())
     answers = [m for t in TALKS for m in t if m["role"] == "assistant"]
-    expected = Counter(i for m in answers for i in words.encode(m["content"]) + words.encode(m["thinking"] or ""))
+    expected = Counter(
+        i for m in answers for i in words.encode(m["content"]) + words.encode(m["thinking"] or "")
+    )
     expected[words.end] = len(answers)
     expected[words.think] = expected[words.end_think] = 1
     assert learnt == expected
@@ -108,9 +127,13 @@ def test_what_is_too_long_loses_whole_turns_or_is_dropped_and_counted(
     tmp_path: Path, words: Tokenizer, monkeypatch
 ) -> None:
     whole = talk(("user", "one"), ("assistant", "two"))
-    long_end = talk(("user", "one"), ("assistant", "two"), ("user", "tell"), ("assistant", "three " * 60))
+    long_end = talk(
+        ("user", "one"), ("assistant", "two"), ("user", "tell"), ("assistant", "three " * 60)
+    )
     long_thought = talk(("user", "one"), ("assistant", "two"), thinking="four " * 60)
-    monkeypatch.setattr(corpora, "read_conversations", lambda folder, split: iter([whole, long_end, long_thought]))
+    monkeypatch.setattr(
+        sources, "read_conversations", lambda folder, split: iter([whole, long_end, long_thought])
+    )
     counts: Counter[str] = Counter()
     kept = list(sft.fitting(tmp_path, "train", 40, words, counts))
     assert [r.ids for r in kept] == [render(whole, words).ids] * 2
@@ -120,13 +143,20 @@ def test_what_is_too_long_loses_whole_turns_or_is_dropped_and_counted(
 
 @pytest.mark.parametrize(
     ("ids", "loops"),
-    [(list(range(40)), False), (list(range(8)) * 2, False), (list(range(8)) * 3, True), ([1] * 10, True)],
+    [
+        (list(range(40)), False),
+        (list(range(8)) * 2, False),
+        (list(range(8)) * 3, True),
+        ([1] * 10, True),
+    ],
 )
 def test_a_loop_is_eight_tokens_said_three_times(ids: list[int], loops: bool) -> None:
     assert sft.is_looping(ids) == loops
 
 
-def test_probes_count_stopping_looping_and_reasoning(model: Model, words: Tokenizer, monkeypatch) -> None:
+def test_probes_count_stopping_looping_and_reasoning(
+    model: Model, words: Tokenizer, monkeypatch
+) -> None:
     answers = [[50, words.end], [words.think, 3, words.end_think, words.end], [9] * 12]
     monkeypatch.setattr(sft.Engine, "generate", lambda self, prompts, **settings: answers)
     prompts = [sft.ProbePrompt([1], False), sft.ProbePrompt([1], True), sft.ProbePrompt([1], True)]
@@ -137,7 +167,9 @@ def test_probes_count_stopping_looping_and_reasoning(model: Model, words: Tokeni
     }
 
 
-def test_several_processes_are_refused_with_the_command_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_are_refused_with_the_command_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"torchrun started 2\. Use `uv run sft.py --preset demo`"):

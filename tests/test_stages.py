@@ -32,15 +32,21 @@ def test_the_road_makes_every_folder_of_the_plan(unbroken: Path) -> None:
     assert {"text", "tokenizer", "tokens", "chat_tokens", "base", "sft1", "sft2"} <= made
 
 
-def test_started_again_every_stage_says_that_it_is_done(unbroken: Path, words: list[str], tmp_path: Path) -> None:
+def test_started_again_every_stage_says_that_it_is_done(
+    unbroken: Path, words: list[str], tmp_path: Path
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in (unbroken / "demo").rglob("*.safetensors")}
     for script in ("pretrain.py", "sft.py"):
         assert stages.run(script, [*words, "--runs", str(unbroken)], tmp_path / "output") == 0
     assert (tmp_path / "output").read_text().count("done") == 3
-    assert before == {path: path.stat().st_mtime_ns for path in (unbroken / "demo").rglob("*.safetensors")}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (unbroken / "demo").rglob("*.safetensors")
+    }
 
 
-def test_two_runs_with_one_seed_give_identical_checkpoints(unbroken: Path, words: list[str], tmp_path: Path) -> None:
+def test_two_runs_with_one_seed_give_identical_checkpoints(
+    unbroken: Path, words: list[str], tmp_path: Path
+) -> None:
     for script in stages.SCRIPTS:
         assert stages.run(script, [*words, "--runs", str(tmp_path)], tmp_path / "output") == 0
     for stage in ("base", "sft1", "sft2"):
@@ -51,7 +57,9 @@ def test_two_runs_with_one_seed_give_identical_checkpoints(unbroken: Path, words
 def test_a_stage_killed_at_random_moments_ends_like_an_unbroken_one(
     script: str, unbroken: Path, words: list[str], tmp_path: Path
 ) -> None:
-    """Twenty SIGKILLs, or as many as there is work for; what each leaves behind is what the next start finds."""
+    """Twenty SIGKILLs, or as many as there is work for; what each leaves behind is what the next
+    start finds.
+    """
     run, dice = tmp_path / "demo", random.Random(script)
     kept = ("text", "tokenizer", "tokens") + (("base",) if script == "sft.py" else ())
     for name in kept:
@@ -70,12 +78,16 @@ def test_a_stage_killed_at_random_moments_ends_like_an_unbroken_one(
     assert killed > 0
     for stage in ("base",) if script == "pretrain.py" else ("sft1", "sft2"):
         assert stages.weights(run, stage) == stages.weights(unbroken / "demo", stage)
-    metrics = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()
+    ]
     numbers = [record["step"] for record in metrics if record["kind"] == "step"]
     assert numbers == list(range(1, len(numbers) + 1))
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(unbroken: Path, words: list[str], tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    unbroken: Path, words: list[str], tmp_path: Path
+) -> None:
     for name in ("tokenizer", "tokens"):
         shutil.copytree(unbroken / "demo" / name, tmp_path / "demo" / name)
     longer = [*words, "--runs", str(tmp_path), "--pretrain.steps", "3000"]
@@ -90,7 +102,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(unbroken: Path, words: list[str], tm
     assert "Go on with: uv run pretrain.py --preset demo" in output.read_text()
 
 
-# ------------------------------------------------------------------------------- what users get wrong
+# ----------------------------------------------------------------------------- what users get wrong
 
 
 def mistake(script: str, words: list[str], tmp_path: Path, code: int = 2) -> str:
@@ -112,25 +124,35 @@ def mistake(script: str, words: list[str], tmp_path: Path, code: int = 2) -> str
         ("score.py", "run_pipeline.py --preset demo"),
     ],
 )
-def test_a_stage_without_its_input_names_the_command_that_makes_it(script: str, remedy: str, tmp_path: Path) -> None:
-    assert f"uv run {remedy}" in mistake(script, ["--preset", "demo", "--runs", str(tmp_path)], tmp_path)
+def test_a_stage_without_its_input_names_the_command_that_makes_it(
+    script: str, remedy: str, tmp_path: Path
+) -> None:
+    assert f"uv run {remedy}" in mistake(
+        script, ["--preset", "demo", "--runs", str(tmp_path)], tmp_path
+    )
 
 
-def test_a_corpus_smaller_than_one_batch_is_refused(unbroken: Path, words: list[str], tmp_path: Path) -> None:
+def test_a_corpus_smaller_than_one_batch_is_refused(
+    unbroken: Path, words: list[str], tmp_path: Path
+) -> None:
     for name in ("tokenizer", "tokens"):
         shutil.copytree(unbroken / "demo" / name, tmp_path / "demo" / name)
     big = [*words, "--runs", str(tmp_path), "--pretrain.tokens_per_step", "1048576"]
     assert "--pretrain.tokens_per_step" in mistake("pretrain.py", big, tmp_path)
 
 
-def test_shards_of_another_tokenizer_are_refused(unbroken: Path, words: list[str], tmp_path: Path) -> None:
+def test_shards_of_another_tokenizer_are_refused(
+    unbroken: Path, words: list[str], tmp_path: Path
+) -> None:
     for name in ("tokenizer", "tokens"):
         shutil.copytree(unbroken / "demo" / name, tmp_path / "demo" / name)
     path = tmp_path / "demo" / "tokenizer" / "tokenizer.json"
     facts = json.loads(path.read_text())
     facts["model"]["merges"] = facts["model"]["merges"][:-1]
     path.write_text(json.dumps(facts))
-    assert "another tokenizer" in mistake("pretrain.py", [*words, "--runs", str(tmp_path)], tmp_path)
+    assert "another tokenizer" in mistake(
+        "pretrain.py", [*words, "--runs", str(tmp_path)], tmp_path
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_named(words: list[str], tmp_path: Path) -> None:

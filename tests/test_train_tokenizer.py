@@ -1,4 +1,6 @@
-"""Training and encoding: every document in the token shards, decodable, once, whatever happens on the way."""
+"""Training and encoding: every document in the token shards, decodable, once, whatever happens on
+the way.
+"""
 
 import json
 import random
@@ -11,14 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import stages
-from test_create_shard import MANY_KILLS, contents, files, kill_and_compare, make_texts, small_disk, texts_of  # noqa: F401
+from test_create_shard import (  # noqa: F401
+    MANY_KILLS,
+    contents,
+    files,
+    kill_and_compare,
+    make_texts,
+    small_disk,
+    texts_of,
+)
 
 import create_shard
 import train_tokenizer
 from config import PRESETS, Config, TextSource, UserError
-from hearth import shards, tokenizer
-from hearth.shards import TokenShards
-from hearth.tokenizer import SPECIAL_TOKENS, Tokenizer
+from hearth.data import shard_folder, tokenizer
+from hearth.data.token_shards import TokenShards
+from hearth.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from train_tokenizer import Options
 
 SPELT = "A text that spells <|bos|> and <think> and <|end|>, line after line. " * 3
@@ -29,8 +39,12 @@ def configured(runs: Path, folder: Path) -> Config:
     demo = PRESETS["demo"]
     draw = random.Random(1)
     for name, texts in (("prose", [*make_texts(400), SPELT]), ("numbers", [])):
-        texts = texts or [" ".join(str(draw.randint(0, 10**6)) for _ in range(60)) + f" = {i}" for i in range(300)]
-        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        texts = texts or [
+            " ".join(str(draw.randint(0, 10**6)) for _ in range(60)) + f" = {i}" for i in range(300)
+        ]
+        (folder / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps({"text": text}) for text in texts)
+        )
     sources = tuple(
         TextSource(name=name, files=(str(folder / f"{name}.jsonl"),), weight=weight)
         for name, weight in (("prose", 1.0), ("numbers", 3.0))
@@ -64,12 +78,14 @@ def tokens_of(config: Config) -> dict[str, bytes]:
     return contents(config.run_dir / "tokens")
 
 
-# ------------------------------------------------------------------------------------ what comes out
+# ----------------------------------------------------------------------------------- what comes out
 
 
 @pytest.mark.parametrize("name", ["prose", "numbers"])
-@pytest.mark.parametrize("split", shards.SPLITS)
-def test_every_document_is_there_once_and_decodes_to_its_text(config: Config, name: str, split: str) -> None:
+@pytest.mark.parametrize("split", shard_folder.SPLITS)
+def test_every_document_is_there_once_and_decodes_to_its_text(
+    config: Config, name: str, split: str
+) -> None:
     loaded = Tokenizer.load(config.run_dir / "tokenizer")
     reader = TokenShards(config.run_dir / "tokens" / name, split)
     texts = texts_of(config.run_dir / "text" / name, split)
@@ -95,7 +111,9 @@ def test_long_texts_in_pieces_encode_as_if_whole(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tokenizer, "PIECE_CHARS", 30)
     draw = random.Random(0)
     marks = ["\n", "\n\n", " \n", "\r\n", ".\n", "  ", "é\n", "\n-", "\n7", "\t\n x"]
-    text = "".join(draw.choice(marks) + draw.choice(["word", "9", "Ä", "x = 1", "…"]) for _ in range(20_000))
+    text = "".join(
+        draw.choice(marks) + draw.choice(["word", "9", "Ä", "x = 1", "…"]) for _ in range(20_000)
+    )
     assert len(list(tokenizer._cut(text))) > 1000
     loaded = Tokenizer.train([text], 600)
     assert loaded.encode_batch([text, "short"]) == [loaded.encode(text), loaded.encode("short")]
@@ -106,29 +124,44 @@ def test_encoding_ahead_keeps_the_order(config: Config) -> None:
     batches = [(i, [f"text {i}", "x" * i]) for i in range(50)]
     found = list(train_tokenizer.encode_ahead(loaded, iter(batches), np.uint16))
     assert [skipped for skipped, _, _ in found] == list(range(50))
-    assert [[loaded.decode(ids[1:]) for ids in encoded] for _, _, encoded in found] == [texts for _, texts in batches]
+    assert [[loaded.decode(ids[1:]) for ids in encoded] for _, _, encoded in found] == [
+        texts for _, texts in batches
+    ]
 
 
 def test_data_sheets_tell_the_tokens(config: Config) -> None:
-    n_tokens = sum(TokenShards(config.run_dir / "tokens/prose", split).n_tokens for split in shards.SPLITS)
+    n_tokens = sum(
+        TokenShards(config.run_dir / "tokens/prose", split).n_tokens
+        for split in shard_folder.SPLITS
+    )
     for folder in ("text", "tokens"):
         assert f"{n_tokens:,}" in (config.run_dir / folder / "prose/README.md").read_text()
 
 
 def test_sample_is_drawn_by_weight_and_small_corpora_give_all_they_have(config: Config) -> None:
-    corpora = [train_tokenizer.open_corpus(source, config, verify=False) for source in config.data.corpora()]
+    corpora = [
+        train_tokenizer.open_corpus(source, config, verify=False)
+        for source in config.data.corpora()
+    ]
     sizes = [corpus.text_bytes("train") for corpus in corpora]
     small = replace(config, tokenizer=replace(config.tokenizer, sample_mb=1))
     shares = train_tokenizer.sample_shares(small, corpora)
     assert shares[1] == 1.0  # asked for three quarters of a megabyte, it has less
     assert shares[0] * sizes[0] + sizes[1] == pytest.approx(min(1e6, sum(sizes)))
-    few = [replace(corpus, manifest={"splits": {"train": {"text_bytes": 10**8}}}) for corpus in corpora]
+    few = [
+        replace(corpus, manifest={"splits": {"train": {"text_bytes": 10**8}}}) for corpus in corpora
+    ]
     assert train_tokenizer.sample_shares(small, few) == pytest.approx([0.0025, 0.0075])
 
 
 def test_held_out_documents_are_not_in_the_sample(config: Config) -> None:
-    corpora = [train_tokenizer.open_corpus(source, config, verify=False) for source in config.data.corpora()]
-    sample = {text for texts in train_tokenizer.sample_texts(corpora, [1.0, 1.0], 0) for text in texts}
+    corpora = [
+        train_tokenizer.open_corpus(source, config, verify=False)
+        for source in config.data.corpora()
+    ]
+    sample = {
+        text for texts in train_tokenizer.sample_texts(corpora, [1.0, 1.0], 0) for text in texts
+    }
     for corpus in corpora:
         assert not sample & set(texts_of(corpus.text, "validation"))
         assert set(texts_of(corpus.text, "train")) <= sample
@@ -168,11 +201,13 @@ def test_lone_bytes_are_pieces_of_longer_characters(config: Config) -> None:
     assert train_tokenizer.lone_bytes(loaded, ids) == pytest.approx(2 / len(ids))
 
 
-# ------------------------------------------------------------------------------------------ mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 
 def test_missing_text_shards_name_the_command(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"does not exist.*uv run create_shard.py --preset demo --runs"):
+    with pytest.raises(
+        UserError, match=r"does not exist.*uv run create_shard.py --preset demo --runs"
+    ):
         train_tokenizer.main(configured(tmp_path / "runs", tmp_path), Options())
 
 
@@ -192,11 +227,15 @@ def test_damaged_text_shard_names_the_command_that_mends_it(config: Config, tmp_
 
 def test_another_vocabulary_size_is_refused_with_the_remedy(config: Config) -> None:
     other = replace(config, model=replace(config.model, vocab_size=640))
-    with pytest.raises(UserError, match=r"vocab_size: made with 512, asked for 640[\s\S]*Remove that folder"):
+    with pytest.raises(
+        UserError, match=r"vocab_size: made with 512, asked for 640[\s\S]*Remove that folder"
+    ):
         train_tokenizer.main(other, Options())
 
 
-def test_too_little_memory_is_refused_with_a_sample_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_refused_with_a_sample_that_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(train_tokenizer, "free_memory", lambda: 2e9)
     train_tokenizer.require_memory(100e6)
     with pytest.raises(UserError, match=r"--tokenizer.sample_mb (\d+)") as refusal:
@@ -224,12 +263,16 @@ def test_missing_gpt2_vocabulary_is_a_users_error(tmp_path: Path) -> None:
         train_tokenizer.load_gpt2(tmp_path)
 
 
-# --------------------------------------------------------------------------------- damage and mending
+# ------------------------------------------------------------------------------- damage and mending
 
 
 @pytest.mark.parametrize("harm", ["cut", "remove", "flip"])
-@pytest.mark.parametrize("name", ["train-00001.npy", "train-00000.ends.npy", "validation-00000.npy"])
-def test_only_the_damaged_shard_is_made_again(config: Config, tmp_path: Path, harm: str, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["train-00001.npy", "train-00000.ends.npy", "validation-00000.npy"]
+)
+def test_only_the_damaged_shard_is_made_again(
+    config: Config, tmp_path: Path, harm: str, name: str
+) -> None:
     again = copy_of(config, tmp_path)
     path = again.run_dir / "tokens/prose" / name
     before = {p: p.stat().st_mtime_ns for p in again.run_dir.rglob("*.npy")}
@@ -246,7 +289,9 @@ def test_only_the_damaged_shard_is_made_again(config: Config, tmp_path: Path, ha
     assert {p for p in before if p.stat().st_mtime_ns != before[p]} <= {path}
 
 
-def test_two_damaged_shards_with_a_whole_one_between_are_made_again(config: Config, tmp_path: Path) -> None:
+def test_two_damaged_shards_with_a_whole_one_between_are_made_again(
+    config: Config, tmp_path: Path
+) -> None:
     again = copy_of(config, tmp_path)
     for name in ("train-00000.npy", "train-00002.npy"):
         (again.run_dir / "tokens/prose" / name).unlink()
@@ -262,10 +307,14 @@ def words_for(config: Config) -> list[str]:
 
 @pytest.fixture(scope="module")
 def one_corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, list[str]]:
-    """A run with the text shards of one corpus, as the command line configures it, and its words."""
+    """A run with the text shards of one corpus, as the command line configures it, and
+    its words.
+    """
     folder = tmp_path_factory.mktemp("one")
     config = configured(folder / "runs", folder)
-    config = replace(config, data=replace(config.data, sources=(), text_files=(str(folder / "prose.jsonl"),)))
+    config = replace(
+        config, data=replace(config.data, sources=(), text_files=(str(folder / "prose.jsonl"),))
+    )
     create_shard.main(config, create_shard.Options())
     train_tokenizer.main(config, Options())
     return config, [*words_for(config), "--data.text_files", str(folder / "prose.jsonl")]
@@ -301,7 +350,7 @@ def test_full_disk_is_said_and_the_run_goes_on_after_making_room(
     assert tokens_of(again) == tokens_of(config)
 
 
-# ------------------------------------------------------------------------------- on a training machine
+# ---------------------------------------------------------------------------- on a training machine
 
 
 def test_token_shards_are_read_without_the_packages_that_made_them(config: Config) -> None:
@@ -311,10 +360,16 @@ def test_token_shards_are_read_without_the_packages_that_made_them(config: Confi
 import sys
 for name in {missing}: sys.modules[name] = None
 from pathlib import Path
-from hearth import shards, ingest, tokenizer
-reader = shards.TokenShards(Path({str(config.run_dir / "tokens/prose")!r}), "train")
+from hearth.data import token_shards
+from hearth.data import ingest
+from hearth.data import tokenizer
+reader = token_shards.TokenShards(Path({str(config.run_dir / "tokens/prose")!r}), "train")
 print(reader.n_tokens, len(reader.ends), reader.read(0, 5)[0])
 """
-    result = subprocess.run([sys.executable, "-c", code], cwd=stages.ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=stages.ROOT, capture_output=True, text=True, check=False
+    )
     reader = TokenShards(config.run_dir / "tokens/prose", "train")
-    assert result.stdout.split() == [str(reader.n_tokens), str(reader.n_documents), "0"], result.stderr
+    assert result.stdout.split() == [str(reader.n_tokens), str(reader.n_documents), "0"], (
+        result.stderr
+    )

@@ -1,0 +1,226 @@
+"""Rows of conversations in any of the usual layouts, recognised by their columns, as messages.
+
+In: a row as a dict. Out: a list of `Message`s, or a `Bad` with its reason.
+Knows nothing of token ids and of the chat format: everything here is plain text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+from config import REASONING_PROMPT
+from hearth.data.cleaning import Bad
+
+
+class Message(TypedDict):
+    """One turn. role: system, user or assistant; thinking: what an assistant thought before
+    `content`, or None.
+    """
+
+    role: str
+    content: str
+    thinking: str | None
+
+
+def conversation(row: dict[str, Any], max_chars: int | None = None) -> list[Message] | Bad:
+    """One row in any of the usual layouts, recognised by its columns, as messages.
+
+    max_chars: longest reasoning taken. Of several the first right one that is short enough is
+    taken, else the worked solution; where that is too long as well the row is dropped, for a
+    thought is never cut. None is any length.
+    """
+    if not isinstance(row, dict):
+        return Bad("unknown layout", "a text without ### Human: and ### Assistant:")
+    for columns, convert in LAYOUTS:
+        if all(row.get(name) is not None for name in columns):
+            try:
+                messages = convert(row, max_chars) if convert is _problem else convert(row)
+            except (TypeError, KeyError, AttributeError, IndexError) as error:
+                return Bad("malformed row", f"{type(error).__name__}: {error}")
+            return messages if isinstance(messages, Bad) else finished(messages, max_chars)
+    return Bad("unknown layout", "columns " + ", ".join(map(str, row)))
+
+
+def finished(messages: list[Message], max_chars: int | None = None) -> list[Message] | Bad:
+    """Messages with their thoughts split off, checked, and with a system turn where they reason."""
+    for message in messages:
+        if message["role"] not in ROLES:
+            return Bad("tool use", message["role"])
+        if (
+            message["role"] == "assistant"
+            and message["thinking"] is None
+            and "<think>" in message["content"]
+        ):
+            match = THOUGHT.match(message["content"])
+            if not match:
+                return Bad("unfinished thought")
+            message["thinking"], message["content"] = match[1].strip(), match[2].strip()
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not any(message["role"] == "user" for message in messages):
+        return Bad("no question with an answer")
+    if any(not m["content"].strip() for m in messages if m["role"] != "system"):
+        return Bad("empty turn")
+    longest = max(len(m["thinking"] or "") for m in messages)
+    if max_chars is not None and longest > max_chars:
+        return Bad("reasoning too long", f"{longest} characters")
+    if any(m["thinking"] for m in messages) and messages[0]["role"] != "system":
+        messages.insert(0, turn("system", REASONING_PROMPT))
+    return messages
+
+
+FOUND_RIGHT = ("correctness_math_verify", "correctness_llama")  # either one's word is enough
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+
+
+def turn(role: str, content: Any, thinking: str | None = None) -> Message:
+    if not isinstance(content, str):
+        raise TypeError(f"a turn holds {type(content).__name__}, not text")
+    return {"role": ROLES.get(role, role), "content": content, "thinking": thinking}
+
+
+def _pair(
+    question: str, *, context: str | None, answer: str, thinking: str | None = None
+) -> list[Message]:
+    asked = f"{question}\n\n{context}" if context and context.strip() else question
+    return [turn("user", asked), turn("assistant", answer, thinking)]
+
+
+def _instruction(row: dict[str, Any]) -> list[Message]:
+    context = row.get("input") or row.get("context")
+    answer = next(row[name] for name in ("output", "response") if row.get(name) is not None)
+    return _pair(row["instruction"], context=context, answer=answer)
+
+
+ALPACA_FRAME = re.compile(
+    r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\s*$", re.DOTALL
+)
+
+
+def _prompt(row: dict[str, Any]) -> list[Message]:
+    """A prompt and its answer; the frame that Alpaca put around its prompts is taken off."""
+    answer = row["completion"] if row.get("completion") is not None else row["response"]
+    match = ALPACA_FRAME.search(row["prompt"])
+    if match:
+        return _pair(match[1], context=match[2], answer=answer)
+    return _pair(row["prompt"], context=None, answer=answer)
+
+
+def _messages(row: dict[str, Any]) -> list[Message]:
+    """Turns as role and content or from and value; content is text or a list of parts, some of them
+    thoughts.
+    """
+    found = []
+    for item in row["messages"] if row.get("messages") is not None else row["conversations"]:
+        role = item.get("role") or item["from"]
+        content = item["content"] if "content" in item else item["value"]
+        thinking = item.get("thinking")
+        if isinstance(content, list):
+            parts = [
+                (part.get("type", "text"), part.get("value", part.get("text"))) for part in content
+            ]
+            if any(kind not in ("text", "reasoning") for kind, _ in parts):
+                role = "tool"
+            thinking = "\n\n".join(text for kind, text in parts if kind == "reasoning") or None
+            content = "\n\n".join(text for kind, text in parts if kind == "text")
+        found.append(turn(role, content if role in ROLES else "", thinking))
+    return found
+
+
+def _problem(row: dict[str, Any], max_chars: int | None) -> list[Message] | Bad:
+    """Mathematics: the first verified generation that is short enough, else the worked solution and
+    the answer.
+    """
+    match = verified_generation(row, max_chars)
+    if match:
+        return _pair(
+            row["problem"], context=None, answer=match[2].strip(), thinking=match[1].strip()
+        )
+    solution, answer = row["solution"], row.get("answer")
+    if not answer:
+        return _pair(row["problem"], context=None, answer=solution)
+    return _pair(row["problem"], context=None, answer=answer, thinking=solution)
+
+
+def verified_generation(row: dict[str, Any], max_chars: int | None) -> re.Match[str] | None:
+    """Thought and answer of the first generation that was found right, is complete and is short
+    enough.
+    """
+    marks = {name: row.get(name) or [] for name in (*FOUND_RIGHT, "is_reasoning_complete")}
+    for i, text in enumerate(row.get("generations") or []):
+        mark = {name: values[i] for name, values in marks.items() if i < len(values)}
+        right = (
+            any(mark.get(name) for name in FOUND_RIGHT)
+            and mark.get("is_reasoning_complete") is not False
+        )
+        match = THOUGHT.match(text or "") if right else None
+        if match and match[2].strip() and len(text) <= (max_chars or len(text)):
+            return match
+    return None
+
+
+def reasoning_taken(row: Any, max_chars: int | None) -> str | None:
+    """Which reasoning `conversation` takes of a row with generations, for the count; None for any
+    other row.
+    """
+    if not isinstance(row, dict) or not row.get("generations"):
+        return None
+    if verified_generation(row, max_chars):
+        return "a verified generation"
+    too_long = verified_generation(row, None) is not None
+    return "the worked solution: " + (
+        "no verified generation is short enough" if too_long else "none is verified"
+    )
+
+
+CALCULATION = re.compile(r"<<[^<>]*>>")
+
+
+def _question(row: dict[str, Any]) -> list[Message]:
+    """GSM8K: the worked solution, without its calculation marks, is the thinking; what follows
+    `####` the answer.
+    """
+    worked, mark, answer = CALCULATION.sub("", row["answer"]).rpartition("####")
+    if not mark:
+        return _pair(row["question"], context=row.get("context"), answer=answer)
+    return _pair(row["question"], context=None, answer=answer.strip(), thinking=worked.strip())
+
+
+SPEAKER = re.compile(r"### (Human|Assistant|System):\s*")
+
+
+def _transcript(row: dict[str, Any]) -> list[Message] | Bad:
+    """One text with `### Human:` and `### Assistant:` in it."""
+    pieces = SPEAKER.split(row["text"])
+    if len(pieces) < 3 or pieces[0].strip():
+        return Bad("unknown layout", "a text without ### Human: and ### Assistant:")
+    return [
+        turn(role.lower(), text.strip())
+        for role, text in zip(pieces[1::2], pieces[2::2], strict=True)
+    ]
+
+
+# The first whose columns are all there is taken.
+LAYOUTS: tuple[tuple[tuple[str, ...], Callable[..., list[Message] | Bad]], ...] = (
+    (("problem", "solution"), _problem),
+    (("messages",), _messages),
+    (("conversations",), _messages),
+    (("instruction", "output"), _instruction),
+    (("instruction", "response"), _instruction),
+    (("question", "answer"), _question),
+    (("prompt", "completion"), _prompt),
+    (("prompt", "response"), _prompt),
+    (("text",), _transcript),
+)

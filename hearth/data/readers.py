@@ -1,0 +1,396 @@
+"""Files of every format as rows, each with its place.
+
+In: names, folders and globs, or addresses on the hub. Out: `Rows`; what cannot be read is a `Bad`
+row in its place. Knows nothing of cleaning and of shards.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from config import UserError
+from hearth.data.cleaning import Bad
+from hearth.data.hub import HubFile, NetworkFailure
+
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".json", ".csv", ".txt", ".md")
+# a .txt or .md file longer than this is cut at blank lines into documents of about this size
+PIECE_CHARS = 16_384
+READ_ROWS = 256  # rows read at once,
+READ_BYTES = 4 << 20  # or about this many bytes of text
+
+# columns with their types → the column to read, None for all as a dict
+Pick = Callable[[dict[str, Any]], str | None]
+Cursor = tuple[int, int]  # file and row to read next
+START: Cursor = (0, 0)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive rows of one file: dicts, or the values of one column; `first` is the row number
+    of the first.
+    """
+
+    file: int
+    name: str
+    first: int
+    items: list[Any]
+    share: float = 0.0  # of the whole source that was read up to here, by size
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+@dataclass
+class SourceFile:
+    """A file to read, here or on the hub (hf://…)."""
+
+    path: str
+    size: int
+    share: float = field(default=0.0, compare=False)  # of it that was read
+    raw: Any = field(default=None, compare=False)  # its bytes as they lie there, while it is open
+
+    @property
+    def suffix(self) -> str:
+        found = [suffix for suffix in SUFFIXES if self.path.lower().endswith(suffix)]
+        return max(found, key=len, default="")
+
+    def open(self) -> BinaryIO:
+        """The bytes of the file, decompressed."""
+        self.raw = (
+            HubFile(self.path, self.size)
+            if self.path.startswith("hf://")
+            else Path(self.path).open("rb")  # noqa: SIM115
+        )
+        codec = COMPRESSED.get(Path(self.path).suffix.lower())
+        if codec is None:
+            return self.raw
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(self.raw, "r"), codec))
+
+    def close(self) -> None:
+        if self.raw is not None:
+            self.raw.close()
+
+    def measure(self) -> float:
+        """The share of the file that was read, by bytes, where the reader did not say
+        it by rows.
+        """
+        if self.share or self.raw is None:
+            return self.share
+        return 1.0 if self.raw.closed else min(1.0, self.raw.tell() / self.size)
+
+    def network_failure(self) -> Exception | None:
+        return getattr(self.raw, "failure", None)
+
+
+def local_files(patterns: Iterable[str]) -> list[SourceFile]:
+    """The files that names, folders and globs stand for, each once, folders in alphabetical order.
+
+    Raises `UserError` where a pattern finds nothing, or a file has a format that cannot be read.
+    """
+    found: dict[str, SourceFile] = {}
+    for pattern in patterns:
+        for path in _paths(pattern):
+            try:
+                file = SourceFile(str(path), path.stat().st_size)
+                path.open("rb").close()
+            except OSError as error:
+                raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+            if not file.suffix:
+                raise UserError(
+                    f"{path} has a format that cannot be read: give {', '.join(SUFFIXES)}."
+                )
+            found.setdefault(str(path.resolve()), file)
+    return list(found.values())
+
+
+def _paths(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+        usable = [p for p in inside if SourceFile(str(p), 0).suffix]
+        if not usable:
+            formats = ", ".join(SUFFIXES)
+            raise UserError(
+                f"{path} holds no file that can be read ({formats}); it holds {_listing(inside)}."
+            )
+        return usable
+    if path.is_file():
+        return [path]
+    usable = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+    if not usable:
+        around = path.parent if path.parent.is_dir() else Path()
+        raise UserError(
+            f"There is no file {pattern}; {around.absolute()} holds {_listing(around.iterdir())}."
+        )
+    return usable
+
+
+def _listing(paths: Iterable[Path]) -> str:
+    names = sorted(path.name for path in paths)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(names[:5]) + more) or "nothing"
+
+
+# ------------------------------------------------------------------------------------------ readers
+
+
+def read_rows(files: list[SourceFile], cursor: Cursor, pick: Pick) -> Iterator[Rows]:
+    """The rows of `files` from `cursor` on; what cannot be read comes as a `Bad` item in its place,
+    the rest is kept.
+
+    Raises `NetworkFailure` where a file of the hub breaks off.
+    """
+    total = sum(file.size for file in files) or 1
+    before = sum(file.size for file in files[: cursor[0]])
+    for number in range(cursor[0], len(files)):
+        file = files[number]
+        row = cursor[1] if number == cursor[0] else 0
+        file.share = 0.0
+        try:
+            for items in READERS[file.suffix](file, row, pick) if file.size else ():
+                yield Rows(
+                    number, file.path, row, items, (before + file.size * file.measure()) / total
+                )
+                row += len(items)
+            if row == 0:
+                yield Rows(number, file.path, 0, [Bad("empty file")])
+        except (OSError, ValueError, *_format_errors()) as error:
+            if file.network_failure():
+                raise NetworkFailure(str(file.network_failure())) from error
+            yield Rows(
+                number, file.path, row, [Bad("unreadable file", f"{type(error).__name__}: {error}")]
+            )
+        finally:
+            file.close()
+        before += file.size
+
+
+def _format_errors() -> tuple[type[Exception], ...]:
+    import pyarrow as pa
+
+    return pa.ArrowException, csv.Error
+
+
+def _parquet(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
+    """Row groups one after another; in a damaged one the rows from the damage on are lost, and
+    counted.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file.open(), buffer_size=1 << 20, pre_buffer=False) as table:
+        kinds = {f.name: f.type for f in table.schema_arrow}
+        name = pick(kinds)
+        n_rows = max(1, table.metadata.num_rows)
+        start = 0
+        for group in range(table.num_row_groups):
+            facts = table.metadata.row_group(group)
+            stop = start + facts.num_rows
+            at_once = max(
+                1, min(READ_ROWS, READ_BYTES * facts.num_rows // max(1, facts.total_byte_size))
+            )
+            at = start
+            try:
+                batches = table.iter_batches(
+                    at_once, row_groups=[group], columns=[name] if name else None
+                )
+                for batch in batches if row < stop else ():
+                    if row < at + batch.num_rows:
+                        file.share = (at + batch.num_rows) / n_rows
+                        yield _values(batch.slice(max(0, row - at)), name)
+                    at += batch.num_rows
+            except (pa.ArrowException, OSError) as error:
+                if file.network_failure():
+                    raise
+                lost = Bad("unreadable rows", f"row group {group}: {error}")
+                yield [lost] * (stop - max(at, row))
+            start = stop
+
+
+def _values(batch: Any, name: str | None) -> list[Any]:
+    import pyarrow as pa
+
+    if name is None:
+        try:
+            return batch.to_pylist()
+        except UnicodeDecodeError:
+            return [_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
+    column = batch.column(0)
+    if not is_text(column.type):
+        return [Bad("wrong type in column", f"{name} is {column.type}")] * batch.num_rows
+    values = column.cast(pa.large_binary())
+    try:
+        values.view(pa.large_string()).validate(full=True)
+    except pa.ArrowInvalid:
+        return [value if value is None else _utf8(value) for value in values.to_pylist()]
+    return values.to_pylist()
+
+
+def _utf8(data: bytes) -> bytes | Bad:
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return Bad("invalid UTF-8", str(error))
+    return data
+
+
+def _row(batch: Any) -> Any:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return Bad("invalid UTF-8", str(error))
+
+
+def is_text(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(
+        getattr(types, f"is_{name}")(kind)
+        for name in ("string", "large_string", "binary", "large_binary")
+    )
+
+
+def _jsonl(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
+    lines = file.open()
+    if not isinstance(lines, io.BufferedIOBase):
+        lines = io.BufferedReader(lines, 1 << 20)  # type: ignore[arg-type]
+    with lines:
+        yield from _picked((_parsed(line) for line in islice(lines, row, None)), pick)
+
+
+def _parsed(line: bytes) -> Any:
+    if not line.strip():
+        return Bad("empty line")
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        return Bad("invalid UTF-8", str(error))
+    except (ValueError, RecursionError) as error:
+        return Bad("not JSON", str(error))
+
+
+def _json(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
+    yield from _picked(islice(_json_items(file), row, None), pick)
+
+
+def _json_items(file: SourceFile) -> Iterator[Any]:
+    """The objects of a JSON array, or of JSON values one after another, without holding the whole
+    file.
+    """
+    decoder = json.JSONDecoder()
+    with io.TextIOWrapper(file.open(), encoding="utf-8-sig", errors="surrogateescape") as stream:
+        text, at, ended = "", 0, False
+        while True:
+            at = _skip(text, at)
+            try:
+                if at < len(text):
+                    value, stop = decoder.raw_decode(text, at)
+                    if stop < len(text) or ended:
+                        yield value
+                        at = stop
+                        continue
+            except (ValueError, RecursionError) as error:
+                if ended:
+                    yield Bad("not JSON", str(error))
+                    return
+            if ended:
+                return
+            more = stream.read(max(1 << 20, len(text) - at))
+            text, at, ended = text[at:] + more, 0, not more
+
+
+def _skip(text: str, at: int) -> int:
+    """Past what stands between the objects of an array."""
+    while at < len(text) and text[at] in " \t\r\n,[]":
+        at += 1
+    return at
+
+
+def _csv(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
+    csv.field_size_limit(sys.maxsize)
+    with io.TextIOWrapper(
+        file.open(), encoding="utf-8-sig", errors="surrogateescape", newline=""
+    ) as stream:
+        yield from _picked(
+            islice(csv.DictReader(stream, restkey="beyond the header"), row, None), pick
+        )
+
+
+def _plain(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
+    pick({"text": str})
+    for piece in islice(_pieces(file), row, None):
+        yield [piece]
+
+
+def _pieces(file: SourceFile) -> Iterator[str]:
+    """A text file as documents: cut at the first blank line after `PIECE_CHARS`, or at a line end
+    without one.
+    """
+    with io.TextIOWrapper(file.open(), encoding="utf-8-sig", errors="surrogateescape") as stream:
+        lines: list[str] = []
+        length = 0
+        for line in iter(lambda: stream.readline(4 * PIECE_CHARS), ""):
+            lines.append(line)
+            length += len(line)
+            if length >= (4 * PIECE_CHARS if line.strip() else PIECE_CHARS):
+                yield "".join(lines).strip("\n")
+                lines, length = [], 0
+        if lines:
+            yield "".join(lines).strip("\n")
+
+
+READERS: dict[str, Callable[[SourceFile, int, Pick], Iterator[list[Any]]]] = {
+    ".parquet": _parquet,
+    ".jsonl": _jsonl,
+    ".jsonl.zst": _jsonl,
+    ".jsonl.gz": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".txt": _plain,
+    ".md": _plain,
+}
+
+
+def _picked(items: Iterable[Any], pick: Pick) -> Iterator[list[Any]]:
+    """Batches of dict rows, or of the one column that `pick` names when it sees the first row."""
+    name, asked, batch, n_chars = None, False, [], 0
+    try:
+        for item in items:
+            if not asked and isinstance(item, dict):
+                name, asked = pick({key: type(value) for key, value in item.items()}), True
+            value = _value(item, name)
+            batch.append(value)
+            n_chars += len(value) if isinstance(value, str) else 1000
+            if len(batch) >= READ_ROWS or n_chars >= READ_BYTES:
+                yield batch
+                batch, n_chars = [], 0
+    except Exception:  # what was read before the file broke off is whole
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
+def _value(item: Any, name: str | None) -> Any:
+    if isinstance(item, Bad):
+        return item
+    if not isinstance(item, dict):
+        return Bad("not an object with columns", str(item)[:60])
+    if name is None:
+        return item
+    return item[name] if name in item else Bad("column is missing", name)

@@ -1,0 +1,249 @@
+"""Where text and conversations come from: the hub, local files, the built-in demo world.
+
+In: a `TextSource` or `ChatSource` of the config. Out: rows with a place, documents, conversations.
+Knows nothing of formats, of cleaning and of shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from config import ChatSource, TextSource, UserError
+from hearth import log
+from hearth.data.cleaning import Bad, as_bytes
+from hearth.data.hub import HubSet, NetworkFailure, Patience, hub_set
+from hearth.data.layouts import Message, conversation
+from hearth.data.readers import (
+    READ_ROWS,
+    START,
+    SUFFIXES,
+    Cursor,
+    Pick,
+    Rows,
+    SourceFile,
+    is_text,
+    local_files,
+    read_rows,
+)
+from hearth.data.shard_folder import fingerprint
+from hearth.data.text_shards import read_text_batches
+from hearth.storage import checksum
+
+# guessed in this order
+TEXT_COLUMNS = ("text", "content", "document", "body", "article", "raw_content", "markdown")
+BATCHES_AHEAD = 2  # batches of rows read before they are needed
+PATIENCE = 1.0  # seconds that the reader is given to end when nobody reads on
+
+
+class Source:
+    """A `TextSource` or `ChatSource` as rows with a place, whatever it comes from.
+
+    origin: what identifies the input, for the settings of a manifest. facts: revision, licence and
+    the like.
+    """
+
+    def __init__(self, source: TextSource | ChatSource, retry_minutes: float = 30.0) -> None:
+        self.source, self.patience = source, Patience(source.name, retry_minutes)
+        self.revision: str | None = None
+        self._hub: HubSet | None = None
+        self.local = local_files(source.files) if source.files else []
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        source = self.source
+        if source.demo:
+            return {"demo": source.demo, "generator": checksum(Path(_demo_world().__file__))[:16]}
+        if source.hub:
+            return {
+                "hub": source.hub,
+                "hub_config": source.hub_config,
+                "split": source.split,
+                "revision_asked": source.revision,
+            }
+        sizes = sum(file.size for file in self.local)
+        listed = fingerprint([(Path(file.path).name, file.size) for file in self.local])
+        return {"files": f"{len(self.local)} files, {sizes} bytes", "files_hash": listed}
+
+    def facts(self) -> dict[str, Any]:
+        """Revision and licence; asks the hub."""
+        if self.source.hub:
+            return {"revision": self.hub.revision, "licence": self.hub.licence}
+        return {
+            "revision": None,
+            "licence": "made by this program" if self.source.demo else "that of your own files",
+        }
+
+    def describe(self) -> str:
+        """What is read, for a person."""
+        if self.source.demo:
+            return "the built-in demo world"
+        if self.source.hub:
+            part = f" {self.source.hub_config}" if self.source.hub_config else ""
+            return f"{self.source.hub}{part} on the hub, revision {self.hub.revision[:12]}"
+        return f"{len(self.local)} files, {log.size(sum(file.size for file in self.local))}"
+
+    @property
+    def hub(self) -> HubSet:
+        while self._hub is None:
+            try:
+                self._hub = hub_set(self.source, self.revision or self.source.revision)
+            except NetworkFailure as error:
+                self.patience.failed(error)
+        return self._hub
+
+    @property
+    def files(self) -> list[SourceFile]:
+        if not self.source.hub:
+            return self.local
+        found = [SourceFile(address, size) for address, size in self.hub.files.items()]
+        if not (usable := [file for file in found if file.suffix]):
+            name, formats = self.source.name, ", ".join(SUFFIXES)
+            raise UserError(
+                f"{name}: {self.source.hub} holds no file that can be read ({formats})."
+            )
+        return usable
+
+    def rows(self, cursor: Cursor, pick: Pick) -> Iterator[Rows]:
+        """The rows from `cursor` on; the network is given time to recover, and nothing
+        comes twice.
+        """
+        if self.source.demo:
+            yield from _demo_rows(self.source.demo, cursor)
+        elif not self.source.hub:
+            yield from read_rows(self.local, cursor, pick)
+        else:
+            while True:
+                try:
+                    for rows in read_rows(self.files, cursor, pick):
+                        cursor = (rows.file, rows.first + len(rows.items))
+                        yield rows
+                        self.patience.success()  # only now, after who reads has taken its time
+                    return
+                except NetworkFailure as error:
+                    self.patience.failed(error)
+
+
+def _demo_world() -> Any:
+    from hearth.data import demo_world
+
+    return demo_world
+
+
+def _demo_rows(part: str, cursor: Cursor) -> Iterator[Rows]:
+    world = _demo_world()
+    rows = islice(
+        world.text_documents() if part == "text" else world.conversations(part), cursor[1], None
+    )
+    first = cursor[1]
+    while batch := list(islice(rows, READ_ROWS)):
+        yield Rows(0, "demo_world", first, batch)
+        first += len(batch)
+
+
+def whole_rows(kinds: dict[str, Any]) -> None:
+    """The `Pick` for conversations: every column, as a dict."""
+
+
+def column_picker(source: TextSource) -> Pick:
+    """What picks the text column of a file from its columns, and says so when it had to guess."""
+    said: set[str] = set()
+
+    def pick(kinds: dict[str, Any]) -> str:
+        if source.column:
+            if source.column not in kinds:
+                columns = ", ".join(kinds)
+                raise UserError(
+                    f"{source.name}: there is no column {source.column!r}; the columns are "
+                    f"{columns}."
+                )
+            return source.column
+        name = next((name for name in TEXT_COLUMNS if name in kinds), None) or only_text_column(
+            kinds
+        )
+        if name not in said and len(kinds) > 1:
+            said.add(name)
+            log.say(f"{source.name}: text is taken from the column {name!r}")
+        return name
+
+    def only_text_column(kinds: dict[str, Any]) -> str:
+        textual = [
+            n
+            for n, kind in kinds.items()
+            if kind is str or (not isinstance(kind, type) and is_text(kind))
+        ]
+        if len(textual) != 1:
+            raise UserError(
+                f"{source.name}: cannot tell which column holds the text; the columns are "
+                f"{', '.join(kinds)}. "
+                "Name it with --data.text_column, or as the `column` of its source in config.py."
+            )
+        return textual[0]
+
+    return pick
+
+
+def text_documents(source: TextSource) -> Iterator[str]:
+    """Every document of `source` that is text, uncleaned, in order."""
+    for rows in Source(source).rows(START, column_picker(source)):
+        for item in rows.items:
+            data = as_bytes(item)
+            if isinstance(data, bytes):
+                yield data.decode()
+
+
+def ahead(batches: Iterator[Rows], n: int = BATCHES_AHEAD) -> Iterator[Rows]:
+    """The same batches, up to `n` of them made in a thread before they are asked for."""
+    ready: queue.Queue[Any] = queue.Queue(n)
+    stop = threading.Event()
+
+    def put(item: Any) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                break
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                put(batch)
+                if stop.is_set():
+                    break
+            put(None)
+        except BaseException as error:
+            put(error)
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join(PATIENCE)  # it may be waiting for the network
+
+
+def conversations(source: ChatSource) -> Iterator[list[Message]]:
+    """Every conversation of `source` that can be used, in order."""
+    for rows in Source(source).rows(START, whole_rows):
+        for item in rows.items:
+            messages = item if isinstance(item, Bad) else conversation(item, source.max_chars)
+            if not isinstance(messages, Bad):
+                yield messages
+
+
+def read_conversations(
+    folder: Path, split: str, command: str = "uv run create_shard.py"
+) -> Iterator[list[Message]]:
+    """The conversations of a finished folder, in order."""
+    for batch in read_text_batches(folder, split, command):
+        yield from batch.column(0).to_pylist()

@@ -1,0 +1,1 @@
+"""Generating token ids: cached passes, sampling, compressed weights."""

@@ -1,0 +1,98 @@
+"""A checkpoint as a model of lm-eval, for any task of that evaluation harness.
+
+In: a loaded checkpoint. Out: what lm-eval's `simple_evaluate` takes as its model. Every text is
+opened by `<|bos|>`. Imported only where lm-eval (an extra) is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from hearth.decoding.engine import Engine
+from hearth.evaluation import tasks
+from hearth.training.checkpoint import Loaded
+
+
+class HearthLM(TemplateLM):
+    """lm-eval's own interface for models (its `TemplateLM`), met by ours."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        super().__init__()
+        self.net, self.tokenizer, self.engine = loaded.model, loaded.tokenizer, Engine(loaded.model)
+        self.context = loaded.model.config.context
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.bos  # what ends a document begins the next
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        return self.tokenizer.encode(string)
+
+    def likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Log-likelihood of each ending after its beginning, and whether it is the likeliest one
+        throughout.
+
+        Neighbours with the same beginning are options of one item: it is computed once for all of
+        them.
+        """
+        asked: list[tasks.Prompt] = []
+        for before, ending in pairs:
+            before = before[1:] if before[:1] == [self.tokenizer.bos] else before
+            alone = tasks.prompt_of(
+                [("", "", "")], [([], before, ending)], 0, "", self.tokenizer.bos, self.context
+            )
+            last = asked[-1] if asked else None
+            start = alone.starts[0]
+            if last and last.starts[0] == start and last.rows[0][:start] == alone.rows[0][:start]:
+                asked[-1] = tasks.Prompt(last.rows + alone.rows, last.starts + alone.starts, [], 0)
+            else:
+                asked.append(alone)
+        found = tasks.outcomes(self.net, asked)
+        return [
+            (-nats, greedy) for o in found for nats, greedy in zip(o.nats, o.greedy, strict=True)
+        ]
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, **_: Any
+    ) -> list[Any]:
+        return self.likelihoods([(before, ending) for _, before, ending in requests])
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        sums = []
+        for request in requests:
+            ids = self.tokenizer.encode(request.args[0])
+            looks = {
+                "prefix_token": self.tokenizer.bos,
+                "max_seq_len": self.context - 1,
+                "context_len": 1,
+            }
+            windows = map(make_disjoint_window, get_rolling_token_windows(ids, **looks))
+            sums.append(
+                sum(nats for nats, _ in self.likelihoods([(list(a), list(b)) for a, b in windows]))
+            )
+        return sums
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        return [self._until_stop(*request.args) for request in requests]
+
+    def _until_stop(self, text: str, wishes: dict[str, Any]) -> str:
+        """The likeliest continuation, up to the first of the texts that end it."""
+        tokenizer, until = self.tokenizer, wishes.get("until") or []
+        until = [until] if isinstance(until, str) else until
+        longest = min(int(wishes.get("max_gen_toks", 256)), self.context // 2)
+        ids = [tokenizer.bos, *tokenizer.encode(text)[-(self.context - longest - 1) :]]
+
+        def stops(answer: list[int]) -> bool:
+            said = tokenizer.decode(answer[-64:])
+            return any(stop in said for stop in until)
+
+        ends = [tokenizer.bos, tokenizer.end]
+        (answer,) = self.engine.generate([ids], max_tokens=longest, stop_ids=ends, stop_when=stops)
+        said = tokenizer.decode(token for token in answer if token not in ends)
+        return min((said.split(stop)[0] for stop in until), key=len, default=said)

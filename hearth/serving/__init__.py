@@ -1,0 +1,1 @@
+"""Where a person or a program talks with a model."""

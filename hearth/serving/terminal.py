@@ -1,0 +1,329 @@
+"""What a chat looks like: text made harmless, answers drawn as they come, lines typed by a person.
+
+In: pieces of an answer. Out: the terminal, or a pipe. Knows nothing of models and tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import textwrap
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+JOINERS = "\u200c\u200d"  # invisible, but emoji and several scripts need them
+REFRESH_SECONDS = 0.04  # between two drawings of the block that is being written
+
+
+def neutral(text: str) -> str:
+    """`text` without anything that a terminal obeys or that makes it lie: escapes, other control
+    characters, changes of writing direction and half surrogates become U+FFFD; line ends and tabs
+    stay, carriage returns go.
+    """
+    return "".join(letter for letter in map(_neutral_letter, text) if letter)
+
+
+def _neutral_letter(letter: str) -> str:
+    if (
+        letter.isprintable()
+        or letter in "\n\t"
+        or letter in JOINERS
+        or unicodedata.category(letter) == "Zs"
+    ):
+        return letter
+    return "" if letter == "\r" else UNKNOWN
+
+
+def say(text: str, indent: int = 0) -> None:
+    """Print text of the program's own, made harmless; on a terminal its lines break between words,
+    and those that go on are indented. What must be copied whole, such as a path, is not broken.
+    """
+    for line in neutral(text).splitlines() or [""]:
+        if sys.stdout.isatty():
+            width = max(20, shutil.get_terminal_size().columns)
+            inner = " " * min(indent, width // 2)
+            line = textwrap.fill(
+                line,
+                width,
+                subsequent_indent=inner,
+                break_long_words=False,
+                break_on_hyphens=False,
+                replace_whitespace=False,
+                drop_whitespace=True,
+            )
+        print(line)
+
+
+def fitting(parts: Sequence[str], width: int) -> str:
+    """As many of the parts, most important first, as a line of `width` holds."""
+    line = ""
+    for part in parts:
+        longer = f"{line} · {part}" if line else part
+        if len(longer) > width:
+            break
+        line = longer
+    return line
+
+
+class Screen(Protocol):
+    """Where an answer appears, piece by piece."""
+
+    def add(self, thinking: bool, text: str) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class PlainScreen:
+    """An answer as plain text, for pipes and for terminals that can only print; `thoughts` shows
+    the thinking too.
+    """
+
+    def __init__(self, out: TextIO, *, thoughts: bool) -> None:
+        self._out, self._thoughts, self._was_thinking, self._last = out, thoughts, False, ""
+
+    def add(self, thinking: bool, text: str) -> None:
+        text = neutral(text)
+        if not text or (thinking and not self._thoughts):
+            return
+        if thinking and not self._was_thinking:
+            text = f"[thinking] {text}"
+        elif self._was_thinking and not thinking:
+            text = f"\n[answer] {text}"
+        self._was_thinking, self._last = thinking, text
+        print(text, end="", file=self._out, flush=True)
+
+    def end(self) -> None:
+        if not self._last.endswith("\n"):
+            print(file=self._out, flush=True)
+
+
+class RichScreen:
+    """An answer on a terminal: the block being written as it comes, each complete one as Markdown.
+
+    thoughts: show the thinking, dimmed, or fold it into one line once it is over.
+    """
+
+    def __init__(self, console: Any, *, thoughts: bool) -> None:
+        from rich.live import Live
+
+        self._console, self._thoughts = console, thoughts
+        self._live = Live(console=console, transient=True, auto_refresh=False)
+        self._thought, self._block, self._thinking = "", "", False
+        self._drawn = 0.0
+        self._live.start()
+
+    def add(self, thinking: bool, text: str) -> None:
+        if self._thinking and not thinking:
+            self._end_thinking()
+        self._thinking = thinking
+        if thinking:
+            self._thought += neutral(text)
+        else:
+            self._block += neutral(text)
+            while (end := block_end(self._block)) is not None:
+                self._print(markdown(self._block[:end]))
+                self._block = self._block[end:]
+        if time.monotonic() - self._drawn > REFRESH_SECONDS:
+            self._draw()
+
+    def end(self) -> None:
+        """Leave the whole answer on the screen."""
+        if self._thinking:
+            self._end_thinking()
+        if self._block.strip():
+            self._print(markdown(self._block))
+        self._block = ""
+        self._live.update("")
+        self._live.stop()
+
+    def _print(self, block: Any) -> None:
+        self._live.update("")
+        self._console.print(block)
+        self._console.print()
+
+    def _draw(self) -> None:
+        from rich.text import Text
+
+        if self._thinking and not self._thoughts:
+            text = Text(f"thinking … {len(self._thought.split())} words", style="dim")
+        else:
+            text = Text(
+                self._thought if self._thinking else self._block,
+                style="dim" if self._thinking else "",
+            )
+        # a live region taller than the screen cannot be taken back: show its end
+        lines = text.wrap(self._console, max(1, self._console.width))[
+            -max(1, self._console.height - 3) :
+        ]
+        self._live.update(Text("\n").join(lines), refresh=True)
+        self._drawn = time.monotonic()
+
+    def _end_thinking(self) -> None:
+        from rich.text import Text
+
+        words = len(self._thought.split())
+        shown = (
+            self._thought.strip()
+            if self._thoughts
+            else f"thought for {words} words (/think show unfolds it)"
+        )
+        self._thought = ""
+        if words:
+            self._print(Text(shown, style="dim"))
+
+
+def block_end(text: str) -> int | None:
+    """Where the first complete block of Markdown ends: behind a blank line, or behind the fence
+    that closes code.
+    """
+    fence, at, begun = "", 0, False
+    for line in text.splitlines(keepends=True):
+        if not line.endswith("\n"):
+            return None
+        at += len(line)
+        bare = line.strip()
+        if fence:
+            if bare and set(bare) == {fence[0]} and len(bare) >= len(fence):
+                return at
+        elif bare.startswith(("```", "~~~")):
+            if begun:
+                return at - len(line)  # code begins a block of its own
+            fence = bare[: len(bare) - len(bare.lstrip(bare[0]))]
+        elif not bare and begun:
+            return at
+        begun = begun or bool(bare)
+    return None
+
+
+def markdown(text: str) -> Any:
+    """`text` as Markdown that hides nothing: HTML stays text, links show where they lead, line ends
+    are kept.
+    """
+    from markdown_it import MarkdownIt
+    from rich.markdown import Markdown
+
+    drawn = Markdown("", hyperlinks=False)
+    drawn.parsed = (
+        MarkdownIt("commonmark", {"html": False})
+        .enable(["strikethrough", "table"])
+        .parse(text.rstrip())
+    )
+    for token in drawn.parsed:
+        for child in token.children or ():
+            if child.type == "softbreak":
+                child.type = "hardbreak"
+    return Trimmed(drawn)
+
+
+class Trimmed:
+    """Something to draw, without the blank lines and the spaces at line ends that rich puts around
+    it.
+    """
+
+    def __init__(self, drawn: Any) -> None:
+        self._drawn = drawn
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.segment import Segment
+
+        def without_padding(line: list[Any]) -> list[Any]:
+            while line and not (line[-1].style and line[-1].style.bgcolor):
+                text, style, control = line[-1]
+                if text.rstrip():
+                    return [*line[:-1], Segment(text.rstrip(), style, control)]
+                line = line[:-1]
+            return line
+
+        lines = [
+            without_padding(line) for line in console.render_lines(self._drawn, options, pad=False)
+        ]
+        while lines and not lines[0]:
+            lines.pop(0)
+        while lines and not lines[-1]:
+            lines.pop()
+        for line in lines:
+            yield from line
+            yield Segment.line()
+
+
+def is_dumb() -> bool:
+    return os.environ.get("TERM", "") in ("", "dumb", "unknown")
+
+
+class Keyboard:
+    """Lines typed by a person: with history, several lines and completion where the
+    terminal can.
+    """
+
+    def __init__(
+        self, commands: Sequence[str], history: Path | None, status: Callable[[], Sequence[str]]
+    ) -> None:
+        self._session = None if is_dumb() else _prompt_session(commands, history, status)
+
+    def read(self) -> str:
+        """What was typed; EOFError where the person is done, KeyboardInterrupt on Ctrl-C."""
+        if self._session is not None:
+            return self._session.prompt()
+        line = input("> ")
+        while line.endswith("\\"):  # goes on in the next line
+            line = line[:-1] + "\n" + input(". ")
+        return line
+
+
+def _prompt_session(
+    commands: Sequence[str], history: Path | None, status: Callable[[], Sequence[str]]
+) -> Any:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.styles import Style
+
+    class TolerantHistory(FileHistory):
+        """A history that half a surrogate or a full disk cannot break."""
+
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):
+                super().store_string(string.encode("utf-8", "replace").decode())
+
+    keys = KeyBindings()
+    keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    return PromptSession(
+        "> ",
+        multiline=True,
+        prompt_continuation=lambda width, line_number, is_soft_wrap: ". ".rjust(width),
+        key_bindings=keys,
+        history=TolerantHistory(str(history))
+        if history and os.access(history.parent, os.W_OK)
+        else InMemoryHistory(),
+        completer=WordCompleter(list(commands), sentence=True),
+        complete_while_typing=False,
+        bottom_toolbar=lambda: fitting(status(), shutil.get_terminal_size().columns),
+        style=Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack"}),
+    )
+
+
+def lines_of(stream: TextIO | None) -> list[str]:
+    """The lines of a pipe that hold something; bytes that are no UTF-8 become U+FFFD."""
+    if stream is None:
+        return []
+    data = (
+        stream.buffer.read()
+        if hasattr(stream, "buffer")
+        else stream.read().encode("utf-8", "replace")
+    )
+    return [line.strip() for line in data.decode("utf-8", "replace").split("\n") if line.strip()]
+
+
+def tolerate_any_text() -> None:
+    """Let output that the terminal's encoding lacks become question marks instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")

@@ -1,0 +1,1 @@
+"""Batches, gradients, optimizers, the loop, checkpoints."""

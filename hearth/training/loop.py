@@ -1,0 +1,462 @@
+"""The one loop that pretraining and fine-tuning share: spikes, evaluation, `fit`.
+
+In: a model, its optimizers, batches by step number. Out: checkpoints, metrics, a trained model.
+Knows nothing of corpora, tokenizers or the chat format.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from config import Config, LoopConfig, UserError
+from hearth import hardware, log
+from hearth.reporting.trackers import open_trackers
+from hearth.training import checkpoint, distributed
+from hearth.training.batches import Batch
+from hearth.training.gradients import HeadPlan, accumulate, head_schedule
+from hearth.training.optim import Optimizers, learning_rate_factor
+from hearth.training.planning import GIB, RECOMPUTE, make_plan, measure
+from model import Model, Packed
+
+# ------------------------------------------------------------------------------------ spiking steps
+
+
+@dataclass
+class SpikeGuard:
+    """Running mean and deviation of the gradient norm's logarithm; tells steps that must be
+    skipped.
+
+    A non-finite loss or norm is always skipped, a norm 6 deviations above the mean once 50 steps
+    are known.
+    """
+
+    mean: float = 0.0
+    square: float = 0.0
+    seen: int = 0
+    skipped: int = 0  # in all
+    in_a_row: int = 0
+
+    def allows(self, loss: float, norm: float) -> bool:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return self._skip()
+        value = math.log(norm + 1e-12)
+        deviation = math.sqrt(max(self.square - self.mean**2, 1e-2))
+        if self.seen >= 50 and value > self.mean + 6 * deviation:
+            return self._skip()
+        weight = max(0.02, 1 / (self.seen + 1))
+        self.mean += weight * (value - self.mean)
+        self.square += weight * (value**2 - self.square)
+        self.seen += 1
+        self.in_a_row = 0
+        return True
+
+    def _skip(self) -> bool:
+        self.skipped += 1
+        self.in_a_row += 1
+        return False
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: Model, batches: Iterable[Batch], h_cycles: int | None = None
+) -> tuple[float, int]:
+    """Summed cross-entropy in nats, and the number of tokens that it sums over."""
+    total, count = 0.0, 0
+    for batch in batches:
+        batch = batch.to(model.device)
+        hidden = model(
+            batch.ids, Packed(batch.starts, batch.row_length, model.device), h_cycles=h_cycles
+        )
+        total += float(model.loss(hidden, batch.targets, batch.weights))
+        count += int(batch.weights.sum())
+    return total, count
+
+
+# --------------------------------------------------------------------------------------------- loop
+
+
+class Batches(Protocol):
+    n_steps: int
+
+    def batch(self, step: int) -> Batch: ...
+
+    def stage(self, step: int) -> int: ...
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything but weights and optimizer state that the next step
+    depends on.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # spent in steps, over all starts
+    guard: SpikeGuard = field(default_factory=SpikeGuard)
+    joules: float = 0.0  # drawn over all starts, as far as the hardware tells
+
+    @staticmethod
+    def of(state: dict[str, Any] | None) -> Progress:
+        if state is None:
+            return Progress()
+        guard, joules = SpikeGuard(**state["guard"]), state.get("joules", 0.0)
+        return Progress(state["step"], state["tokens"], state["seconds"], guard, joules)
+
+
+def resume(
+    folder: Path,
+    model: Model,
+    optimizers: Optimizers,
+    config: Config,
+    section: str,
+    data: dict[str, str],
+) -> Progress:
+    """Bring model and optimizers to the newest checkpoint below `folder`, if there is one; where
+    the run then stands.
+
+    Raises `UserError` when settings (see `checkpoint.resume`) or `data`, a fingerprint a set of
+    shards, have changed.
+    """
+    state = checkpoint.resume(folder, model, optimizers, config, section)
+    if state and state["data"] != data:
+        raise UserError(
+            f"The token shards have changed since {checkpoint.newest(folder)} was trained. Bring "
+            "them back, or remove "
+            f"{folder} to begin anew."
+        )
+    return Progress.of(state)
+
+
+@dataclass
+class Job:
+    """What a stage hands to `fit`."""
+
+    model: Model
+    optimizers: Optimizers
+    batches: Batches
+    loop: LoopConfig
+    seed: int
+    folder: Path  # of the stage: metrics.jsonl and checkpoints
+    context: int  # longest segment, for the FLOPs of a token
+    save: Callable[[dict[str, Any]], Path]  # state -> checkpoint folder
+    evaluate: Callable[[], dict[str, float]]  # held-out figures, for the log
+    sample: Callable[[], list[tuple[str, str]]]  # prompts and what the model makes of them
+    command: str  # that goes on with this run
+    unit: str = "bpb"  # what `evaluate` gives
+    after_evaluation: Callable[[], None] = lambda: None  # such as drawing the report
+
+
+def fit(job: Job, progress: Progress) -> Progress:
+    """Train to the last step. A signal (Ctrl-C, SIGTERM) finishes the step, saves and leaves with
+    exit code 0.
+
+    Of several processes (`parallel`) the first one alone logs, saves and evaluates.
+    """
+    with distributed.group(job.model.device), StopSignal() as stop:
+        return train(job, progress, stop)
+
+
+def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
+    """The loop itself."""
+    model, loop, steps = job.model, job.loop, job.batches.n_steps
+    preflight(job)
+    micro_tokens = fit_micro_batch(job)
+    peak = distributed.n_ranks() * hardware.peak_flops(model.device, model.dtype)
+    start = {"micro_batch_tokens": micro_tokens, "peak_flops": peak, **facts(job)}
+    run_log = log.RunLog(job.folder, progress.step)
+    run_log.trackers = (
+        open_trackers(loop.log_to, job.folder, progress.step, start) if log.is_first() else ()
+    )
+    run_log.note("start", progress.step, **start)
+    clock, power = Clock(loop.save_every_minutes), Power(model.device)
+    bar = log.progress(steps, "step", job.folder.name, progress.step)
+    while progress.step < steps:
+        started = time.perf_counter()
+        figures, micro_tokens = train_step(job, progress, micro_tokens)
+        seconds = time.perf_counter() - started
+        progress.seconds += seconds
+        clock.step(seconds)
+        add_speed(figures, job, progress, clock.typical, peak)
+        figures |= power.figures(progress)
+        run_log.note("step", progress.step, **figures)
+        bar.update()
+        last = progress.step == steps
+        if progress.step % loop.log_every_steps == 0 or last or progress.step == 1:
+            log.say(log.step_line(progress.step, steps, figures))
+        evaluating = progress.step % loop.eval_every_steps == 0 or last
+        stopping = distributed.total(stop.asked, model.device) > 0
+        if log.is_first() and (evaluating or stopping or clock.save_is_due()):
+            clock.saved()
+            job.save(state_of(progress, steps))
+        if stopping and not last:
+            bar.close()
+            log.say(
+                f"Stopped at step {progress.step}, saved in {job.folder}. Go on with: {job.command}"
+            )
+            raise SystemExit(0)
+        if log.is_first():
+            look_back(job, progress, run_log, evaluating=evaluating)
+    bar.close()
+    return progress
+
+
+def look_back(job: Job, progress: Progress, run_log: log.RunLog, *, evaluating: bool) -> None:
+    """Held-out figures, samples and whatever the stage does after them, where this step is due."""
+    if evaluating:
+        report(job, progress.step, run_log)
+    if progress.step == job.batches.n_steps or progress.step % job.loop.sample_every_steps == 0:
+        show_samples(job, progress, run_log)
+    if evaluating:
+        job.after_evaluation()
+
+
+def preflight(job: Job) -> None:
+    """What would end a long run badly, said before it starts."""
+    kept = len(list(job.folder.glob("step-*")))
+    # the oldest goes once the newest is there
+    to_write = max(1, job.loop.keep_checkpoints + 1 - kept)
+    hardware.check_disk(job.folder, to_write * checkpoint.n_bytes(job.model, job.optimizers))
+    if hardware.on_battery():
+        log.say(
+            "This laptop runs on its battery: slowly, and not for long. Plug it in; a run that "
+            "stops can go on."
+        )
+
+
+def facts(job: Job) -> dict[str, Any]:
+    """What stays the same over a start of a run: its length, its model's size, its machine."""
+    return {
+        "steps": job.batches.n_steps,
+        "parameters": job.model.n_parameters(),
+        "device": hardware.describe(job.model.device),
+        "dtype": str(job.model.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+    }
+
+
+def train_step(job: Job, progress: Progress, micro_tokens: int) -> tuple[dict[str, Any], int]:
+    """One optimizer step; its figures, and the micro-batch to go on with (halved where memory ran
+    out).
+    """
+    model, loop, step, steps = job.model, job.loop, progress.step, job.batches.n_steps
+    batch = job.batches.batch(step)
+    factor = learning_rate_factor(step, steps, loop)
+    job.optimizers.schedule(step, factor)
+    hrm = model.head.hrm if model.head else None
+    plan = head_schedule(hrm, job.seed, step, steps)
+    mine = share_of(batch)
+    loss, micro_tokens = accumulate_within_memory(job, mine, micro_tokens, plan)
+    if distributed.n_ranks() > 1:
+        weight = float(mine.weights.sum()) / max(1.0, float(batch.weights.sum()))
+        distributed.sum_gradients(model.parameters(), weight)
+        loss = distributed.total(weight * loss, model.device)
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), job.optimizers.config.clip))
+    if progress.guard.allows(loss, norm):
+        job.optimizers.step()
+    elif progress.guard.in_a_row >= loop.max_skipped_steps:
+        raise UserError(
+            f"{progress.guard.in_a_row} steps in a row had a spiking or non-finite gradient (loss "
+            f"{loss:.3f}, norm "
+            f"{norm:.3g}): the run stopped at step {step}. The last good checkpoint lies in "
+            f"{job.folder}. Lower the "
+            f"learning rate, remove {job.folder}, and start again."
+        )
+    job.optimizers.zero_grad()
+    progress.step += 1
+    progress.tokens += len(batch.ids)
+    figures = {"loss": loss, "lr": loop.lr * factor, "grad_norm": norm, "tokens": progress.tokens}
+    return figures | {
+        "stage": job.batches.stage(step),
+        "skipped": progress.guard.skipped,
+    }, micro_tokens
+
+
+def share_of(batch: Batch) -> Batch:
+    """The rows of a step's batch that this process takes: all of them where it is alone."""
+    rows = distributed.rows_of_rank(len(batch.ids) // batch.row_length)
+    here = slice(rows.start * batch.row_length, rows.stop * batch.row_length)
+    return Batch(
+        batch.ids[here],
+        batch.targets[here],
+        batch.weights[here],
+        batch.starts[here],
+        batch.row_length,
+    )
+
+
+def accumulate_within_memory(
+    job: Job, batch: Batch, micro_tokens: int, plan: HeadPlan
+) -> tuple[float, int]:
+    """`accumulate`; when memory runs out, the same batch again in micro-batches of half the size,
+    and when there is but one row in them, with more of its activations computed anew.
+    """
+    while True:
+        try:
+            return accumulate(job.model, batch, micro_tokens, plan), micro_tokens
+        except torch.OutOfMemoryError as error:
+            if micro_tokens <= batch.row_length and job.model.recompute == RECOMPUTE[-1]:
+                raise UserError(
+                    f"Out of memory with one row of {batch.row_length} tokens. Take a smaller "
+                    "preset, or lower "
+                    f"--model.context, --model.n_layer or --model.d_model."
+                ) from error
+        job.optimizers.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if micro_tokens > batch.row_length:
+            micro_tokens = max(batch.row_length, micro_tokens // 2)
+        else:
+            job.model.recompute = RECOMPUTE[RECOMPUTE.index(job.model.recompute) + 1]
+        log.say(
+            f"Memory ran out: the micro-batch is {micro_tokens} tokens from here on, activations "
+            "computed anew: "
+            f"{job.model.recompute}. Tokens per step stay the same."
+        )
+
+
+def fit_micro_batch(job: Job) -> int:
+    """The micro-batch to start with, in tokens; sets what of the model's activations is computed
+    anew.
+
+    On a card the rows of the plan are run and the fastest that fits is taken. On a CPU memory is
+    only reckoned.
+    """
+    model, loop = job.model, job.loop
+    plan = make_plan(
+        model,
+        job.optimizers,
+        loop,
+        stages=[(job.context, 1.0)],
+        n_steps=job.batches.n_steps,
+        n_ranks=distributed.n_ranks(),
+    )
+    if model.device.type == "cuda":
+        measure(plan, plan.candidates(loop.micro_batch_tokens), model, job.optimizers, seconds=60)
+    row = plan.choose(loop.micro_batch_tokens, model.device)
+    model.recompute = row.recompute
+    anew = {
+        "none": "",
+        "head": ", the head's activations computed anew",
+        "all": ", all activations computed anew",
+    }
+    log.say(f"micro-batch {row.n_rows} rows of {row.context} tokens{anew[row.recompute]}")
+    if not row.fits(plan.room):
+        log.say(
+            f"It takes about {row.memory.peak / GIB:.1f} GiB; a run here should fill "
+            f"{plan.room / GIB:.1f} GiB."
+        )
+    return row.tokens
+
+
+def add_speed(
+    figures: dict[str, Any], job: Job, progress: Progress, typical: float, peak: float
+) -> None:
+    """Tokens a second, model FLOPs utilisation, memory and time left, from the median step time in
+    seconds.
+    """
+    rate = job.loop.tokens_per_step / typical
+    figures["seconds"] = progress.seconds
+    figures["tokens_per_second"] = rate
+    figures["mfu"] = rate * job.model.flops_per_token(job.context) / peak
+    figures["memory_gb"] = hardware.memory_in_use(job.model.device)
+    figures["eta_seconds"] = (job.batches.n_steps - progress.step) * typical
+
+
+def state_of(progress: Progress, steps: int) -> dict[str, Any]:
+    return {**asdict(progress), "steps": steps}
+
+
+def report(job: Job, step: int, run_log: log.RunLog) -> None:
+    """Evaluate with the weights meant for use; the figures go to the console and to
+    `metrics.jsonl`.
+    """
+    with job.optimizers.inference_weights():
+        held_out = job.evaluate()
+    run_log.note("eval", step, **held_out)
+    log.say(
+        f"held out at step {step}: "
+        + " | ".join(f"{name} {value:.4f}" for name, value in held_out.items())
+    )
+
+
+def show_samples(job: Job, progress: Progress, run_log: log.RunLog) -> None:
+    with job.optimizers.inference_weights():
+        pairs = job.sample()
+    for prompt, text in pairs:
+        run_log.note("sample", progress.step, tokens=progress.tokens, prompt=prompt, text=text)
+        log.say(f"sample at step {progress.step}: {prompt!r} → {text!r}")
+
+
+class Power:
+    """What the hardware tells of its power, energy and temperature; nothing where it does not."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.meter, self._joules, self._at = hardware.EnergyMeter(device), 0.0, time.monotonic()
+
+    def figures(self, progress: Progress) -> dict[str, float]:
+        """Watts since the last call, kWh of the whole run so far, degrees Celsius; all processes
+        together.
+        """
+        joules, at, found = self.meter.joules(), time.monotonic(), {}
+        if joules is not None:
+            drawn = distributed.total(joules - self._joules, self.meter.device)
+            progress.joules += drawn
+            found = {"watts": drawn / max(1e-9, at - self._at), "kwh": progress.joules / 3.6e6}
+            self._joules, self._at = joules, at
+        temperature = self.meter.temperature()
+        return found if temperature is None else found | {"temperature_c": temperature}
+
+
+class Clock:
+    """The median of the last 20 steps' seconds, and when the next checkpoint is due."""
+
+    def __init__(self, save_every_minutes: float) -> None:
+        self._recent: list[float] = []
+        self._save_every = save_every_minutes * 60
+        self._last_save = time.monotonic()
+
+    def step(self, seconds: float) -> None:
+        self._recent = [*self._recent[-19:], seconds]
+
+    @property
+    def typical(self) -> float:
+        return sorted(self._recent)[len(self._recent) // 2]
+
+    def save_is_due(self) -> bool:
+        return time.monotonic() - self._last_save > self._save_every
+
+    def saved(self) -> None:
+        self._last_save = time.monotonic()
+
+
+class StopSignal:
+    """SIGINT and SIGTERM noted instead of obeyed at once; a second one is obeyed."""
+
+    def __enter__(self) -> StopSignal:
+        self.asked, self._when = False, 0.0
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.asked:
+            # torchrun passes on what came already
+            if distributed.n_ranks() == 1 or time.monotonic() > self._when + 10:
+                raise KeyboardInterrupt
+            return
+        self.asked, self._when = True, time.monotonic()
+        log.say("Finishing this step, then saving; once more to stop at once.")
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

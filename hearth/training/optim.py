@@ -1,0 +1,251 @@
+"""Update rules, parameter groups, learning-rate schedule.
+
+In: a model's parameters and `OptimConfig`. Out: an `Optimizers` that steps, saves and loads as one.
+Knows nothing of data, loss or checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config import LoopConfig, OptimConfig
+
+# Polar Express (arXiv 2505.16932, table of optimal quintics for lower bound 1e-3), each shrunk by
+# 2% for safety.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+# root mean square of a typical AdamW update, to which Muon's is scaled (arXiv 2502.16982)
+RMS_OF_ADAMW = 0.2
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: (K, m, n) -> (K, m, n), singular values
+    between about 0.7 and 1.2.
+
+    Five quintic Newton-Schulz steps (Muon) with Polar Express coefficients, all K matrices at once;
+    in bfloat16 on a card, where that is fast and enough, in float32 elsewhere.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    if x.dtype == torch.float32 and x.shape[-1] >= WIDE * x.shape[-2]:
+        x = polar_factor(x @ x.mT) @ x
+    else:
+        for a, b, c in POLAR_EXPRESS:
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+# columns a row from which on `polar_factor` takes fewer operations than the steps written out
+WIDE = 1.5
+
+
+def polar_factor(gram: Tensor) -> Tensor:
+    """The matrices (K, m, m) that the same steps multiply x (K, m, n) by, from x xᵀ alone: every
+    step's polynomial of x xᵀ commutes with the others, so x itself is needed once. Wants float32:
+    in bfloat16 the small singular values of x, squared in x xᵀ, would be lost.
+    """
+    factor = None
+    for step, (a, b, c) in enumerate(POLAR_EXPRESS):
+        polynomial = b * gram + c * (gram @ gram)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        factor = polynomial if factor is None else polynomial @ factor
+        if step + 1 < len(POLAR_EXPRESS):
+            gram = polynomial @ gram @ polynomial
+    return factor
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised (https://kellerjordan.github.io/posts/muon), batched over matrices of
+    one shape.
+    """
+
+    def __init__(
+        self, matrices: list[Tensor], *, lr: float, momentum: float, weight_decay: float
+    ) -> None:
+        by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        for matrix in matrices:
+            by_shape[matrix.shape].append(matrix)
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([{"params": group} for group in by_shape.values()], settings)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            gradient = torch.stack([p.grad for p in params])  # (K, m, n)
+            state = self.state[group["params"][0]]
+            velocity = state.setdefault("velocity", torch.zeros_like(gradient))
+            velocity.lerp_(gradient, 1 - group["momentum"])
+            direction = orthogonalise(gradient.lerp(velocity, group["momentum"]))  # Nesterov
+            direction = even_out(direction, state)
+            m, n = gradient.shape[-2:]
+            size = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(m, n))
+            for param, update in zip(params, direction, strict=True):
+                # decay only where the update shrinks the weight too (arXiv 2510.12402)
+                shrinking = param * update > 0
+                param.mul_(1 - group["lr"] * group["weight_decay"] * shrinking)
+                param.add_(update, alpha=-size)
+
+
+def even_out(direction: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Updates (K, m, n) whose rows (columns, where those are more) are of like size in the long
+    run, as large in all as those of an orthogonal matrix (NorMuon, arXiv 2510.05491).
+    """
+    m, n = direction.shape[-2:]
+    now = direction.square().mean(dim=-1 if m >= n else -2, keepdim=True)
+    usual = state.setdefault("usual", torch.zeros_like(now)).lerp_(now, 0.1)
+    direction = direction * usual.clamp_min(1e-10).rsqrt()
+    return direction * (
+        math.sqrt(min(m, n)) / direction.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    )
+
+
+class Optimizers:
+    """The optimizers of one model as one: a learning rate by factor, one state, weights meant for
+    use.
+    """
+
+    def __init__(
+        self, parts: list[torch.optim.Optimizer], config: OptimConfig, model: nn.Module
+    ) -> None:
+        self.parts, self.config, self.model = parts, config, model
+        for group in self._groups():
+            group["peak_lr"] = group["lr"]
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        for part in self.parts:
+            yield from part.param_groups
+
+    def schedule(self, step: int, factor: float) -> None:
+        """Set the learning rates to `factor` times their peaks, and Muon's momentum for its
+        warm-up.
+        """
+        warm = min(1.0, step / max(1, self.config.momentum_warmup_steps))
+        for group in self._groups():
+            group["lr"] = group["peak_lr"] * factor
+            if "momentum" in group:
+                group["momentum"] = 0.85 + (self.config.momentum - 0.85) * warm
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only; with the weights being trained where inference uses
+        averaged ones.
+        """
+        state: dict[str, Any] = {"parts": [part.state_dict() for part in self.parts]}
+        if self.config.name == "schedulefree":
+            state["training_weights"] = {
+                name: p.detach() for name, p in self.model.named_parameters()
+            }
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        if "training_weights" in state:
+            self.model.load_state_dict(state["training_weights"])
+
+    def state_bytes(self) -> int:
+        """Memory of the whole state in bytes, whether or not it is there yet: Muon keeps one
+        float32 of each weight and one of each row or column, AdamW and its schedule-free form two
+        of each weight.
+        """
+        sizes = (
+            p.numel() + max(p.shape) if isinstance(part, Muon) else 2 * p.numel()
+            for part in self.parts
+            for group in part.param_groups
+            for p in group["params"]
+        )
+        return 4 * sum(sizes)
+
+    @contextmanager
+    def inference_weights(self) -> Iterator[None]:
+        """Inside, the model holds the weights meant for use; afterwards exactly those it is
+        training.
+        """
+        if self.config.name != "schedulefree":
+            yield
+            return
+        trained = [p.detach().clone() for p in self.model.parameters()]
+        for part in self.parts:
+            part.eval()
+        try:
+            yield
+        finally:
+            for part in self.parts:
+                part.train()
+            with torch.no_grad():
+                for p, before in zip(self.model.parameters(), trained, strict=True):
+                    p.copy_(before)
+
+
+def build_optimizers(
+    model: nn.Module, config: OptimConfig, lr: float, warmup_steps: int = 0
+) -> Optimizers:
+    """Matrices, embedding and vectors in their own groups, under the rule that `config.name` asks
+    for.
+    """
+    embedding = [model.embedding, *model.value_embeddings]
+    looked_up = {id(p) for p in embedding}
+    matrices = [
+        p for p in model.parameters() if p.ndim == 2 and id(p) not in looked_up and min(p.shape) > 8
+    ]
+    chosen = looked_up | {id(p) for p in matrices}
+    vectors = [p for p in model.parameters() if id(p) not in chosen]
+    rest = [
+        {"params": embedding, "lr": lr * config.embedding_lr_ratio, "weight_decay": 0.0},
+        {"params": vectors, "lr": lr * config.scalar_lr_ratio, "weight_decay": 0.0},
+    ]
+    dense = {"params": matrices, "lr": lr, "weight_decay": config.weight_decay}
+    betas = (config.beta1, config.beta2)
+    if config.name == "muon":
+        muon = Muon(matrices, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        parts = [muon, torch.optim.AdamW(rest, betas=betas, fused=True)]
+    elif config.name == "adamw":
+        parts = [torch.optim.AdamW([dense, *rest], betas=betas, fused=True)]
+    else:
+        from schedulefree import AdamWScheduleFree
+
+        parts = [AdamWScheduleFree([dense, *rest], betas=betas, warmup_steps=warmup_steps)]
+        parts[0].train()
+    return Optimizers(parts, config, model)
+
+
+def learning_rate_factor(step: int, steps: int, loop: LoopConfig) -> float:
+    """Share of the peak learning rate at `step`: linear climb, plateau, linear fall to
+    `final_lr_ratio`.
+
+    1   ,--------.
+       /          `-.
+    0 /              `- final_lr_ratio
+    """
+    warmup, decay = (
+        max(1, round(steps * loop.warmup_share)),
+        max(1, round(steps * loop.decay_share)),
+    )
+    climbing = (step + 1) / warmup
+    left = min(1.0, (steps - step) / decay)
+    return min(climbing, left + (1 - left) * loop.final_lr_ratio, 1.0)

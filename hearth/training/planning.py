@@ -1,0 +1,511 @@
+"""How a run fills its machine: the peak memory of a micro-batch, reckoned and measured; its speed;
+the choice.
+
+In: a model, its optimizers, the settings of the loop. Out: a `Plan`: a row for each size of a
+micro-batch and each part of the activations that may be computed anew, one of them chosen. Knows
+nothing of data: what it measures are random tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from config import LoopConfig
+from hearth import hardware, log
+from hearth.training.batches import Batch
+from hearth.training.gradients import backward, head_schedule
+from hearth.training.optim import Muon, Optimizers
+from model import LOGITS_PER_CHUNK, ROWS_PER_CHUNK, Block, HRMModule, Model, query_block
+
+GIB = 2**30
+# what of the activations the backward pass computes anew, fastest first
+RECOMPUTE = ("none", "head", "all")
+# tokens of a micro-batch beyond which there is no more speed
+LARGEST = {"cpu": 2**14, "cuda": 2**17}
+# share of the memory that a run may fill; a CPU's memory is wanted by others too
+FILLED = {"cpu": 0.5, "cuda": 0.9}
+
+# ----------------------------------------------------------------------------------------- reckoned
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of a training step in bytes, by what it holds."""
+
+    weights: int
+    gradients: int  # while a micro-batch runs: none before the first one of a step
+    optimizer: int  # its state
+    activations: int  # kept for the backward pass
+    # what a block's backward pass takes, with the activations that are computed anew for it
+    block: int
+    loss: int  # gradient of the embedding, and a chunk of logits
+    update: int  # temporary matrices of the optimizer
+
+    @property
+    def peak(self) -> int:
+        """The most that is alive at once: at the loss, at the end of the backward pass, or in the
+        update.
+        """
+        at_loss = self.gradients + self.activations + max(self.loss, self.block)
+        return max(
+            self.weights + self.optimizer + max(at_loss, self.weights + self.block), self.at_update
+        )
+
+    @property
+    def at_update(self) -> int:
+        """What the optimizer's step takes, with all gradients there."""
+        return 2 * self.weights + self.optimizer + self.update
+
+
+def reckon_memory(
+    model: Model,
+    optimizers: Optimizers,
+    *,
+    n_rows: int,
+    context: int,
+    recompute: str,
+    accumulates: bool,
+) -> Memory:
+    """Peak memory of a training step with micro-batches of `n_rows` rows of `context` tokens, one
+    document a row.
+
+    With N tokens in the micro-batch, P parameters, V vocab_size, D d_model, F d_ff, s bytes an
+    activation (4 in float32, 2 in bfloat16):
+
+        weights, gradients   4 P each, in float32; gradients are there from the second
+                             micro-batch of a step on
+        optimizer            4 P under Muon, 8 P under AdamW: `Optimizers.state_bytes`
+        activations          8 N D for the embedding, 3 s N D for the output, 2 s N D for each
+                             call of the HRM head,
+                             `block_bytes` for each pass, or s N D for a trunk's pass that is
+                             computed anew
+        block                2 s N F while one block's gradient is made, the block or the
+                             head's module that is
+                             computed anew, and 4 V D: the embedding's gradient, waiting for that of
+                             its first use
+        loss                 4 V D for the embedding's gradient, 4 V D for a chunk's part of
+                             it, a chunk of logits; in
+                             bfloat16 half as much again for their copies
+        update               Muon: six copies of its largest group of equal matrices
+
+    What the driver, the allocator and the interpreter take comes on top. A block compiled on a card
+    keeps less than this says.
+    """
+    c, s = model.config, model.dtype.itemsize
+    N, D, V = n_rows * context, c.d_model, c.vocab_size
+    x = s * N * D
+    trunk = [block_bytes(block, n_rows, context, model) for block in model.trunk]
+    activations = 8 * N * D + 3 * x + mask_bytes(model, n_rows, context)
+    activations += len(trunk) * x if recompute == "all" else sum(trunk)
+    anew = max(trunk) if recompute == "all" else 0
+    for module in kept_calls(model):
+        inside = sum(block_bytes(block, n_rows, context, model) for block in module.blocks) + x
+        activations += 2 * x + (inside if recompute == "none" else 0)
+        anew = max(anew, 0 if recompute == "none" else inside)
+    logits = (
+        4 * V * min(N, LOGITS_PER_CHUNK // V if model.device.type == "cuda" else ROWS_PER_CHUNK)
+    )
+    weights = 4 * model.n_parameters()
+    return Memory(
+        weights=weights,
+        gradients=weights if accumulates else 0,
+        optimizer=optimizers.state_bytes(),
+        activations=activations,
+        block=anew + 2 * s * N * c.d_ff + 4 * V * D,
+        loss=4 * V * D + (logits + 4 * V * D if s == 4 else logits * 3 // 2 + 6 * V * D),
+        update=max(
+            (muon_bytes(part) for part in optimizers.parts if isinstance(part, Muon)), default=0
+        ),
+    )
+
+
+def block_bytes(block: Block, n_rows: int, context: int, model: Model) -> int:
+    """What the graph of one pass through a block keeps: a token's norms (4 D), heads (A + 2K, A +
+    K), attention's queries and output, the MLP (2 F, or 4 F with a gate); the keys and values that
+    a CPU's attention copies for each block of queries; the weights that were laid one under the
+    other. A and K are the widths of all query heads and all key heads.
+    """
+    D, A, K, F = block.q.shape[1], len(block.q), len(block.k), len(block.up)
+    gated = block.gate is not None
+    on_card = model.device.type == "cuda" and model.dtype != torch.float32
+    tokens = (
+        n_rows * context * (4 * D + (4 if on_card else 5) * A + 3 * K + (4 if gated else 2) * F)
+    )
+    copies = (
+        0
+        if on_card
+        else n_rows * 2 * K * sum(keys for _, keys in query_blocks(context, block.window))
+    )
+    return model.dtype.itemsize * (tokens + copies + D * (A + 2 * K) + (2 * D * F if gated else 0))
+
+
+def mask_bytes(model: Model, n_rows: int, context: int) -> int:
+    """The masks of a CPU's attention, one for each window, shared by all passes."""
+    if model.device.type == "cuda" and model.dtype != torch.float32:
+        return 0
+    windows = {block.window for block in model.block_passes()}
+    pairs = sum(
+        queries * keys for window in windows for queries, keys in query_blocks(context, window)
+    )
+    return model.dtype.itemsize * n_rows * pairs
+
+
+def query_blocks(context: int, window: int | None) -> list[tuple[int, int]]:
+    """Queries and keys of each piece of a row that `attend_in_blocks` takes at once."""
+    size = query_block(window)
+    pieces = []
+    for start in range(0, context, size):
+        end = min(start + size, context)
+        first = 0 if window is None else max(0, start - window + 1) // size * size
+        pieces.append((end - start, end - first))
+    return pieces
+
+
+def kept_calls(model: Model) -> list[HRMModule]:
+    """The module calls of the HRM head whose graphs are alive at once."""
+    if model.head is None:
+        return []
+    hrm = model.head.hrm
+    cycles = max(hrm.h_cycles, hrm.random_cycles or 1)
+    calls = ([model.head.fast] * hrm.l_cycles + [model.head.slow]) * (
+        1 if hrm.deep_supervision else cycles
+    )
+    horizon = head_schedule(hrm, 0, 1, 1).horizon
+    return calls if horizon is None else calls[-horizon:]
+
+
+def muon_bytes(muon: Muon) -> int:
+    """Temporary matrices of one update: float32 copies of the largest group of equal shapes."""
+    groups = (sum(4 * p.numel() for p in group["params"]) for group in muon.param_groups)
+    return 6 * max(groups, default=0)
+
+
+# ----------------------------------------------------------------------------------------- measured
+
+
+@contextmanager
+def peak_memory(device: torch.device, held: int) -> Iterator[list[int]]:
+    """Inside, tensors are counted; afterwards the list holds the most bytes that were alive at
+    once.
+
+    On a card as its allocator counts them; on a CPU as torch's profiler sees them come and go, on
+    top of the `held` bytes that are there before.
+    """
+    found: list[int] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield found
+        found.append(torch.cuda.max_memory_allocated(device))
+        return
+    # the profiler's library would tell of its comings and goings
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    # without acc_events torch 2.11 warns that it keeps one cycle's events, of which there is but
+    # one
+    with torch.profiler.profile(
+        activities=activities, profile_memory=True, acc_events=True
+    ) as profile:
+        yield found
+    alive = peak = held
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    found.append(peak)
+
+
+def held_bytes(model: Model, optimizers: Optimizers) -> int:
+    """Bytes of the weights, their gradients and the optimizers' state as they are now."""
+    tensors = (t for p in model.parameters() for t in (p, p.grad) if t is not None)
+    return sum(t.nbytes for t in tensors) + state_bytes_now(optimizers)
+
+
+def random_batch(model: Model, n_tokens: int, row_length: int) -> Batch:
+    """Random tokens, one document a row: no real batch takes more memory or attends further."""
+    dice = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (n_tokens + 1,), generator=dice)
+    starts = torch.arange(n_tokens) % row_length == 0
+    return Batch(ids[:-1], ids[1:], torch.ones(n_tokens), starts, row_length)
+
+
+def run_pass(model: Model, batch: Batch) -> float:
+    """One micro-batch there and back, the HRM head at its longest; gives the seconds it took."""
+    hrm = model.head.hrm if model.head else None
+    cycles = max(hrm.h_cycles, hrm.random_cycles or 1) if hrm else None
+    longest = replace(head_schedule(hrm, 0, 1, 1), h_cycles=cycles)
+    started = time.perf_counter()
+    # reading it waits for a card
+    float(backward(model, batch.to(model.device), 1 / len(batch.ids), longest))
+    return time.perf_counter() - started
+
+
+# ------------------------------------------------------------------------------------------- a plan
+
+
+@dataclass
+class Row:
+    """One way to run a step, and what is known of it."""
+
+    n_rows: int  # in a micro-batch, of `context` tokens each
+    context: int
+    recompute: str
+    memory: Memory  # reckoned
+    peak: int | None = None  # measured, in bytes
+    seconds: dict[int, float] = field(default_factory=dict)  # of a micro-batch, by context
+    watts: float | None = None
+    too_large: bool = False  # memory ran out when it was tried
+
+    @property
+    def tokens(self) -> int:
+        return self.n_rows * self.context
+
+    def fits(self, room: int) -> bool:
+        """Whether its memory, measured where it was, stays within `room` bytes."""
+        return not self.too_large and (self.memory.peak if self.peak is None else self.peak) <= room
+
+
+@dataclass
+class Plan:
+    """All rows, and what they have in common."""
+
+    rows: list[Row]
+    stages: Sequence[tuple[int, float]]  # context and share of the tokens
+    n_tokens: int  # of the whole run
+    tokens_per_step: int
+    flops: dict[int, float]  # a token, by context
+    peak_flops: float
+    room: int  # bytes that a run may fill
+    update_seconds: float = 0.0  # of the optimizer, once a step
+    update_peak: int | None = None  # bytes during it, measured
+
+    def seconds_of(self, row: Row) -> float | None:
+        """Seconds of the whole run; a context that was not measured is taken to reach the same
+        share of the peak.
+        """
+        if not row.seconds:
+            return None
+        known = max(row.seconds)
+        total = 0.0
+        for context, share in self.stages:
+            a_pass = row.seconds.get(
+                context, row.seconds[known] * self.flops[context] / self.flops[known]
+            )
+            total += (
+                share
+                * self.n_tokens
+                * (a_pass / row.tokens + self.update_seconds / self.tokens_per_step)
+            )
+        return total
+
+    def mfu_of(self, row: Row) -> float:
+        flops = sum(share * self.n_tokens * self.flops[context] for context, share in self.stages)
+        return flops / self.seconds_of(row) / self.peak_flops
+
+    def candidates(self, fixed: int | None) -> list[Row]:
+        """The rows to choose from, where the user may have set the micro-batch: `fixed` tokens."""
+        if fixed is None:
+            return self.rows
+        return [row for row in self.rows if row.n_rows == max(1, fixed // row.context)]
+
+    def choose(self, fixed: int | None, device: torch.device) -> Row:
+        """The row to run with; `fixed` is the micro-batch in tokens where the user set it.
+
+        On a card the fastest that fits, and of those within 1% the smallest. On a CPU the largest
+        that computes least anew, told by its reckoned memory alone: a choice that no clock has a
+        say in is the same at every start, and so is the result, bit for bit.
+        """
+        rows, on_card = self.candidates(fixed), device.type == "cuda"
+        able = [
+            row
+            for row in rows
+            if (row.fits(self.room) if on_card else row.memory.peak <= self.room)
+        ]
+        if not able:
+            return min(rows, key=lambda row: row.memory.peak)
+        if on_card and (timed := [row for row in able if row.seconds]):
+            fastest = min(self.seconds_of(row) for row in timed)
+            as_fast = [row for row in timed if self.seconds_of(row) <= 1.01 * fastest]
+            return min(as_fast, key=lambda row: row.memory.peak)
+        return min(able, key=lambda row: (RECOMPUTE.index(row.recompute), -row.n_rows))
+
+
+def make_plan(
+    model: Model,
+    optimizers: Optimizers,
+    loop: LoopConfig,
+    *,
+    stages: Sequence[tuple[int, float]],
+    n_steps: int,
+    n_ranks: int = 1,
+) -> Plan:
+    """Every micro-batch worth a look, its memory reckoned; nothing is run yet. `stages` are
+    contexts and shares.
+    """
+    device, context = model.device, max(context for context, _ in stages)
+    a_rank = loop.tokens_per_step // n_ranks
+    most = max(1, min(a_rank, LARGEST[device.type]) // context)
+    sizes = {2**n for n in range(most.bit_length())}
+    if loop.micro_batch_tokens:
+        sizes.add(max(1, loop.micro_batch_tokens // context))
+    rows = [
+        Row(
+            n_rows,
+            context,
+            recompute,
+            reckon_memory(
+                model,
+                optimizers,
+                n_rows=n_rows,
+                context=context,
+                recompute=recompute,
+                accumulates=n_rows * context < a_rank,
+            ),
+        )
+        for recompute in RECOMPUTE
+        if recompute != "head" or model.head
+        for n_rows in sorted(sizes)
+    ]
+    return Plan(
+        rows,
+        stages,
+        n_steps * loop.tokens_per_step,
+        loop.tokens_per_step,
+        {length: model.flops_per_token(length) for length, _ in stages},
+        hardware.peak_flops(device, model.dtype),
+        int(
+            FILLED[device.type]
+            * hardware.memory_limit(device)
+            / (n_ranks if device.type == "cpu" else 1)
+        ),
+    )
+
+
+def measure(
+    plan: Plan, rows: Sequence[Row], model: Model, optimizers: Optimizers, *, seconds: float
+) -> None:
+    """Run a micro-batch of each of `rows`, the smallest first, and note memory and time; about
+    `seconds` in all.
+
+    Rows whose reckoned memory is far beyond the room, or which would take longer than the time
+    left, stay unmeasured. Weights and optimizer state are left as they are.
+    """
+    deadline = time.perf_counter() + seconds
+    rate = 0.4 * plan.peak_flops  # FLOPs a second, until a pass was timed
+    before, missing = model.recompute, optimizers.state_bytes() - state_bytes_now(optimizers)
+    for row in sorted(rows, key=lambda row: row.tokens):
+        if row.memory.peak > 1.2 * plan.room:
+            continue
+        model.recompute = row.recompute
+        for context in sorted({context for context, _ in plan.stages}, reverse=True):
+            work = row.tokens * plan.flops[context]
+            left = deadline - time.perf_counter()
+            if work / rate > left:
+                break
+            try:
+                row.seconds[context] = time_pass(
+                    row, context, plan, model, optimizers, twice=2 * work / rate < left
+                )
+            except torch.OutOfMemoryError:
+                row.too_large = True
+                break
+            rate = work / row.seconds[context]
+        if row.peak is not None:
+            row.peak = max(row.peak + missing, plan.update_peak or row.memory.at_update)
+        optimizers.zero_grad()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+    model.recompute = before
+    if not any(row.seconds or row.too_large for row in rows):
+        time_short_pass(plan, rows[0], model, optimizers, rate * seconds)
+
+
+def time_short_pass(
+    plan: Plan, row: Row, model: Model, optimizers: Optimizers, flops: float
+) -> None:
+    """The time of a pass too long to wait for, told by one row of the shortest context if `flops`
+    suffice.
+    """
+    context = min(context for context, _ in plan.stages)
+    if row.memory.peak < plan.room and context * plan.flops[context] <= flops:
+        seconds = run_pass(model, random_batch(model, context, context))
+        row.seconds[context] = seconds * row.tokens / context
+        optimizers.zero_grad()
+
+
+def time_pass(
+    row: Row, context: int, plan: Plan, model: Model, optimizers: Optimizers, *, twice: bool
+) -> float:
+    """Seconds of a micro-batch in rows of `context`; its memory and power go into `row`."""
+    batch = random_batch(model, row.tokens, context)
+    optimizers.zero_grad()
+    if row.memory.gradients:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+    with peak_memory(model.device, held_bytes(model, optimizers)) as found:
+        seconds = run_pass(model, batch)
+    row.peak = max(row.peak or 0, found[0])
+    if twice:  # the first one warmed up
+        if not row.memory.gradients:
+            optimizers.zero_grad()
+        meter = hardware.EnergyMeter(model.device)
+        seconds = run_pass(model, batch)
+        row.watts = meter.watts() or row.watts
+    return seconds
+
+
+def state_bytes_now(optimizers: Optimizers) -> int:
+    """Bytes of the optimizers' state that are there already."""
+    states = (state for part in optimizers.parts for state in part.state.values())
+    return sum(t.nbytes for state in states for t in state.values() if isinstance(t, torch.Tensor))
+
+
+def time_update(plan: Plan, model: Model, optimizers: Optimizers) -> None:
+    """Note the memory and the seconds of an optimizer step; changes the weights."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizers.step()  # makes the state, and warms up
+    with peak_memory(model.device, held_bytes(model, optimizers)) as found:
+        optimizers.step()
+    plan.update_peak = found[0]
+    started = time.perf_counter()
+    optimizers.step()
+    float(model.output_gain.detach()[0])  # waits for a card
+    plan.update_seconds = time.perf_counter() - started
+    optimizers.zero_grad()
+
+
+# -------------------------------------------------------------------------------------------- shown
+
+
+def table(plan: Plan, chosen: Row) -> list[str]:
+    """The plan as lines of text, the chosen row marked."""
+    has_power = any(row.watts for row in plan.rows)
+    head = f"    {'micro-batch':>18}  {'recompute':<9}  {'GiB reckoned':>12}  {'measured':>8}"
+    lines = [
+        head + f"  {'tokens/s':>8}  {'MFU':>5}  {'time':>7}" + ("      kWh" if has_power else "")
+    ]
+
+    def gib(n_bytes: int | None, width: int) -> str:
+        return f"{'–' if n_bytes is None else f'{n_bytes / GIB:.3g}':>{width}}"
+
+    for row in plan.rows:
+        size = f"{row.n_rows} × {row.context} = {log.count(row.tokens)}"
+        mark = ">" if row is chosen else " "
+        line = f"  {mark} {size:>18}  {row.recompute:<9}"
+        line += f"  {gib(row.memory.peak, 12)}  {gib(row.peak, 8)}"
+        seconds = plan.seconds_of(row)
+        if seconds is not None:
+            speed = log.count(plan.n_tokens / seconds)
+            line += f"  {speed:>8}  {plan.mfu_of(row):5.1%}  {log.duration(seconds):>7}"
+            if row.watts:
+                line += f"  {row.watts * seconds / 3.6e6:7.2f}"
+        elif not row.fits(plan.room):
+            line += "  does not fit"
+        lines.append(line.rstrip())
+    return lines

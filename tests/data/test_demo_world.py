@@ -1,0 +1,288 @@
+"""The demo world is the same every time, true to itself, right in every answer, and never shows
+what is held out.
+"""
+
+import re
+from collections import Counter
+from functools import cache
+
+import pytest
+
+from hearth.data import demo_world as world
+
+COLUMNS = {
+    "alpaca": ["instruction", "input", "output"],
+    "dolly": ["instruction", "context", "response", "category"],
+    "messages": ["messages", "prompt", "prompt_id"],
+    "math": ["problem", "solution", "answer"],
+}
+KINDS = ["facts", "comparison", "counting", "arithmetic"]
+
+
+@cache
+def documents() -> list[str]:
+    return list(world.text_documents())
+
+
+@cache
+def rows(layout: str) -> list[dict]:
+    return list(world.conversations(layout))
+
+
+@cache
+def exchanges() -> list[tuple[str, str]]:
+    """Every question and its whole reply, steps included, of all layouts."""
+    found = [
+        (r["input"] if r["input"] and "?" in r["input"] else r["instruction"], r["output"])
+        for r in rows("alpaca")
+    ]
+    found += [(r["instruction"], r["response"]) for r in rows("dolly")]
+    for row in rows("messages"):
+        said = [turn["content"] for turn in row["messages"]]
+        found += zip(said[::2], said[1::2], strict=True)
+    return found + [(r["problem"], f"{r['solution']} => {r['answer']}") for r in rows("math")]
+
+
+@cache
+def sentences() -> Counter:
+    """How often each sentence occurs in the training text."""
+    return Counter(re.split(r"(?<=[.?!])\s+|\n|Question: |Answer: ", everything()))
+
+
+@cache
+def everything() -> str:
+    """All training text as one string."""
+    contexts = [row["context"] for row in rows("dolly")]
+    return "\n".join(
+        [*documents(), *contexts, *(f"{question}\n{reply}" for question, reply in exchanges())]
+    )
+
+
+def expected(question: str) -> str | None:
+    """The answer worked out anew from the words of the question; None where it is no question with
+    steps.
+    """
+    number = [int(word) for word in re.findall(r"\d+", question)]
+    if scene := re.search(
+        r"in a row: (.*)\. (?:How|Count|What).*?(\w+?)s(?: are there\?|\.|\?)$", question
+    ):
+        things = scene[1].split(", ")
+        return str(
+            len(things) if scene[2] == "thing" else sum(t.split()[-1] == scene[2] for t in things)
+        )
+    if re.search(r"\d+ [+-] \d+ or \d+ [+-] \d+", question):
+        return str(max(number[0] + number[1], number[2] - number[3]))
+    if len(number) == 2 and (op := re.search(r"\d ([+-]) \d", question)):
+        return str(number[0] + number[1] if op[1] == "+" else number[0] - number[1])
+    names = re.findall(r"\b(?:" + "|".join([*world.people(), *world.TREES]) + r")\b", question)
+    if re.search("loses|gives", question):
+        return str(number[0] - number[1])
+    if re.search("finds|together", question) and number:
+        return str(sum(number))
+    if word := re.search(
+        r"\b(older|larger|bigger|more|taller|younger|smaller|lower|fewer|shorter)\b", question
+    ):
+        if not number:
+            number = [int(world.of("age", name)) for name in names]
+        best = max if word[1] in ("older", "larger", "bigger", "more", "taller") else min
+        winner = number.index(best(number))
+        return names[winner] if names else str(number[winner])
+    return None
+
+
+def test_same_every_time(monkeypatch):
+    monkeypatch.setattr(world, "TEXT_BYTES", 200_000)
+    assert list(world.text_documents()) == list(world.text_documents())
+    assert all(rows(layout) == list(world.conversations(layout)) for layout in COLUMNS)
+    assert world.held_out_questions(40, seed=3) == world.held_out_questions(40, seed=3)
+    assert world.held_out_questions(40, seed=3) != world.held_out_questions(40, seed=4)
+
+
+def test_documents_have_the_size_promised_and_no_two_are_equal():
+    texts = documents()
+    assert sum(map(len, texts)) == pytest.approx(world.TEXT_BYTES, rel=0.01)
+    assert len(set(texts)) == len(texts)
+    assert sum(200 <= len(text) <= 900 for text in texts) > 0.98 * len(texts)
+    assert sum(world.SHARES.values()) == pytest.approx(1)
+
+
+def test_conversations_have_exactly_the_columns():
+    for layout, columns in COLUMNS.items():
+        assert len(rows(layout)) == world.ROWS[layout]
+        assert all(list(row) == columns for row in rows(layout))
+    for row in rows("messages"):
+        assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"] * (
+            len(row["messages"]) // 2
+        )
+        assert 4 <= len(row["messages"]) <= 8
+        assert row["prompt"] == row["messages"][0]["content"]
+    assert len({row["prompt_id"] for row in rows("messages")}) == len(rows("messages"))
+    with pytest.raises(ValueError, match="alpaca, dolly, messages, math"):
+        next(world.conversations("ultrachat"))
+
+
+def test_all_text_is_ascii():
+    assert everything().isascii()
+    assert all((q.prompt + q.answer).isascii() for q in world.held_out_questions())
+
+
+def test_world_has_one_value_a_fact_and_distinct_ages():
+    keys = Counter((fact.relation, fact.subject) for fact in world.all_facts())
+    assert max(keys.values()) == 1
+    assert len({world.of("age", name) for name in world.people()}) == len(world.people()) == 24
+    for name in world.people():
+        assert world.of("home", name) == world.of("family home", world.of("family", name))
+        assert world.of("owner", world.of("thing", name)) == name
+    assert len({name[0] for name in world.people()}) == 24  # no two names begin alike
+
+
+def test_no_sentence_contradicts_the_world():
+    """Whatever sentence looks like the statement of a fact, in any document, states a true one."""
+    seen = 0
+    for relation, (statements, _) in world.wordings().items():
+        subjects = {
+            fact.subject: fact.value for fact in world.all_facts() if fact.relation == relation
+        }
+        values = "|".join(sorted(set(subjects.values())))
+        for statement in statements:
+            names = "|".join(subjects)
+            fill = {"x": f"(?P<x>{names})", "v": f"(?P<v>{values})"}
+            pattern = re.compile(
+                re.escape(statement).replace(r"\{", "{").replace(r"\}", "}").format(**fill)
+            )
+            told = [match for sentence in sentences() if (match := pattern.fullmatch(sentence))]
+            assert all(subjects[match["x"]] == match["v"] for match in told)
+            assert len({match["x"] for match in told}) == len(subjects), statement
+            seen += len(told)
+    assert seen > 500
+
+
+def test_stories_agree_with_the_world():
+    checks = {
+        "colour": r"(\w+) wore a (\w+) coat",
+        "home": r"(\w+) went home to (\w+)",
+        "thing": r"(\w+) carried the (\w+) all",
+        "age": r"(\w+) is (\d+) years old",
+        "job": r"(\w+) works as a (\w+),",
+    }
+    for relation, pattern in checks.items():
+        told = [
+            match.groups() for sentence in sentences() if (match := re.search(pattern, sentence))
+        ]
+        assert len(set(told)) == len(world.people())
+        assert all(world.of(relation, name) == value for name, value in told)
+    is_aged = re.compile(rf"\b({'|'.join(world.people())}) is (\d+)\b")
+    ages = {pair for sentence in sentences() for pair in is_aged.findall(sentence)}
+    assert ages == {(name, world.of("age", name)) for name in world.people()}
+
+
+def test_every_fact_is_told_at_least_sixty_times():
+    for fact in world.all_facts():
+        ways = [
+            way.format(x=fact.subject, v=fact.value) for way in world.wordings()[fact.relation][0]
+        ]
+        assert sum(sentences()[way] for way in ways) >= 60, fact
+
+
+def test_every_worked_answer_is_right():
+    """In conversations the last number or name of the steps is the answer; so it is in the
+    documents.
+    """
+    checked = Counter()
+    asked = re.findall(
+        r"Question: (.*)\n(.*)\nAnswer: (\w+)$", "\n".join(documents()), re.MULTILINE
+    )
+    for question, reply in [
+        *exchanges(),
+        *((q, f"{steps} => {answer}") for q, steps, answer in asked),
+    ]:
+        if answer := expected(question):
+            assert re.search(r"(\w+)\.?$", reply)[1] == answer, (question, reply)
+            assert re.search(r"(\w+)\.(?: => |$)", reply)[1] == answer, (question, reply)
+            checked[answer.isdigit()] += 1
+    assert len(asked) > 5000
+    assert min(checked.values()) > 1000
+
+
+def test_every_step_of_every_sum_is_right():
+    equations = re.findall(r"(?<![\d+-] )\b(\d+(?: [+-] \d+)+) = (\d+)", everything())
+    assert len(equations) > 20_000
+    for left, right in set(equations):
+        total = sum(int(term) for term in re.sub(r"([+-]) ", r"\1", left).split())
+        assert total == int(right), (left, right)
+
+
+def test_facts_in_conversations_are_answered_by_the_first_statement():
+    answers = {question: fact.answer for fact in world.all_facts() for question in fact.questions}
+    asked = [(question, reply) for question, reply in exchanges() if question in answers]
+    assert len(asked) > 3000
+    assert all(reply == answers[question] for question, reply in asked)
+
+
+def test_stage_one_and_stage_two_teach_every_direct_wording():
+    taught = {question for question, _ in exchanges()}
+    in_stage_two = {turn["content"] for row in rows("messages") for turn in row["messages"]}
+    for relation, (_, asked) in world.wordings().items():
+        for number in range(len(asked)):
+            group = [
+                f for f in world.all_facts() if f.relation == relation and f.held_out != number
+            ]
+            assert all(fact.questions[number] in taught for fact in group)
+            assert any(fact.questions[number] in in_stage_two for fact in group)
+
+
+def test_held_out_questions_are_balanced_and_right():
+    questions = world.held_out_questions()
+    assert Counter(q.kind for q in questions) == dict.fromkeys(KINDS, 50)
+    assert len({q.prompt for q in questions}) == 200
+    answers = {question: fact.answer for fact in world.all_facts() for question in fact.questions}
+    for q in questions:
+        assert q.thinking == (q.kind != "facts")
+        assert q.answer == (expected(q.prompt) or answers[q.prompt])
+        assert q.answer == q.answer.strip()
+    for n in (0, 3, -4, 10_000):
+        with pytest.raises(ValueError, match="multiple of 4"):
+            world.held_out_questions(n)
+
+
+def test_held_out_questions_never_occur_in_training():
+    text = everything()
+    for question in world.held_out_questions():
+        assert question.prompt not in text
+    text = "\n".join(sentences())
+    for fact in world.all_facts():
+        assert fact.questions[fact.held_out] not in text
+
+
+def test_held_out_pairs_are_never_added_subtracted_or_compared_in_training():
+    """In whatever order or wording: every place where two numbers meet in a sum or a comparison is
+    looked at.
+    """
+    text = "\n".join(sentences())
+    meet = re.findall(r"\b(\d+) [+-] (\d+)\b", text) + re.findall(
+        r"(?<![+-] )\b(\d+) (?:and|or) (\d+)\b(?! [+-])", text
+    )
+    meet += re.findall(r"\w+ (?:is|has) (\d+), \w+ (?:is|has) (\d+)\.", text)
+    meet += re.findall(r" (\d+) (?:\w+s and \w+ has|feet tall and the \w+ is) (\d+) ", text)
+    assert len(set(meet)) > 5000
+    assert not [pair for pair in set(meet) if world.pair_held_out(int(pair[0]), int(pair[1]))]
+    older = set(re.findall(r"Who is (?:older|younger), (\w+) or (\w+)\?", text))
+    assert len(older) > 400
+    assert not [
+        p for p in older if world.pair_held_out(*(int(world.of("age", name)) for name in p))
+    ]
+
+
+def test_held_out_scenes_are_never_counted_in_training():
+    scenes = set(re.findall(r"in a row: (.*?)\. ", everything()))
+    assert len(scenes) > 2500
+    for scene in scenes:
+        assert not world.scene_held_out([thing.split()[-1] for thing in scene.split(", ")])
+
+
+def test_small_sums_that_larger_ones_are_made_of_are_never_held_out():
+    assert not any(
+        world.pair_held_out(a, b) for a in range(world.TABLE) for b in range(world.TABLE)
+    )
+    kept = sum(world.pair_held_out(a, b) for a in range(100) for b in range(a, 100))
+    assert 0.07 < kept / 5050 < 0.13

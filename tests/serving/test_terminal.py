@@ -1,0 +1,226 @@
+"""The terminal: nothing a model or a user writes takes it over, nothing that was said is lost."""
+
+from __future__ import annotations
+
+import io
+import random
+import sys
+
+import pytest
+from rich.console import Console
+
+from hearth.serving.terminal import (
+    PlainScreen,
+    RichScreen,
+    block_end,
+    fitting,
+    lines_of,
+    markdown,
+    neutral,
+    say,
+)
+
+HOSTILE = (
+    "\x1b[2J\x1b[H",  # clears the screen
+    "\x1b]0;title\x07",  # renames the window
+    "\x1b]8;;http://evil.example\x1b\\click\x1b]8;;\x1b\\",  # a link that hides where it leads
+    "\x9b31m",  # the one-byte form of escape [
+    "over\rwritten\x08\x08",
+    "\u202egnp.exe",  # writes from right to left
+    "\x00\x7f\ud83c\U000e0041",  # NUL, DEL, half a surrogate pair, an invisible tag
+)
+HARMLESS = "tabs\tand\nlines, é 中文 👩‍👩‍👧 عربي می‌خواهم\u3000wide\u00a0space"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_a_terminal_obeys_becomes_a_mark(text: str) -> None:
+    shown = neutral(f"a{text}b")
+    assert all(letter.isprintable() or letter in "\n\t" for letter in shown)
+    assert shown[0] + shown[-1] == "ab"
+    shown.encode("utf-8")
+
+
+def test_ordinary_text_of_any_script_stays_as_it_is() -> None:
+    assert neutral(HARMLESS) == HARMLESS
+    assert neutral("a\r\nb") == "a\nb"
+
+
+def rich_output(
+    pieces: list[tuple[bool, str]], *, thoughts: bool = True, width: int = 60, **settings
+) -> str:
+    file = io.StringIO()
+    console = Console(
+        file=file, width=width, height=20, force_terminal=True, color_system="standard", **settings
+    )
+    screen = RichScreen(console, thoughts=thoughts)
+    for thinking, text in pieces:
+        screen.add(thinking, text)
+    screen.end()
+    return file.getvalue()
+
+
+def visible(output: str) -> str:
+    """What stands on a terminal in the end, by a small model of one: cursor up, carriage return,
+    erase, line feed.
+    """
+    lines, row, column, at = [""], 0, 0, 0
+    while at < len(output):
+        if output.startswith("\x1b[", at):
+            end = next(i for i in range(at + 2, len(output)) if output[i].isalpha())
+            number, kind = output[at + 2 : end], output[end]
+            if kind == "A":
+                row = max(0, row - int(number or 1))
+            elif kind == "K":
+                lines[row] = ""
+            else:
+                assert kind in "mhl", f"unexpected sequence {output[at : end + 1]!r}"
+            at = end + 1
+            continue
+        letter = output[at]
+        at += 1
+        if letter == "\n":
+            row, column = row + 1, 0
+            if row == len(lines):
+                lines.append("")
+        elif letter == "\r":
+            column = 0
+        else:
+            lines[row] = lines[row][:column].ljust(column) + letter + lines[row][column + 1 :]
+            column += 1
+    return "\n".join(line.rstrip() for line in lines)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_an_answer_cannot_send_sequences_of_its_own(text: str) -> None:
+    out = io.StringIO()
+    plain = PlainScreen(out, thoughts=True)
+    for thinking in (True, False):
+        plain.add(thinking, text)
+    plain.end()
+    assert not set(out.getvalue()) & set("\x1b\x9b\r\x07\x08\x00\u202e")
+    # colours and lines only
+    visible(rich_output([(True, text), (False, f"{text}\n\n`{text}`\n\n```\n{text}\n```\n")]))
+    assert "]8;" not in rich_output([(False, "[here](http://evil.example)")])
+
+
+def test_an_answer_is_whole_however_it_is_cut_into_pieces() -> None:
+    answer = "One line\nand another.\n\n- **bold** item\n- `x < y` <b>\n\n"
+    answer += "```python\nx = 1\n\ny = 2\n```\nEnd [a](http://b.c) \\"
+    whole = visible(rich_output([(False, answer)])).strip()
+    for expected in (
+        "One line\nand another.",
+        "• bold item",
+        "x < y <b>",
+        "x = 1",
+        "y = 2",
+        "End a (http://b.c)",
+    ):
+        assert expected in "\n".join(line.strip() for line in whole.splitlines())
+    dice = random.Random(0)
+    for _ in range(10):
+        cuts = sorted(dice.choices(range(len(answer)), k=dice.randrange(1, 60)))
+        pieces = [
+            (False, answer[a:b]) for a, b in zip([0, *cuts], [*cuts, len(answer)], strict=True)
+        ]
+        assert visible(rich_output(pieces)).strip() == whole
+
+
+@pytest.mark.parametrize("width", [1, 4, 15])
+def test_a_narrow_screen_breaks_nothing(width: int) -> None:
+    pieces = [(True, "thinking hard"), (False, "word " * 50), (False, "\n\n```\ncode\n```")]
+    shown = visible(rich_output(pieces, width=width))
+    assert "".join(shown.split()).count("word") == 50
+
+
+def test_an_answer_longer_than_the_screen_stays_whole() -> None:
+    lines = [f"line {n}" for n in range(200)]
+    shown = visible(rich_output([(False, line + "\n") for line in lines]))
+    assert [line for line in shown.splitlines() if line.strip()] == lines
+
+
+def test_thinking_is_dimmed_or_folded_into_a_line() -> None:
+    pieces = [(True, "first 2 + 7 = 9"), (True, " then 19"), (False, "The answer is 19.")]
+    shown, folded = rich_output(pieces), rich_output(pieces, thoughts=False)
+    assert "\x1b[2mfirst 2 + 7 = 9 then 19\x1b[0m" in shown
+    assert "then 19" not in folded
+    assert "thought for 8 words" in visible(folded)
+    assert all("The answer is 19." in visible(output) for output in (shown, folded))
+
+
+def test_plain_text_marks_thinking_or_leaves_it_out() -> None:
+    for thoughts, expected in ((True, "[thinking] hm\n[answer] yes\n"), (False, "yes\n")):
+        out = io.StringIO()
+        screen = PlainScreen(out, thoughts=thoughts)
+        for thinking, text in ((True, "h"), (True, "m"), (False, "y"), (False, "es")):
+            screen.add(thinking, text)
+        screen.end()
+        assert out.getvalue() == expected
+
+
+def test_without_colour_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    output = rich_output([(True, "hm"), (False, "**b** `c`\n\n```python\nx = 1\n```\n")])
+    colours = {str(n) for n in (*range(30, 50), *range(90, 108))} - {"39", "49"}
+    sequences = [part.split("m")[0] for part in output.split("\x1b[")[1:]]
+    assert not colours & {code for sequence in sequences for code in sequence.split(";")}
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("a line", None),
+        ("a line\n", None),
+        ("a line\n\n", "a line\n\n"),
+        ("\n\nlate\n\nnext", "\n\nlate\n\n"),
+        ("```\ncode\n\nmore\n```\nafter", "```\ncode\n\nmore\n```\n"),
+        ("```\ncode\n\n", None),
+        ("~~~~\n```\n~~~~\n", "~~~~\n```\n~~~~\n"),
+        ("text\n```\ncode", "text\n"),
+        ("", None),
+    ],
+)
+def test_blocks_end_at_blank_lines_and_closing_fences(text: str, first: str | None) -> None:
+    assert block_end(text) == (None if first is None else len(first))
+
+
+def test_markdown_hides_nothing() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    with console.capture() as capture:
+        console.print(
+            markdown(
+                "a <script>x</script> & <!-- comment --> b\nsecond line\n\n![alt](http://x.y/z.png)"
+            )
+        )
+    shown = capture.get()
+    assert "<script>x</script> & <!-- comment --> b\nsecond line" in shown
+
+
+def test_its_own_words_break_between_words_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    text = "  /think    on, off: ask for reasoning or not; see /a/rather/long/path/that/is/copied"
+    say(text)
+    assert capsys.readouterr().out == text + "\n"  # a pipe gets lines as they are
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "30")
+    say(text, 13)
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(line.strip() for line in lines) == text.strip()
+    assert lines[0].startswith("  /think    on")
+    assert all(
+        line.startswith(" " * 13) and (len(line) <= 30 or "/a/rather" in line) for line in lines[1:]
+    )
+
+
+def test_a_narrow_status_line_leaves_out_what_matters_least() -> None:
+    parts = ["400 tok/s", "context 30/512", "sft2"]
+    assert fitting(parts, 80) == "400 tok/s · context 30/512 · sft2"
+    assert fitting(parts, 30) == "400 tok/s · context 30/512"
+    assert fitting(parts, 3) == ""
+
+
+def test_lines_of_a_pipe_survive_any_bytes() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(b" one \n\n\xff\xfetwo\x00\r\n" + b"x" * 10**6))
+    assert lines_of(stream) == ["one", "\ufffd\ufffdtwo\x00", "x" * 10**6]
+    assert lines_of(None) == []
+    assert lines_of(io.StringIO("a\ud800b\n")) == ["a?b"]

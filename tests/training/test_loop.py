@@ -1,0 +1,256 @@
+"""The loop: spikes, memory, resuming."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    SFTConfig,
+    Stage,
+    UserError,
+)
+from hearth.data.tokenizer import Tokenizer
+from hearth.training import checkpoint, gradients, loop
+from hearth.training.batches import Batch
+from hearth.training.loop import Job, Progress, SpikeGuard
+from hearth.training.optim import build_optimizers
+from model import build_model
+
+
+def random_batch(step: int = 0, n: int = 128, row_length: int = 32, vocab: int = 128) -> Batch:
+    dice = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, vocab, (n + 1,), generator=dice) // (1 + step % 2)
+    starts = torch.rand(n, generator=dice) < 0.1
+    weights = (torch.rand(n, generator=dice) < 0.7).float()
+    return Batch(ids[:-1], ids[1:], weights, starts, row_length)
+
+
+def test_spikes_and_nan_are_skipped_and_counted() -> None:
+    guard = SpikeGuard()
+    assert not guard.allows(math.nan, 1.0)
+    assert not guard.allows(1.0, math.inf)
+    dice = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        assert guard.allows(2.0, float(torch.empty(()).log_normal_(0, 0.3, generator=dice)))
+    assert guard.in_a_row == 0
+    assert not guard.allows(2.0, 50.0)
+    assert guard.allows(2.0, 1.0)
+    assert guard.skipped == 3
+
+
+# ----------------------------------------------------------------------------------------- the loop
+
+
+class RandomBatches:
+    """Batches from the step number alone, like the real ones."""
+
+    n_steps = 12
+
+    def batch(self, step: int) -> Batch:
+        return random_batch(step)
+
+    def stage(self, step: int) -> int:
+        return 0
+
+
+@pytest.fixture(scope="module")
+def words() -> Tokenizer:
+    return Tokenizer.train(["a small text to learn from"], 384)
+
+
+def make_job(
+    folder: Path, tiny: ModelConfig, words: Tokenizer, optim: str = "muon", **loop: Any
+) -> tuple[Job, Progress]:
+    plan = {
+        "tokens_per_step": 128,
+        "micro_batch_tokens": 64,
+        "eval_every_steps": 4,
+        "sample_every_steps": 100,
+    }
+    pretrain = PretrainConfig(steps=12, stages=(Stage(32, 1.0),), **(plan | loop))
+    config = Config(
+        preset="test",
+        data=DataConfig(text_files=("x",)),
+        model=tiny,
+        optim=OptimConfig(name=optim),
+        pretrain=pretrain,
+        sft1=SFTConfig(files=("x",), context=32),
+        sft2=SFTConfig(files=("x",), context=32),
+    )
+    model = build_model(tiny, seed=0)
+    model.dtype = torch.float32  # whatever this processor is fastest with
+    optimizers = build_optimizers(model, config.optim, pretrain.lr)
+    progress = Progress.of(checkpoint.resume(folder, model, optimizers, config, "pretrain"))
+
+    def save(state: dict[str, Any]) -> Path:
+        return checkpoint.save(
+            folder,
+            model,
+            optimizers,
+            config,
+            words,
+            {"stage": "base", "data": {"world": "a"}, **state},
+            keep=2,
+        )
+
+    job = Job(
+        model=model,
+        optimizers=optimizers,
+        batches=RandomBatches(),
+        loop=pretrain,
+        seed=0,
+        folder=folder,
+        context=32,
+        save=save,
+        evaluate=lambda: {"bpb": 1.0},
+        sample=lambda: [],
+        command="uv run pretrain.py",
+    )
+    return job, progress
+
+
+def weights_of(folder: Path) -> bytes:
+    return (checkpoint.newest(folder) / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("optim", ["muon", "adamw", "schedulefree"])
+def test_resumed_run_matches_unbroken_run(
+    optim: str, tmp_path: Path, tiny: ModelConfig, words: Tokenizer
+) -> None:
+    job, progress = make_job(tmp_path / "unbroken", tiny, words, optim)
+    loop.fit(job, progress)
+    job, progress = make_job(tmp_path / "broken", tiny, words, optim)
+    real_step = loop.train_step
+
+    def dies_at_7(*args):
+        if progress.step == 7:
+            raise KeyboardInterrupt
+        return real_step(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", dies_at_7)
+        with pytest.raises(KeyboardInterrupt):
+            loop.fit(job, progress)
+    job, progress = make_job(tmp_path / "broken", tiny, words, optim)
+    assert progress.step == 4
+    loop.fit(job, progress)
+    assert weights_of(tmp_path / "broken") == weights_of(tmp_path / "unbroken")
+    steps = [
+        json.loads(line)
+        for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [r["step"] for r in steps if r["kind"] == "step"] == list(range(1, 13))
+
+
+def test_a_signal_finishes_the_step_saves_and_exits_with_0(
+    tmp_path: Path, tiny, words, capsys
+) -> None:
+    job, progress = make_job(tmp_path, tiny, words)
+    real_batch = RandomBatches.batch
+
+    def asks_to_stop(self, step: int) -> Batch:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_batch(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RandomBatches, "batch", asks_to_stop)
+        with pytest.raises(SystemExit) as caught:
+            loop.fit(job, progress)
+    assert caught.value.code == 0
+    assert checkpoint.read_state(checkpoint.newest(tmp_path))["step"] == 6
+    assert "uv run pretrain.py" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_running_out_of_memory_halves_the_micro_batch_and_loses_nothing(
+    tmp_path: Path, tiny, words, capsys
+) -> None:
+    job, progress = make_job(tmp_path / "calm", tiny, words, micro_batch_tokens=32)
+    loop.fit(job, progress)
+    job, progress = make_job(tmp_path / "tight", tiny, words, micro_batch_tokens=128)
+    real = gradients.backward
+
+    def tight(model, micro, *rest):
+        if len(micro.ids) > 32 and progress.step >= 3:
+            raise torch.OutOfMemoryError("injected")
+        return real(model, micro, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradients, "backward", tight)
+        loop.fit(job, progress)
+    assert progress.step == 12
+    assert "micro-batch is 32 tokens" in capsys.readouterr().out
+    calm, _ = make_job(tmp_path / "calm", tiny, words)
+    for a, b in zip(calm.model.parameters(), job.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
+
+
+def test_repeated_non_finite_steps_stop_the_run_and_name_the_checkpoint(
+    tmp_path: Path, tiny, words
+) -> None:
+    job, progress = make_job(tmp_path, tiny, words, max_skipped_steps=3)
+    with torch.no_grad():
+        job.model.embedding[0, 0] = math.nan
+    before = job.model.output_gain.detach().clone()
+    with pytest.raises(UserError, match="learning rate"):
+        loop.fit(job, progress)
+    assert torch.equal(before, job.model.output_gain)
+
+
+def test_another_learning_rate_does_not_silently_go_on(tmp_path: Path, tiny, words) -> None:
+    job, progress = make_job(tmp_path, tiny, words)
+    loop.fit(job, progress)
+    with pytest.raises(UserError, match=r"pretrain.lr was 0.002, is 0.5"):
+        make_job(tmp_path, tiny, words, lr=0.5)
+
+
+def test_other_shards_do_not_silently_go_on(tmp_path: Path, tiny, words) -> None:
+    job, progress = make_job(tmp_path, tiny, words)
+    loop.fit(job, progress)
+    config = checkpoint.load_for_inference(tmp_path).config
+    given = (tmp_path, job.model, job.optimizers, config, "pretrain")
+    assert loop.resume(*given, {"world": "a"}).step == 12
+    with pytest.raises(UserError, match=r"have changed since .*step-00000012 was trained"):
+        loop.resume(*given, {"world": "b"})
+
+
+def test_only_the_newest_checkpoints_are_kept_and_unfinished_ones_never_trusted(
+    tmp_path: Path, tiny, words
+) -> None:
+    job, progress = make_job(tmp_path, tiny, words)
+    loop.fit(job, progress)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000008", "step-00000012"]
+    (tmp_path / "step-00000012" / "state.json").unlink()
+    assert checkpoint.newest(tmp_path).name == "step-00000008"
+
+
+def test_a_checkpoint_alone_rebuilds_the_model(tmp_path: Path, tiny, words) -> None:
+    job, progress = make_job(tmp_path, tiny, words)
+    loop.fit(job, progress)
+    loaded = checkpoint.load_for_inference(tmp_path)
+    assert loaded.config.model == tiny
+    assert loaded.tokenizer.hash == words.hash
+    assert loaded.state["step"] == 12
+    for a, b in zip(loaded.model.parameters(), job.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model.safetensors"):
+        checkpoint.load_for_inference(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        checkpoint.load_for_inference(tmp_path / "nowhere")

@@ -1,0 +1,142 @@
+"""Update rules and the schedule."""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from config import LoopConfig, ModelConfig, OptimConfig
+from hearth.training import optim
+from hearth.training.optim import (
+    Muon,
+    build_optimizers,
+    even_out,
+    learning_rate_factor,
+    orthogonalise,
+)
+from model import Packed, build_model
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 48), (2, 48, 16), (1, 32, 32)])
+def test_orthogonalised_singular_values_are_near_one(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(x))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_orthogonalising_together_equals_one_by_one() -> None:
+    x = torch.randn(3, 8, 12)
+    torch.testing.assert_close(
+        orthogonalise(x), torch.stack([orthogonalise(m[None])[0] for m in x])
+    )
+
+
+def test_orthogonalising_keeps_the_singular_vectors() -> None:
+    x = torch.randn(1, 12, 20)
+    u, _, v = torch.linalg.svd(x[0], full_matrices=False)
+    inner = u.T @ orthogonalise(x)[0] @ v.T
+    torch.testing.assert_close(inner, torch.diag(inner.diagonal()), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 80), (2, 80, 24)])
+def test_the_way_through_the_gram_matrix_equals_the_steps_written_out(
+    shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    u, _, v = torch.linalg.svd(
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False
+    )
+    x = (u * torch.logspace(0, -5, 24)) @ v  # singular values far below what five steps can lift
+    short = orthogonalise(x)
+    monkeypatch.setattr(optim, "WIDE", math.inf)
+    torch.testing.assert_close(short, orthogonalise(x), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 10), (2, 10, 6)])
+def test_updates_are_evened_out_over_the_longer_side_and_keep_their_size(
+    shape: tuple[int, int, int],
+) -> None:
+    direction = torch.randn(shape)
+    direction[:, 0, :], direction[:, :, 0] = 3 * direction[:, 0, :], 3 * direction[:, :, 0]
+    state: dict = {}
+    for _ in range(60):
+        even = even_out(direction, state)
+    sizes = even.norm(dim=2 if shape[1] >= shape[2] else 1)
+    assert (sizes.amax(dim=1) / sizes.amin(dim=1)).max() < 1.05
+    torch.testing.assert_close(even.norm(dim=(1, 2)), torch.full((2,), math.sqrt(6)))
+    # a gradient of nothing moves nothing
+    assert torch.equal(even_out(torch.zeros(shape), {}), torch.zeros(shape))
+
+
+def test_weights_decay_only_where_the_update_shrinks_them() -> None:
+    weight = torch.nn.Parameter(torch.ones(16, 16))
+    muon = Muon([weight], lr=0.1, momentum=0.0, weight_decay=0.5)
+    weight.grad = torch.randn(16, 16)
+    before = weight.detach().clone()
+    muon.step()
+    update = (even_out(orthogonalise(weight.grad[None]), {}) * 0.1 * 0.2 * 4)[0]
+    decayed = before * torch.where(update > 0, 1 - 0.1 * 0.5, 1.0) - update
+    torch.testing.assert_close(weight.detach(), decayed)
+
+
+def step_of(model, optimizers) -> float:
+    ids = torch.arange(33) % model.config.vocab_size
+    loss = model.loss(
+        model(ids[:-1], Packed(torch.arange(32) == 0, 32)), ids[1:], torch.full((32,), 1 / 32)
+    )
+    loss.backward()
+    optimizers.step()
+    optimizers.zero_grad()
+    return float(loss.detach())
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw", "schedulefree"])
+def test_every_rule_learns_and_resumes_exactly(name: str, tiny: ModelConfig) -> None:
+    config = OptimConfig(name=name)
+    model = build_model(tiny, seed=0)
+    optimizers = build_optimizers(model, config, 3e-3)
+    losses = [step_of(model, optimizers) for _ in range(12)]
+    assert losses[-1] < losses[0] - 0.3
+    twin = build_model(tiny, seed=1)
+    twin.load_state_dict(model.state_dict())
+    twins_optimizers = build_optimizers(twin, config, 3e-3)
+    twins_optimizers.load_state_dict(deepcopy(optimizers.state_dict()))
+    for _ in range(3):
+        assert step_of(model, optimizers) == step_of(twin, twins_optimizers)
+
+
+def test_weights_for_use_leave_the_trained_ones_untouched(tiny: ModelConfig) -> None:
+    model = build_model(tiny, seed=0)
+    optimizers = build_optimizers(model, OptimConfig(name="schedulefree"), 3e-3)
+    for _ in range(4):
+        step_of(model, optimizers)
+    before = [p.detach().clone() for p in model.parameters()]
+    with optimizers.inference_weights():
+        assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_muon_takes_matrices_and_adamw_the_rest(tiny: ModelConfig) -> None:
+    model = build_model(tiny, seed=0)
+    muon, adamw = build_optimizers(model, OptimConfig(), 1e-3).parts
+    count = [
+        sum(p.numel() for g in part.param_groups for p in g["params"]) for part in (muon, adamw)
+    ]
+    assert sum(count) == model.n_parameters()
+    assert all(
+        p.ndim == 2 and p is not model.embedding for g in muon.param_groups for p in g["params"]
+    )
+
+
+def test_schedule_climbs_holds_and_falls_to_the_floor() -> None:
+    loop = replace(LoopConfig(), warmup_share=0.1, decay_share=0.5, final_lr_ratio=0.1)
+    factors = [learning_rate_factor(step, 100, loop) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9:51] == [1.0] * 42
+    assert all(a > b for a, b in pairwise(factors[51:]))
+    assert learning_rate_factor(100, 100, loop) == pytest.approx(0.1)

@@ -1,0 +1,185 @@
+"""Memory reckoned against memory measured, and the choice of a micro-batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import pretrain
+from config import PRESETS, HRMConfig, ModelConfig, OptimConfig, PretrainConfig
+from hearth.training import planning
+from hearth.training.optim import Optimizers, build_optimizers
+from hearth.training.planning import RECOMPUTE, Memory, Plan, Row, make_plan, measure, time_update
+from model import Model, build_model
+
+DENSE = ModelConfig(
+    vocab_size=512,
+    n_layer=3,
+    d_model=64,
+    n_head=4,
+    n_kv_head=2,
+    d_ff=160,
+    context=256,
+    window=64,
+    hrm=None,
+)
+UNGATED = replace(DENSE, gated_mlp=False)
+SMALL = replace(DENSE, n_layer=1, hrm=HRMConfig(l_layer=1, h_layer=1, h_cycles=2, l_cycles=2))
+
+
+def build(config: ModelConfig, optim: str = "muon") -> tuple[Model, Optimizers]:
+    model = build_model(config, seed=0)
+    model.dtype = torch.float32
+    return model, build_optimizers(model, OptimConfig(name=optim), 1e-3)
+
+
+def plan_of(model: Model, optimizers: Optimizers) -> Plan:
+    stages, n_rows = ((model.config.context, 1.0),), 2
+    loop = PretrainConfig(steps=10, tokens_per_step=n_rows * model.config.context)
+    return make_plan(model, optimizers, loop, stages=stages, n_steps=10)
+
+
+@pytest.mark.parametrize(
+    ("config", "optim"),
+    [(DENSE, "muon"), (UNGATED, "muon"), (SMALL, "adamw"), (PRESETS["demo"].model, "muon")],
+    ids=["dense", "ungated", "small", "demo"],
+)
+def test_reckoned_memory_is_within_a_tenth_of_the_measured(config: ModelConfig, optim: str) -> None:
+    model, optimizers = build(config, optim)
+    plan = plan_of(model, optimizers)
+    time_update(plan, model, optimizers)
+    measure(plan, plan.rows, model, optimizers, seconds=math.inf)
+    assert {row.n_rows for row in plan.rows} == {1, 2}
+    assert {row.recompute for row in plan.rows} == set(RECOMPUTE) - (
+        set() if config.hrm else {"head"}
+    )
+    for row in plan.rows:
+        assert row.peak == pytest.approx(row.memory.peak, rel=0.1), (row.n_rows, row.recompute)
+
+
+def test_a_measured_peak_holds_what_is_alive_at_once() -> None:
+    with planning.peak_memory(torch.device("cpu"), held=1000) as found:
+        a = torch.ones(1000)
+        b = torch.ones(500)
+        del a, b
+        torch.ones(250)
+    assert found[0] == pytest.approx(1000 + 6000, abs=200)
+
+
+def test_measuring_leaves_weights_optimizer_and_recomputation_as_they_were() -> None:
+    model, optimizers = build(SMALL)
+    before = [p.detach().clone() for p in model.parameters()]
+    plan = plan_of(model, optimizers)
+    measure(plan, plan.rows, model, optimizers, seconds=math.inf)
+    assert model.recompute == "none"
+    assert all(p.grad is None for p in model.parameters())
+    assert planning.state_bytes_now(optimizers) == 0
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, was)
+
+
+def test_the_optimizers_state_takes_what_was_reckoned() -> None:
+    for optim in ("muon", "adamw", "schedulefree"):
+        model, optimizers = build(SMALL, optim)
+        time_update(plan_of(model, optimizers), model, optimizers)
+        there = planning.state_bytes_now(optimizers)
+        assert there == pytest.approx(optimizers.state_bytes(), rel=0.01)
+
+
+def test_what_would_take_too_long_or_too_much_is_not_measured() -> None:
+    model, optimizers = build(SMALL)
+    plan = plan_of(model, optimizers)
+    measure(plan, plan.rows, model, optimizers, seconds=0)
+    plan.room = plan.rows[0].memory.peak // 2
+    measure(plan, plan.rows[:1], model, optimizers, seconds=math.inf)
+    assert all(row.peak is None and not row.seconds for row in plan.rows)
+    assert plan.seconds_of(plan.rows[0]) is None
+
+
+def test_where_a_whole_row_takes_too_long_a_short_one_tells_the_speed() -> None:
+    model, optimizers = build(SMALL)
+    plan = plan_of(model, optimizers)
+    plan.stages, plan.flops = ((256, 0.5), (64, 0.5)), {256: 1e9, 64: 1e9}
+    # a row of 256 is expected to take 20 seconds, one of 64 five
+    plan.peak_flops = 256 * 1e9 / 20 / 0.4
+    measure(plan, plan.rows, model, optimizers, seconds=10)
+    assert list(plan.rows[0].seconds) == [64]
+    assert plan.seconds_of(plan.rows[0]) > 0
+    assert all(row.peak is None for row in plan.rows)
+
+
+def row(n_rows: int, recompute: str, gigabytes: float, seconds: float | None = None) -> Row:
+    memory = Memory(0, 0, 0, int(gigabytes * 1e9), 0, 0, 0)
+    return Row(n_rows, 512, recompute, memory, None, {} if seconds is None else {512: seconds})
+
+
+def plan_with(*rows: Row) -> Plan:
+    return Plan(list(rows), ((512, 1.0),), 10_000, 2048, {512: 1e9}, 1e12, room=int(10e9))
+
+
+CPU, CARD = torch.device("cpu"), torch.device("cuda")
+
+
+def test_on_a_card_the_fastest_that_fits_is_chosen() -> None:
+    slow, fast, huge = row(2, "none", 9, 2.0), row(8, "head", 9, 6.0), row(16, "none", 12, 1.0)
+    assert plan_with(slow, fast, huge).choose(None, CARD) is fast
+    assert plan_with(slow, fast, huge).choose(1024, CARD) is slow
+    as_fast = row(4, "head", 5, 3.02)
+    assert plan_with(slow, fast, as_fast).choose(None, CARD) is as_fast
+    fast.too_large = True
+    assert plan_with(slow, fast, huge).choose(None, CARD) is slow
+
+
+def test_on_a_cpu_no_clock_has_a_say_in_the_choice() -> None:
+    small, large, huge = row(1, "none", 2, 1.0), row(2, "none", 4, 9.0), row(4, "none", 12, 0.1)
+    assert plan_with(small, large, huge, row(4, "all", 3, 0.1)).choose(None, CPU) is large
+    # nothing fits: the smallest
+    assert plan_with(huge, row(1, "all", 11)).choose(None, CPU).recompute == "all"
+
+
+def test_the_whole_runs_time_counts_each_stage_and_every_update() -> None:
+    plan = Plan(
+        [],
+        ((512, 0.75), (256, 0.25)),
+        1_000_000,
+        1000,
+        {512: 2.0, 256: 1.0},
+        1e9,
+        0,
+        update_seconds=0.1,
+    )
+    measured = row(1, "none", 1, seconds=0.512)  # a millisecond a token at 512, half of it at 256
+    assert plan.seconds_of(measured) == pytest.approx(750 + 125 + 100)
+    measured.seconds[256] = 0.512
+    assert plan.seconds_of(measured) == pytest.approx(750 + 250 + 100)
+
+
+def test_the_plan_needs_no_data_and_writes_nothing(tmp_path, capsys) -> None:
+    config = replace(
+        PRESETS["demo"],
+        runs=str(tmp_path),
+        device="cpu",
+        model=replace(SMALL, d_model=32, context=512),
+    )
+    pretrain.main(config, pretrain.Options(plan=True))
+    said = capsys.readouterr().out
+    assert [line.split()[1:5] for line in said.splitlines() if line.startswith("  >")] == [
+        ["2", "×", "512", "="]
+    ]
+    assert "not measured: neither NVML nor RAPL" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_on_a_card_the_largest_model_is_planned_within_a_tenth() -> None:
+    config = replace(PRESETS["16gb"], device="cuda")
+    model, optimizers = pretrain.build(config, torch.device("cuda"))
+    plan = make_plan(model, optimizers, config.pretrain, stages=((4096, 1.0),), n_steps=1)
+    time_update(plan, model, optimizers)
+    few = [row for row in plan.rows if row.n_rows in (1, 4)]
+    measure(plan, few, model, optimizers, seconds=120)
+    for row in few:
+        assert row.peak == pytest.approx(row.memory.peak, rel=0.1), (row.n_rows, row.recompute)
