@@ -1,7 +1,7 @@
 """Talk with a checkpoint: in the terminal, in a pipe, or one question at a time.
 
 In: a run's newest checkpoint of its furthest stage, or any checkpoint folder; your words. Out:
-answers, streamed. A base model goes on with your text instead. Exit codes: 0 answered, 2 a mistake
+answers, streamed. A base model continues your text instead. Exit codes: 0 answered, 2 a mistake
 of yours, 130 stopped by Ctrl-C.
 
     uv run chat_inference.py --preset demo                          a chat; /help lists its commands
@@ -249,7 +249,7 @@ class Chat:
         self._check_head(nats)
         if nats is not None and not nats >= 0:
             raise UserError(f"Cycles are left early at {nats:g} nats; give at least 0.")
-        self.engine.settled = nats
+        self.engine.exit_kl_threshold = nats
 
     def set_guidance(self, factor: float | None) -> None:
         """How far the prediction is pushed on from that of a cycle earlier; UserError for what
@@ -270,7 +270,10 @@ class Chat:
         self.config, self.sampling = other.config, other.sampling
         if self.engine.model.head is not None:
             theirs = other.engine
-            self.engine.h_cycles, self.engine.settled = theirs.h_cycles, theirs.settled
+            self.engine.h_cycles, self.engine.exit_kl_threshold = (
+                theirs.h_cycles,
+                theirs.exit_kl_threshold,
+            )
             self.engine.guidance = theirs.guidance
 
     # --------------------------------------------------------------------------------------- asking
@@ -483,7 +486,7 @@ class Chat:
         speed = [f"{self.timing.tokens_per_second:.0f} tok/s"] if self.timing.ids else []
         thinks = ["thinking"] if self.think else []
         context = f"context {self.used()}/{self.engine.context}"
-        early = self.engine.settled is not None and self.timing.ids
+        early = self.engine.exit_kl_threshold is not None and self.timing.ids
         cycles = [f"{self.timing.cycles_per_token:.2f} cycles"] if early else []
         return [*speed, context, *cycles, self.stage, *thinks, f"temp {self.config.temperature:g}"]
 
@@ -617,7 +620,11 @@ class Terminal:
             )
         else:
             self.chat.set_cycles(_whole_number(argument, usage) if argument else None)
-        early = "" if engine.settled is None else f", left early below {engine.settled:g} nats"
+        early = (
+            ""
+            if engine.exit_kl_threshold is None
+            else f", left early below {engine.exit_kl_threshold:g} nats"
+        )
         print(f"cycles: {'as trained' if engine.h_cycles is None else engine.h_cycles}{early}")
 
     def do_guidance(self, argument: str) -> None:
@@ -708,7 +715,10 @@ class Terminal:
             11,
         )
         if chat.engine.n_cycles:
-            say(f"  head     {t.cycles_per_token:.2f} of {chat.engine.n_cycles} cycles a token", 11)
+            say(
+                f"  head     {t.cycles_per_token:.2f} of {chat.engine.n_cycles} cycles per token",
+                11,
+            )
         say(f"  drawing  {chat.drawing()}", 11)
 
     def do_compare(self, argument: str) -> None:

@@ -504,7 +504,7 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """Folder of everything this run makes; removing it is starting anew."""
+        """Folder of everything this run makes; removing it is starting over."""
         return Path(self.runs) / (self.name or self.preset)
 
     def command(self, script: str) -> str:

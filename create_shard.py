@@ -109,7 +109,7 @@ def print_plan(config: Config) -> None:
     log.say(f"{log.size(free)} free at {config.run_dir.absolute()}: {verdict}")
     log.say(
         f"Estimated from the first {log.size(PROBE_BYTES)} of each source, at {BYTES_PER_TOKEN} "
-        "bytes a token."
+        "bytes per token."
     )
 
 
@@ -122,7 +122,7 @@ def plan_line(name: str, found: Estimate, shards: int | None) -> None:
 
 
 def disk_needed(found: Estimate) -> float:
-    """Bytes of the text shards and of the token shards made from them, two bytes a token."""
+    """Bytes of the text shards and of the token shards made from them, two bytes per token."""
     return found.text_bytes * (1 + 2 / BYTES_PER_TOKEN)
 
 

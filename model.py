@@ -1,8 +1,8 @@
 """The network, top-down: embedding, blocks, HRM head, loss, initialisation, packed sequences.
 
 In: token ids laid flat, and a `where` that knows each token's position and what it may attend to:
-`Packed` while training, `KVCache` while decoding. Out: hidden states, logits, losses. Knows no
-optimizer, file, tokenizer or chat format.
+`PackedSequences` while training, `KVCache` while decoding. Out: hidden states, logits, losses.
+Knows no optimizer, file, tokenizer or chat format.
 """
 
 from __future__ import annotations
@@ -48,23 +48,33 @@ class Model(nn.Module):
         self.dtype = torch.float32  # of the activations; the weights stay float32
         # of keys and values while decoding; None is `dtype`
         self.cache_dtype: torch.dtype | None = None
-        # activations computed anew in the backward pass: none, head (module calls) or all
-        self.recompute = "none"
+        # activations recomputed in the backward pass: none, head (module calls) or all
+        self.activation_checkpointing = "none"
 
     def forward(
-        self, ids: Tensor, where: Where, *, h_cycles: int | None = None, horizon: int | None = None
+        self,
+        ids: Tensor,
+        attn_ctx: AttentionContext,
+        *,
+        h_cycles: int | None = None,
+        horizon: int | None = None,
     ) -> Tensor:
         """Hidden states (N, D) that `logits` and `loss` read.
 
         `h_cycles` is how often the head's slow module is called (default: as configured); `horizon`
         is how many of the last module calls keep their gradient (default: all).
         """
-        for hidden in self.cycles(ids, where, h_cycles=h_cycles, horizon=horizon):
+        for hidden in self.cycles(ids, attn_ctx, h_cycles=h_cycles, horizon=horizon):
             last = hidden
         return last
 
     def cycles(
-        self, ids: Tensor, where: Where, *, h_cycles: int | None = None, horizon: int | None = None
+        self,
+        ids: Tensor,
+        attn_ctx: AttentionContext,
+        *,
+        h_cycles: int | None = None,
+        horizon: int | None = None,
     ) -> Iterator[Tensor]:
         """Hidden states (N, D) after the trunk, then after each of the head's cycles; every one can
         be read out.
@@ -72,28 +82,32 @@ class Model(nn.Module):
         Who stops early while decoding leaves the calls of the later cycles without this pass's keys
         and values, which later tokens will want to see: see `KVCache.skip`.
         """
-        x = self.run_trunk(ids, where)
+        x = self.run_trunk(ids, attn_ctx)
         yield x
         if self.head is not None:
             yield from self.head.cycles(
-                x, where, h_cycles=h_cycles, horizon=horizon, recompute=self.recompute
+                x,
+                attn_ctx,
+                h_cycles=h_cycles,
+                horizon=horizon,
+                activation_checkpointing=self.activation_checkpointing,
             )
 
-    def run_trunk(self, ids: Tensor, where: Where) -> Tensor:
+    def run_trunk(self, ids: Tensor, attn_ctx: AttentionContext) -> Tensor:
         """Hidden states (N, D) before the head, for ids (N,)."""
-        where.begin(self.config, self.dtype)
-        x = self.embed(ids, where)
+        attn_ctx.begin(self.config, self.dtype)
+        x = self.embed(ids, attn_ctx)
         values = self.token_values(ids)
         for place, block in enumerate(self.trunk):
-            given = (x, where, values[place]) if place in values else (x, where)
+            given = (x, attn_ctx, values[place]) if place in values else (x, attn_ctx)
             x = (
                 checkpoint(block, *given, use_reentrant=False)
-                if self.recompute == "all"
+                if self.activation_checkpointing == "all"
                 else block(*given)
             )
         return x
 
-    def embed(self, ids: Tensor, where: Where) -> Tensor:
+    def embed(self, ids: Tensor, attn_ctx: AttentionContext) -> Tensor:
         """Normed embeddings (N, D), each with a share a channel of the one before in its document,
         0 at the start.
 
@@ -109,7 +123,7 @@ class Model(nn.Module):
         return (
             x
             if self.shift is None
-            else x + self.shift.to(self.dtype) * where.before(x, ids, normed)
+            else x + self.shift.to(self.dtype) * attn_ctx.before(x, ids, normed)
         )
 
     def token_values(self, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
@@ -150,7 +164,7 @@ class Model(nn.Module):
 
     def compile_blocks(self) -> None:
         """Fuse the blocks' small operations while training; attention stays as it is, so no layout
-        of documents and no stage of a curriculum compiles anything anew.
+        of documents and no stage of a curriculum recompiles anything.
         """
         for module in self.modules():
             if isinstance(module, Block):
@@ -177,7 +191,7 @@ class Model(nn.Module):
     def flops_per_token(
         self, context: int, h_cycles: int | None = None, horizon: int | None = None
     ) -> float:
-        """Training FLOPs a token: 6 a weight and pass, and 12·H·E a token attended to (PaLM,
+        """Training FLOPs per token: 6 a weight and pass, and 12·H·E a token attended to (PaLM,
         appendix B), the attended tokens averaged over a segment of `context` tokens under each
         pass's window; a third of both in the module calls before the last `horizon`, which have no
         backward pass.
@@ -230,7 +244,7 @@ class HRMHead(nn.Module):
     drown in it. With l_cycles = 0 there is no L, and e stands in for z_L: one block looped, with
     the input injected at every call.
 
-    After HRM (arXiv 2506.21734) and HRM-Text (arXiv 2605.20613), with the input injected anew at
+    After HRM (arXiv 2506.21734) and HRM-Text (arXiv 2605.20613), with the input injected again at
     every L call and a residual around the head.
     """
 
@@ -252,12 +266,12 @@ class HRMHead(nn.Module):
     def cycles(
         self,
         x: Tensor,
-        where: Where,
+        attn_ctx: AttentionContext,
         *,
         h_cycles: int | None = None,
         horizon: int | None = None,
         detach: bool = False,
-        recompute: str = "none",
+        activation_checkpointing: str = "none",
     ) -> Iterator[Tensor]:
         """Yield y (N, D) after each H cycle, for the trunk's output x (N, D).
 
@@ -280,24 +294,26 @@ class HRMHead(nn.Module):
                 with torch.set_grad_enabled(torch.is_grad_enabled() and call >= first_kept):
                     if step < self.hrm.l_cycles:
                         mixed = gain[0] * z_fast + gain[1] * z_slow + gain[2] * e + embedding[step]
-                        z_fast = self._call(self.fast, mixed, where, recompute)
+                        z_fast = self._call(self.fast, mixed, attn_ctx, activation_checkpointing)
                     else:
                         mixed = (
                             gain[-2] * z_slow
                             + gain[-1] * (z_fast if self.fast else e)
                             + embedding[step]
                         )
-                        z_slow = self._call(self.slow, mixed, where, recompute)
+                        z_slow = self._call(self.slow, mixed, attn_ctx, activation_checkpointing)
                 call += 1
             yield e + project(z_slow, self.out)
             if detach:
                 z_slow, z_fast = z_slow.detach(), z_fast.detach()
 
     @staticmethod
-    def _call(module: HRMModule, z: Tensor, where: Where, recompute: str) -> Tensor:
-        if recompute == "none" or not torch.is_grad_enabled():
-            return module(z, where)
-        return checkpoint(module, z, where, use_reentrant=False)
+    def _call(
+        module: HRMModule, z: Tensor, attn_ctx: AttentionContext, activation_checkpointing: str
+    ) -> Tensor:
+        if activation_checkpointing == "none" or not torch.is_grad_enabled():
+            return module(z, attn_ctx)
+        return checkpoint(module, z, attn_ctx, use_reentrant=False)
 
     def block_passes(self, h_cycles: int | None = None) -> list[Block]:
         return [block for module in self.calls(h_cycles) for block in module.blocks]
@@ -314,15 +330,15 @@ class HRMModule(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(config, window) for window in windows)
 
-    def forward(self, z: Tensor, where: Where) -> Tensor:
+    def forward(self, z: Tensor, attn_ctx: AttentionContext) -> Tensor:
         for block in self.blocks:
-            z = block(z, where)
+            z = block(z, attn_ctx)
         return rms_norm(z)
 
 
 @torch.no_grad()
 def probe_head(
-    model: Model, ids: Tensor, targets: Tensor, weights: Tensor, where: Where
+    model: Model, ids: Tensor, targets: Tensor, weights: Tensor, attn_ctx: AttentionContext
 ) -> dict[str, float]:
     """What the head does to a batch of held-out tokens (N,); nothing for a dense model.
 
@@ -343,7 +359,7 @@ def probe_head(
         if module is not None
     ]
     seconds, hidden, started = [], [], time.perf_counter()
-    for state in model.cycles(ids, where):
+    for state in model.cycles(ids, attn_ctx):
         float(state[0, 0])  # waits for the device
         hidden.append(state)
         seconds.append(time.perf_counter() - started)
@@ -386,20 +402,20 @@ class Block(nn.Module):
         self.v = nn.Parameter(torch.empty(config.n_kv_head * E, D))
         self.o = nn.Parameter(torch.empty(D, config.n_head * E))
         # how sharply each head attends, learnt
-        self.heat = nn.Parameter(torch.empty(config.n_head))
+        self.qk_gain = nn.Parameter(torch.empty(config.n_head))
         self.gate = nn.Parameter(torch.empty(config.d_ff, D)) if config.gated_mlp else None
         self.up = nn.Parameter(torch.empty(config.d_ff, D))
         self.down = nn.Parameter(torch.empty(D, config.d_ff))
 
     def forward(
-        self, x: Tensor, where: Where, value: tuple[Tensor, Tensor] | None = None
+        self, x: Tensor, attn_ctx: AttentionContext, value: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         before, after = (
             compiled_parts()
             if self.compiled and torch.is_grad_enabled()
             else (Block.before, Block.after)
         )
-        y = where.attend(*before(self, x, where.rotary, value), self.window)  # (N, H, E)
+        y = attn_ctx.attend(*before(self, x, attn_ctx.rotary, value), self.window)  # (N, H, E)
         return after(self, x, y)
 
     def before(
@@ -415,7 +431,7 @@ class Block(nn.Module):
             # (N, G), 1 at the start
             opened = 2 * torch.sigmoid(F.linear(x[:, : gate.shape[1]], gate.to(x.dtype)))
             v = v + opened[:, :, None] * of_token.view(-1, G, E)
-        return qk[:, :H] * self.heat[:, None].to(x.dtype), qk[:, H:], v
+        return qk[:, :H] * self.qk_gain[:, None].to(x.dtype), qk[:, H:], v
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """The block's output (N, D) for its input x and what attention made of it, y (N, H, E)."""
@@ -542,9 +558,9 @@ def initialise(model: Model, seed: int) -> Model:
     Matrices are LeCun-normal, those that write into the residual stream zero, so each block and the
     head start as the identity. The embedding's 2/√D makes the initial loss ln(V) within a percent
     under the tied output. QK-norm alone bounds scores by √E, too little for a narrow head to single
-    out one token of hundreds: `heat` sets the bound.
+    out one token of hundreds: `qk_gain` sets the bound.
     """
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     D = model.config.d_model
     for name, weight in model.named_parameters():
         kind = name.rsplit(".", 1)[-1]
@@ -552,13 +568,13 @@ def initialise(model: Model, seed: int) -> Model:
             weight.zero_()
         elif kind in ("output_gain", "gains"):
             weight.fill_(1.0)
-        elif kind == "heat":
+        elif kind == "qk_gain":
             weight.fill_(LARGEST_SCORE / math.sqrt(model.config.head_dim))
         else:
             scale = {"embedding": 2 / math.sqrt(D), "fast_start": 1.0}.get(
                 kind, 1 / math.sqrt(weight.shape[-1])
             )
-            weight.copy_(torch.randn(weight.shape, generator=dice) * scale)
+            weight.copy_(torch.randn(weight.shape, generator=rng) * scale)
     return model
 
 
@@ -586,7 +602,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 # -------------------------------------------------------------------------- where tokens may attend
 
 
-class Where(Protocol):
+class AttentionContext(Protocol):
     """What blocks ask of a layout of tokens: its rotary table, and attention under its rules."""
 
     rotary: tuple[Tensor, Tensor]
@@ -605,7 +621,7 @@ class Where(Protocol):
         """
 
 
-class Packed:
+class PackedSequences:
     """Segments laid end to end in a flat micro-batch of N tokens; each sees itself alone.
 
         flat tokens   a a a a a b b c c c c c c c      documents a, b, c
@@ -630,8 +646,8 @@ class Packed:
         self.positions = (index - self.first).flatten().to(device, non_blocking=True)
         ends = torch.tensor([starts.numel()], device=starts.device)
         # of the segments, and the last one's end
-        edges = torch.cat([starts.flatten().nonzero().squeeze(1), ends])
-        self.edges = edges.int().to(device, non_blocking=True)
+        cu_seqlens = torch.cat([starts.flatten().nonzero().squeeze(1), ends])
+        self.cu_seqlens = cu_seqlens.int().to(device, non_blocking=True)
         self._masks: dict[tuple[int | None, int], Tensor] = {}
 
     def begin(self, config: ModelConfig, dtype: torch.dtype) -> None:
@@ -672,21 +688,23 @@ class Packed:
         return self._masks[window, start]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, window: int | None) -> Tensor:
     """The one door to attention while training: q (N, H, E), k and v (N, G, E) -> (N, H, E)."""
     if q.is_cuda and q.dtype != torch.float32:
         return attend_varlen(q, k, v, packed, window)
     return attend_in_blocks(q, k, v, packed, window)
 
 
-def attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) -> Tensor:
+def attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, window: int | None
+) -> Tensor:
     """FlashAttention-2 over the segments as they lie (arXiv 2307.08691): nothing is padded, nothing
     masked away.
     """
     reach = (-1 if window is None else window - 1, 0)  # tokens seen before and after the query
     longest = packed.row_length
     return varlen_attention()(
-        q, k, v, packed.edges, packed.edges, longest, longest, window_size=reach
+        q, k, v, packed.cu_seqlens, packed.cu_seqlens, longest, longest, window_size=reach
     )
 
 
@@ -701,7 +719,7 @@ def varlen_attention() -> Callable[..., Tensor]:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
         raise UserError(
-            f"flash-attn is installed but cannot be loaded ({error}). Build it anew for torch "
+            f"flash-attn is installed but cannot be loaded ({error}). Build it again for torch "
             f"{torch.__version__}, or "
             "do without it: `uv sync`."
         ) from error
@@ -714,7 +732,9 @@ def varlen_attention() -> Callable[..., Tensor]:
     )
 
 
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, packed: Packed, window: int | None) -> Tensor:
+def attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, window: int | None
+) -> Tensor:
     """`scaled_dot_product_attention` under an explicit mask: a block of each row's queries at a
     time, over no more keys than one of them may see.
     """

@@ -32,7 +32,7 @@ from hearth.training.eight_bit import linear_that_pays
 from hearth.training.loop import Job, Progress, evaluate_loss, fit, resume
 from hearth.training.optim import Optimizers, build_optimizers
 from hearth.training.planning import GIB, make_plan, measure, table, time_update
-from model import Model, Packed, build_model, compute_dtype, probe_head
+from model import Model, PackedSequences, build_model, compute_dtype, probe_head
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,8 @@ def open_data(config: Config) -> tuple[Tokenizer, list[TokenShards], list[TokenS
 
 
 def bits_per_byte(model: Model, shards: TokenShards, config: Config, tokenizer: Tokenizer) -> float:
-    """Held-out cross-entropy in bits a byte of text, whatever the tokenizer; ends of documents are
-    counted too.
+    """Held-out cross-entropy in bits per byte of text, whatever the tokenizer; ends of documents
+    are counted too.
     """
     loop = config.pretrain
     batches = list(
@@ -216,8 +216,8 @@ def evaluate_head(
         shards, context=context, max_tokens=context, micro_tokens=context, bos=tokenizer.bos
     )
     batch = next(rows).to(model.device)
-    where = Packed(batch.starts, batch.row_length, model.device)
-    return probe_head(model, batch.ids, batch.targets, batch.weights, where)
+    attn_ctx = PackedSequences(batch.starts, batch.row_length, model.device)
+    return probe_head(model, batch.ids, batch.targets, batch.weights, attn_ctx)
 
 
 def continue_texts(
@@ -290,7 +290,8 @@ def announce(
     log.say(f"curriculum  {curriculum}")
     log.say(f"passes      {passes}")
     log.say(
-        f"run folder  {folder}" + (f", going on from step {progress.step}" if progress.step else "")
+        f"run folder  {folder}"
+        + (f", continuing from step {progress.step}" if progress.step else "")
     )
     log.say(f"report      {config.run_dir / 'report' / 'index.html'}")
 

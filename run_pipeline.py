@@ -34,7 +34,7 @@ def main(config: Config, words: list[str]) -> None:
         log.say(f"── {number}. {script} ".ljust(100, "─"))
         code, stopped = run(script, words)
         if stopped:
-            log.say(f"Stopped. Go on with: {config.command('run_pipeline.py')}")
+            log.say(f"Stopped. Continue with: {config.command('run_pipeline.py')}")
         if code or stopped:
             raise SystemExit(code)
     log.say(f"the whole road took {log.duration(time.monotonic() - started)}")

@@ -2,7 +2,7 @@
 by side if you like.
 
 In: a run's furthest checkpoint, or any others; the tasks' files, from a folder or fetched. Out: a
-table on the console, runs/<run>/report/score.json, and the run's report drawn anew.
+table on the console, runs/<run>/report/score.json, and the run's report redrawn.
 
     uv run score.py --preset demo
     uv run score.py --preset 16gb --tasks core
@@ -46,7 +46,7 @@ from hearth.storage import write_json
 from hearth.training import checkpoint
 from hearth.training.batches import validation_batches
 from hearth.training.checkpoint import Loaded
-from model import Packed
+from model import PackedSequences
 
 
 @dataclass(frozen=True)
@@ -392,7 +392,7 @@ def token_losses(loaded: Loaded, batch: Any) -> np.ndarray:
     """The cross-entropy of every target, in nats."""
     model = loaded.model
     batch = batch.to(model.device)
-    hidden = model(batch.ids, Packed(batch.starts, batch.row_length, model.device))
+    hidden = model(batch.ids, PackedSequences(batch.starts, batch.row_length, model.device))
     size = max(1, tasks.LOGITS_PER_PASS // model.config.vocab_size)
     parts = zip(hidden.split(size), batch.targets.split(size), strict=True)
     return (

@@ -324,7 +324,8 @@ def announce(
         f"{learnt:.1%} carry loss"
     )
     log.say(
-        f"run folder  {folder}" + (f", going on from step {progress.step}" if progress.step else "")
+        f"run folder  {folder}"
+        + (f", continuing from step {progress.step}" if progress.step else "")
     )
 
 

@@ -305,11 +305,11 @@ def encode_ahead(
 
 
 def report(tokenizer: Tokenizer, corpora: list[Corpus], folder: Path, gpt2: str | None) -> None:
-    """Bytes a token on held-out text of each corpus, on the console and in the tokenizer's
+    """Bytes per token on held-out text of each corpus, on the console and in the tokenizer's
     README.md.
     """
     other = load_gpt2(Path(gpt2)) if gpt2 else None
-    head = ["held-out text", "bytes a token", "lone bytes", *(["GPT-2"] if other else [])]
+    head = ["held-out text", "bytes per token", "lone bytes", *(["GPT-2"] if other else [])]
     rows = [head]
     for corpus in corpora:
         text = held_out_text(corpus)

@@ -32,7 +32,7 @@ from hearth.data.tokenizer import Tokenizer
 from hearth.evaluation import tasks
 from hearth.training import checkpoint
 from hearth.training.checkpoint import Loaded
-from model import Packed, build_model
+from model import PackedSequences, build_model
 
 QUESTIONS = {  # how each task's query is put, in lm-eval's templates
     "copa": "{{query}}",
@@ -188,7 +188,7 @@ def alone(loaded: Loaded, before: Sequence[int], ending: Sequence[int]) -> tuple
     likeliest.
     """
     ids = torch.tensor([loaded.tokenizer.bos, *before, *ending], device=loaded.model.device)
-    hidden = loaded.model(ids, Packed(torch.zeros_like(ids, dtype=torch.bool), len(ids)))
+    hidden = loaded.model(ids, PackedSequences(torch.zeros_like(ids, dtype=torch.bool), len(ids)))
     logits = loaded.model.logits(hidden)[-len(ending) - 1 : -1]
     targets = ids[-len(ending) :]
     return -float(F.cross_entropy(logits, targets, reduction="sum")), bool(

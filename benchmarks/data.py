@@ -16,7 +16,7 @@ counts.
     uv run benchmarks/data.py loading corpus/*.parquet
         batches beside the training steps that take them
     uv run benchmarks/data.py tokenizer prose.parquet maths.parquet --gpt2 FOLDER
-                                                                      bytes a token on held-out
+                                                                      bytes per token on held-out
                                                                       text, each file apart
 """
 
@@ -330,7 +330,7 @@ def loading(options: argparse.Namespace, folder: Path) -> None:
         fastest = WAITING * loop.tokens_per_step / waiting
         log.say(
             f"  {preset}: loading is below {WAITING:.0%} of the step up to {log.count(fastest)} "
-            "tokens a second"
+            "tokens per second"
         )
 
 

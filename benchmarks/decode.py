@@ -48,18 +48,18 @@ from hearth.cli import run_script
 from hearth.decoding.engine import Engine, compress
 from hearth.decoding.matrices import Matrix, compiled_kernels
 from hearth.training import checkpoint
-from model import Model, Packed, build_model
+from model import Model, PackedSequences, build_model
 
 DENSE_LAYERS = 19  # of the dense model with as many parameters as the 16gb preset
 BARS = {
-    "transformers": 2.5,  # times its tokens a second
+    "transformers": 2.5,  # times its tokens per second
     "bandwidth bfloat16": 0.6,  # share of the memory's read bandwidth
     "bandwidth int8": 0.5,
-    "llamacpp": 0.8,  # times its tokens a second
+    "llamacpp": 0.8,  # times its tokens per second
     "second turn": 0.15,  # of the time that reading everything again takes, at most
     "long context": 0.8,  # speed at 4,000 tokens against 200
     "cache": 0.5,  # of the memory that whole layers would take, at most
-    "batch": 4.0,  # times the tokens a second of one row
+    "batch": 4.0,  # times the tokens per second of one row
 }
 
 # and how they store weights
@@ -153,10 +153,10 @@ class Bench:
         self.model.dtype = torch.float32
         self.stores = ("float32", "bfloat16", "int8")
         self.results: list[dict[str, Any]] = []
-        self.dice = torch.Generator().manual_seed(0)
+        self.rng = torch.Generator().manual_seed(0)
 
     def ids(self, n: int) -> list[int]:
-        return torch.randint(0, self.config.vocab_size, (n,), generator=self.dice).tolist()
+        return torch.randint(0, self.config.vocab_size, (n,), generator=self.rng).tolist()
 
     def seconds(self, work: Callable[[], Any]) -> float:
         start = self.clock()
@@ -430,7 +430,7 @@ def report_quality(folder: str, text_file: str) -> None:
     for store in ("float32", "bfloat16", "int8"):
         model, nats = compress(loaded.model, store), 0.0
         for start in range(0, n_rows * row, row):
-            hidden = model(rows[start : start + row], Packed(torch.arange(row) == 0, row))
+            hidden = model(rows[start : start + row], PackedSequences(torch.arange(row) == 0, row))
             for part, target in zip(
                 hidden.split(512), rows[start + 1 : start + row + 1].split(512), strict=True
             ):

@@ -2,7 +2,7 @@
 own.
 
 In: a shape and what to measure, as JSON; then a line for each measurement wanted. Out: a line of
-JSON for each: first the version or what is missing, then tokens a second. Random weights. Run by
+JSON for each: first the version or what is missing, then tokens per second. Random weights. Run by
 the Python that decode.py's --python names; it needs torch and transformers, or gguf and
 llama-cpp-python, and nothing of this project.
 """
@@ -156,10 +156,10 @@ def write_gguf(path: Path, c: SimpleNamespace, store: str) -> None:
     writer.add_rope_dimension_count(c.head_dim)
     writer.add_tokenizer_model("no_vocab")
     kind = gguf.GGMLQuantizationType[store]
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
 
     def matrix(name: str, n: int, d: int) -> None:
-        weight = dice.standard_normal((n, d), dtype=np.float32) / np.float32(d**0.5)
+        weight = rng.standard_normal((n, d), dtype=np.float32) / np.float32(d**0.5)
         writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
 
     def vector(name: str) -> None:

@@ -2,10 +2,10 @@
 tasks.
 
 A row is an arm on a task with a seed; its result is a line of OUT/results.jsonl. Rows that are
-there are skipped, so a study that was killed goes on where it was, and several processes may share
-one OUT. Each arm's learning rate is tuned first, by rows of their own; on real text the best of
-them is seed 0's result too. On the automaton, where the rate that did best with one seed may do so
-by luck, two seeds tune and three others are the result; and as a rate that is too high fails
+there are skipped, so a study that was killed continues where it was, and several processes may
+share one OUT. Each arm's learning rate is tuned first, by rows of their own; on real text the best
+of them is seed 0's result too. On the automaton, where the rate that did best with one seed may do
+so by luck, two seeds tune and three others are the result; and as a rate that is too high fails
 altogether with some seeds, the lower of two that come close is taken.
 
     uv run benchmarks/hrm.py OUT --data FOLDER
@@ -51,7 +51,7 @@ from hearth.data.tokenizer import Tokenizer
 from hearth.training.batches import Batch
 from hearth.training.gradients import accumulate, head_schedule
 from hearth.training.optim import build_optimizers, learning_rate_factor
-from model import Model, Packed, build_model
+from model import Model, PackedSequences, build_model
 
 # ----------------------------------------------------------------------------------- what is varied
 
@@ -289,8 +289,8 @@ class Text:
         )
 
     def batch(self, step: int) -> Batch:
-        dice = np.random.default_rng((self.seed, step))
-        first = dice.integers(0, len(self.tokens) - self.context - 1, self.rows)
+        rng = np.random.default_rng((self.seed, step))
+        first = rng.integers(0, len(self.tokens) - self.context - 1, self.rows)
         at = (first[:, None] + np.arange(self.context)).flatten()
         return self._batch(self.tokens[at], self.tokens[at + 1])
 
@@ -403,7 +403,7 @@ def train_step(
 
 
 def flops_a_token(arm: str, task: str, context: int) -> float:
-    """Training FLOPs a token once the horizon is warm."""
+    """Training FLOPs per token once the horizon is warm."""
     base = TEXTS.get(task, REASONING)
     config = ARMS[arm].shape(base)
     with torch.device("meta"):
@@ -421,7 +421,7 @@ def hidden_states(model: Model, batch: Batch, h_cycles: int | None = None) -> li
     """What the output reads at the targets that count, (K, D): after the trunk and after each
     cycle.
     """
-    where, counts = Packed(batch.starts, batch.row_length), batch.weights > 0
+    where, counts = PackedSequences(batch.starts, batch.row_length), batch.weights > 0
     x = model.run_trunk(batch.ids, where)
     after = model.head.cycles(x, where, h_cycles=h_cycles) if model.head else ()
     return [y[counts] for y in (x, *after)]

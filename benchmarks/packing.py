@@ -1,4 +1,4 @@
-"""Packed conversations against conversations padded to the longest: trained tokens a second at
+"""Packed conversations against conversations padded to the longest: trained tokens per second at
 equal memory.
 
 In: a folder of conversations. Out: a table and JSON; both sides train the same model with

@@ -57,20 +57,20 @@ class Task:
 # ----------------------------------------------------------------------------------------- problems
 
 
-def arithmetic(dice: random.Random, size: int) -> Problem:
+def arithmetic(rng: random.Random, size: int) -> Problem:
     """`((3+4)*2)=4`: an expression nested `size` deep, modulo 5."""
-    text, value = (digit := str(dice.randrange(MODULUS))), int(digit)
+    text, value = (digit := str(rng.randrange(MODULUS))), int(digit)
     for _ in range(size):
-        other, sign, first = dice.randrange(MODULUS), dice.choice("+-*"), dice.random() < 0.5
+        other, sign, first = rng.randrange(MODULUS), rng.choice("+-*"), rng.random() < 0.5
         a, b = (value, other) if first else (other, value)
         text = f"({text}{sign}{other})" if first else f"({other}{sign}{text})"
         value = {"+": a + b, "-": a - b, "*": a * b}[sign] % MODULUS
     return question([*text], [str(value)])
 
 
-def automaton(dice: random.Random, size: int) -> Problem:
+def automaton(rng: random.Random, size: int) -> Problem:
     """16 cells between zeros, and what rule 30 makes of them in `size` steps (one `>` a step)."""
-    cells = [dice.randrange(2) for _ in range(CELLS)]
+    cells = [rng.randrange(2) for _ in range(CELLS)]
     now = cells
     for _ in range(size):
         padded = [0, *now, 0]
@@ -78,15 +78,15 @@ def automaton(dice: random.Random, size: int) -> Problem:
     return question([*map(str, cells), *[ARROW] * size], [*map(str, now)])
 
 
-def hops(dice: random.Random, size: int) -> Problem:
+def hops(rng: random.Random, size: int) -> Problem:
     """A random map of 6 nodes as shuffled pairs, then 8 times `size` hops (one `>` each) from a
     start: its end.
     """
-    to = [dice.randrange(NODES) for _ in range(NODES)]
-    pairs = dice.sample(range(NODES), NODES)
+    to = [rng.randrange(NODES) for _ in range(NODES)]
+    pairs = rng.sample(range(NODES), NODES)
     symbols = [symbol for a in pairs for symbol in (str(a), str(to[a]))]
     answers = [False] * len(symbols)
-    for at in dice.choices(range(NODES), k=8):
+    for at in rng.choices(range(NODES), k=8):
         asked = [NEXT, *[ARROW] * size, str(at)]
         for _ in range(size):
             at = to[at]
@@ -98,25 +98,25 @@ def hops(dice: random.Random, size: int) -> Problem:
 PERMUTATIONS = list(itertools.permutations(range(ITEMS)))
 
 
-def permutations(dice: random.Random, size: int) -> Problem:
+def permutations(rng: random.Random, size: int) -> Problem:
     """`413=2`: `size` permutations of 3 items, each named by a digit, and their product: the first
     is applied first.
     """
-    given = [dice.randrange(len(PERMUTATIONS)) for _ in range(size)]
+    given = [rng.randrange(len(PERMUTATIONS)) for _ in range(size)]
     product = tuple(range(ITEMS))
     for name in given:
         product = tuple(PERMUTATIONS[name][i] for i in product)
     return question([*map(str, given)], [str(PERMUTATIONS.index(product))])
 
 
-def sudoku(dice: random.Random, size: int) -> Problem:
+def sudoku(rng: random.Random, size: int) -> Problem:
     """A 4×4 Sudoku with `size` blanks and one solution; the answer is what goes into the blanks, in
     order.
     """
     grids = sudoku_grids()
     while True:
-        grid = grids[dice.randrange(len(grids))]
-        blanks = sorted(dice.sample(range(16), size))
+        grid = grids[rng.randrange(len(grids))]
+        blanks = sorted(rng.sample(range(16), size))
         given = np.setdiff1d(np.arange(16), blanks)
         if (grids[:, given] == grid[given]).all(axis=1).sum() == 1:
             break
@@ -124,11 +124,11 @@ def sudoku(dice: random.Random, size: int) -> Problem:
     return question(shown, [str(grid[i]) for i in blanks])
 
 
-def addition(dice: random.Random, size: int) -> Problem:
+def addition(rng: random.Random, size: int) -> Problem:
     """Two numbers of `size` digits and their sum, the most significant digit first: carries run
     against the order.
     """
-    a, b = (dice.randrange(10**size) for _ in range(2))
+    a, b = (rng.randrange(10**size) for _ in range(2))
     return question([*f"{a:0{size}}+{b:0{size}}"], [*f"{a + b:0{size + 1}}"])
 
 
@@ -177,12 +177,12 @@ def rows(task: Task, seed: str, *, held_out: bool, size: int | None = None) -> I
     """Rows without end, of problems of `size` or of the training sizes in turn: a start, then the
     row's problems.
     """
-    dice = random.Random(f"{task.name} {seed}")
+    rng = random.Random(f"{task.name} {seed}")
     for i in itertools.count():
         wanted = size or task.sizes[i % len(task.sizes)]
         symbols, answers = [START], [False]
         for _ in range(task.a_row):
-            while is_held_out(problem := task.make(dice, wanted)) != held_out:
+            while is_held_out(problem := task.make(rng, wanted)) != held_out:
                 pass
             symbols, answers = symbols + problem[0], answers + problem[1]
         yield symbols, answers

@@ -1,10 +1,10 @@
 """How fast tasks are scored: batches with shared beginnings against one text a forward pass, and
 that both agree.
 
-In: a folder with the tasks' files (llm-foundry's local_data). Out: tokens a second of both ways, by
-task, over items taken evenly from each; and how long all items take, reckoned by their tokens at
-the speeds found. A token is one of a text as the paper scores it: beginning and ending of every
-option, whether computed anew or not.
+In: a folder with the tasks' files (llm-foundry's local_data). Out: tokens per second of both ways,
+by task, over items taken evenly from each; and how long all items take, estimated by their tokens
+at the speeds found. A token is one of a text as the paper scores it: beginning and ending of every
+option, whether recomputed or not.
 
     uv run benchmarks/score.py --files local_data --checkpoint runs/16gb/base      a trained model
     uv run benchmarks/score.py --files local_data --preset 16gb --tokenizer FOLDER  untrained
@@ -32,7 +32,7 @@ from hearth.cli import run_script
 from hearth.data.tokenizer import Tokenizer
 from hearth.evaluation import tasks
 from hearth.training import checkpoint
-from model import Model, Packed, build_model
+from model import Model, PackedSequences, build_model
 
 
 @torch.inference_mode()
@@ -46,7 +46,7 @@ def one_by_one(model: Model, asked: list[tasks.Prompt]) -> list[tasks.Outcome]:
         for row, start in zip(prompt.rows, prompt.starts, strict=True):
             ids = torch.tensor(row, device=model.device)
             logits = model.logits(
-                model(ids, Packed(torch.zeros_like(ids, dtype=torch.bool), len(ids)))
+                model(ids, PackedSequences(torch.zeros_like(ids, dtype=torch.bool), len(ids)))
             )
             nats.append(
                 float(F.cross_entropy(logits[start - 1 : -1], ids[start:], reduction="sum"))

@@ -11,7 +11,7 @@ Out: a line of JSON a run in OUT/runs.jsonl; a run that is there already is not 
     uv run benchmarks/train.py table OUT
         what the races gave
     uv run benchmarks/train.py speed OUT --data FOLDER --nanogpt PATH --nanochat PATH
-        tokens a second, in turns
+        tokens per second, in turns
     uv run benchmarks/train.py contexts
         the same at 1k, 2k, 4k, 8k
     uv run benchmarks/train.py card --data FOLDER --nanogpt PATH --nanochat PATH
@@ -193,10 +193,10 @@ class Hearth:
         self.optimizers.zero_grad()
 
     def nats(self, block: Any) -> float:
-        from model import Packed
+        from model import PackedSequences
 
         batch = self.batch(block)
-        hidden = self.model(batch.ids, Packed(batch.starts, batch.row_length))
+        hidden = self.model(batch.ids, PackedSequences(batch.starts, batch.row_length))
         return float(self.model.loss(hidden, batch.targets, batch.weights))
 
 
@@ -522,7 +522,7 @@ def speed(options: argparse.Namespace) -> None:
 
 
 def contexts(options: argparse.Namespace) -> None:
-    """Training tokens a second of the 16gb preset's layers at 1k to 8k context; on a CPU four of
+    """Training tokens per second of the 16gb preset's layers at 1k to 8k context; on a CPU four of
     them, narrower.
     """
     sys.path.insert(0, options.hearth)

@@ -126,7 +126,7 @@ def fail(message: str) -> Any:
 
 
 def run_script(
-    work: Callable[[], object], stopped: str = "stopped; the same command goes on from here."
+    work: Callable[[], object], stopped: str = "stopped; the same command continues from here."
 ) -> None:
     """Do a script's work. A user's mistake ends it in one line with exit code 2, Ctrl-C in the line
     `stopped` with 130.

@@ -137,7 +137,7 @@ def describe(device: torch.device) -> str:
 
 @lru_cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Matrix-product FLOPs a second that model FLOPs utilisation is counted against.
+    """Matrix-product FLOPs per second that model FLOPs utilisation is counted against.
 
     A known card's data-sheet peak; otherwise the best of ten measured products of 1024×1024
     matrices in `dtype`.
@@ -238,7 +238,7 @@ RAPL = Path("/sys/class/powercap")
 
 
 def _rapl_range(counter: Path | None) -> float:
-    """Joules at which a RAPL counter begins anew."""
+    """Joules at which a RAPL counter starts over."""
     return int(counter.with_name("max_energy_range_uj").read_text()) / 1e6 if counter else 0.0
 
 

@@ -98,8 +98,8 @@ def step_line(step: int, steps: int, figures: dict[str, Any]) -> str:
 class RunLog:
     """`metrics.jsonl` of one stage, and its lines on the console.
 
-    A run that goes on from step `start` first forgets what was noted after that step, so each step
-    stands there once.
+    A run that continues from step `start` first forgets what was noted after that step, so each
+    step stands there once.
     """
 
     def __init__(self, folder: Path, start: int = 0) -> None:

@@ -40,7 +40,7 @@ def writing(folder: Path) -> Iterator[None]:
         if error.errno not in DISK_ERRORS:
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "Make room and start the same command again: it goes on where it stopped."
+            remedy = "Make room and start the same command again: it continues where it stopped."
         else:
             remedy = "Choose another folder with --runs, or mend its permissions."
         raise UserError(

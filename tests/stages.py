@@ -59,7 +59,7 @@ def write_inputs(folder: Path) -> list[str]:
     """A few kilobytes of text and conversations; the options that make a whole road of them in
     seconds.
     """
-    dice = random.Random(0)
+    rng = random.Random(0)
     words = [
         a + b for a in ("ba", "ke", "li", "mo", "nu") for b in ("ra", "se", "ti", "vo", "xu", "zy")
     ]
@@ -67,11 +67,11 @@ def write_inputs(folder: Path) -> list[str]:
     with (folder / "text.jsonl").open("w") as file:
         for _ in range(300):
             file.write(
-                json.dumps({"text": " ".join(dice.choices(words, k=dice.randint(20, 120)))}) + "\n"
+                json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(20, 120)))}) + "\n"
             )
     with (folder / "chat.jsonl").open("w") as file:
         for _ in range(80):
-            question = " ".join(dice.choices(words, k=5))
+            question = " ".join(rng.choices(words, k=5))
             file.write(
                 json.dumps({"instruction": question, "input": "", "output": question.split()[0]})
                 + "\n"

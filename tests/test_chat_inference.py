@@ -54,9 +54,9 @@ def write_checkpoint(folder: Path, stage: str, step: int = 1) -> Path:
     place = folder / f"step-{step:08}"
     place.mkdir(parents=True)
     model = build_model(CONFIG.model, seed=0)
-    dice = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     weights = {
-        n: p.detach() + 0.2 * torch.randn(p.shape, generator=dice)
+        n: p.detach() + 0.2 * torch.randn(p.shape, generator=rng)
         for n, p in model.named_parameters()
     }
     save_file(weights, place / "model.safetensors")
@@ -548,10 +548,14 @@ def test_the_head_is_set_and_seen(
     ]
     out = type_in(terminal, monkeypatch, capsys, *lines)
     assert "cycles: 4, left early below 1e+09 nats" in out
-    assert "of 4 cycles a token" in out
+    assert "of 4 cycles per token" in out
     assert "cycles" in " ".join(terminal.chat.status())
     (other,) = terminal.others.values()  # answers with the same settings
-    assert (other.engine.h_cycles, other.engine.settled, other.engine.guidance) == (4, 1e9, 0.5)
+    assert (other.engine.h_cycles, other.engine.exit_kl_threshold, other.engine.guidance) == (
+        4,
+        1e9,
+        0.5,
+    )
     out = type_in(terminal, monkeypatch, capsys, "/cycles", "/cycles early none", "/guidance none")
     assert "cycles: as trained\n" in out
     assert "guidance: none" in out

@@ -392,7 +392,7 @@ def kill_and_compare(
     script: str, words: list[str], broken: Path, unbroken: Path, parts: list[str], n_kills: int
 ) -> None:
     """Kill `script` at `n_kills` random moments; whenever it comes through, compare `parts` and
-    begin anew.
+    start over.
     """
     draw = random.Random(time.time_ns())
     output = broken / "output"
@@ -504,7 +504,7 @@ def test_full_disk_is_said_and_the_run_goes_on_after_making_room(
     config = configured(small_disk, files)
     for megabytes in (2.4, 1.5, 1.05):  # hardly any room at all, then more and more
         (small_disk / "filler").write_bytes(bytes(int(megabytes * 1e6)))
-        with pytest.raises(UserError, match=r"disk is full.*it goes on"):
+        with pytest.raises(UserError, match=r"disk is full.*it continues"):
             make(config)
         (small_disk / "filler").unlink()
     text = make(config)
@@ -638,7 +638,7 @@ def test_network_that_stays_away_is_given_up_and_a_later_start_goes_on(
         hub.old_revisions.add(old)
         result = run_on_hub(hub, tmp_path / "out")
         assert result.returncode == 0, result.stdout + result.stderr
-        assert "going on after" in result.stdout
+        assert "continuing after" in result.stdout
         assert not [r for r in hub.requests if "0.parquet" in r], "the first file was read again"
         assert all(old in r for r in hub.requests if ".parquet" in r), "another commit was read"
     assert first > 0

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from config import PRESETS, ModelConfig, UserError
-from hearth.decoding.kv_cache import KVCache, Thought, think
+from hearth.decoding.kv_cache import KVCache, Thought, decode_early_exit
 from model import (
     ChunkedCrossEntropy,
     Model,
-    Packed,
+    PackedSequences,
     attend_in_blocks,
     attend_varlen,
     build_model,
@@ -35,15 +35,15 @@ def awake(config: ModelConfig, seed: int = 0) -> Model:
     """
     model = build_model(config, seed=seed)
     model.dtype = torch.float32
-    dice = torch.Generator().manual_seed(seed + 1)
+    rng = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=dice)
+            p += 0.1 * torch.randn(p.shape, generator=rng)
     return model
 
 
-def one_segment(n: int) -> Packed:
-    return Packed(torch.arange(n) == 0, n)
+def one_segment(n: int) -> PackedSequences:
+    return PackedSequences(torch.arange(n) == 0, n)
 
 
 def random_ids(n: int, config: ModelConfig, seed: int = 0) -> torch.Tensor:
@@ -94,7 +94,9 @@ def test_other_documents_in_the_pack_change_nothing(tiny: ModelConfig) -> None:
     model = awake(tiny)
     ids, starts = random_ids(32, tiny), torch.zeros(32, dtype=torch.bool)
     starts[[5, 19]] = True
-    packed = model(ids, Packed(starts, 16))  # rows end at 16: segments 0-4, 5-15, 16-18, 19-31
+    packed = model(
+        ids, PackedSequences(starts, 16)
+    )  # rows end at 16: segments 0-4, 5-15, 16-18, 19-31
     for first, end in ((0, 5), (5, 16), (16, 19), (19, 32)):
         alone = model(ids[first:end], one_segment(end - first))
         torch.testing.assert_close(packed[first:end], alone, atol=1e-5, rtol=1e-5)
@@ -102,12 +104,12 @@ def test_other_documents_in_the_pack_change_nothing(tiny: ModelConfig) -> None:
 
 def random_heads(n: int, seed: int = 0, **kind) -> list[torch.Tensor]:
     """q (N, 4, E), k and v (N, 2, E)."""
-    dice = torch.Generator().manual_seed(seed)
-    heads = [torch.randn(n, h, 8 * 4, generator=dice, dtype=torch.float32) for h in (4, 2, 2)]
+    rng = torch.Generator().manual_seed(seed)
+    heads = [torch.randn(n, h, 8 * 4, generator=rng, dtype=torch.float32) for h in (4, 2, 2)]
     return [x.to(**kind).requires_grad_() for x in heads]
 
 
-def slow_attention(q, k, v, packed: Packed, window: int | None) -> torch.Tensor:
+def slow_attention(q, k, v, packed: PackedSequences, window: int | None) -> torch.Tensor:
     """A query at a time: softmax over its own segment's keys so far, no further back than the
     window.
     """
@@ -127,7 +129,7 @@ def test_attention_in_blocks_equals_attention_a_query_at_a_time(window: int | No
     """Over the edges of blocks, windows, documents and rows; forward and backward."""
     starts = torch.zeros(600, dtype=torch.bool)
     starts[[3, 130, 131, 290, 450]] = True
-    packed, heads = Packed(starts, 300), random_heads(600)
+    packed, heads = PackedSequences(starts, 300), random_heads(600)
     fast, slow = (f(*heads, packed, window) for f in (attend_in_blocks, slow_attention))
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
     weights = torch.randn(fast.shape, generator=torch.Generator().manual_seed(1))
@@ -167,7 +169,7 @@ def test_the_flash_attn_package_is_used_where_it_is_installed(
     monkeypatch.setattr("model.varlen_attention", varlen_attention.__wrapped__)
     starts = torch.zeros(600, dtype=torch.bool)
     starts[[3, 130, 131, 290, 450]] = True
-    packed, heads = Packed(starts, 300), random_heads(600)
+    packed, heads = PackedSequences(starts, 300), random_heads(600)
     torch.testing.assert_close(
         attend_varlen(*heads, packed, window),
         attend_in_blocks(*heads, packed, window),
@@ -181,7 +183,7 @@ def test_a_flash_attn_of_another_torch_is_told_with_the_remedy(
 ) -> None:
     # without the function: ImportError
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-    with pytest.raises(UserError, match="Build it anew for torch"):
+    with pytest.raises(UserError, match="Build it again for torch"):
         varlen_attention.__wrapped__()
 
 
@@ -192,9 +194,9 @@ def test_attention_on_a_card_equals_attention_in_blocks(window: int | None) -> N
     starts[[3, 130, 131, 290, 450]] = True
     card = torch.device("cuda")
     heads = random_heads(600, device="cuda", dtype=torch.bfloat16)
-    y = attend_varlen(*heads, Packed(starts, 300, card), window)
+    y = attend_varlen(*heads, PackedSequences(starts, 300, card), window)
     reference = [x.detach().float().cpu().requires_grad_() for x in heads]
-    expected = attend_in_blocks(*reference, Packed(starts, 300), window)
+    expected = attend_in_blocks(*reference, PackedSequences(starts, 300), window)
     torch.testing.assert_close(y.float().cpu(), expected, atol=2e-2, rtol=2e-2)
     for a, b in zip(
         torch.autograd.grad(y.sum(), heads),
@@ -211,12 +213,12 @@ def test_the_token_before_is_mixed_in_within_its_document_alone(tiny: ModelConfi
         model.shift.copy_(torch.linspace(-1, 1, tiny.d_model))
     ids, starts = random_ids(12, tiny), torch.zeros(12, dtype=torch.bool)
     starts[5] = True
-    where = Packed(starts, 6)  # segments [0 … 4] [5] [6 … 11]
+    attn_ctx = PackedSequences(starts, 6)  # segments [0 … 4] [5] [6 … 11]
     rows = rms_norm(model.embedding[ids])
     for at in range(12):
         before = torch.zeros_like(rows[0]) if at in (0, 5, 6) else rows[at - 1]
         assert torch.allclose(
-            model.embed(ids, where)[at], rows[at] + model.shift * before, atol=1e-6
+            model.embed(ids, attn_ctx)[at], rows[at] + model.shift * before, atol=1e-6
         ), at
 
 
@@ -240,7 +242,10 @@ def test_curriculum_row_is_the_same_as_a_shorter_sequence(tiny: ModelConfig) -> 
     ids = random_ids(32, tiny)
     none = torch.zeros(32, dtype=torch.bool)
     torch.testing.assert_close(
-        model(ids, Packed(none, 8))[8:16], model(ids[8:16], one_segment(8)), atol=1e-5, rtol=1e-5
+        model(ids, PackedSequences(none, 8))[8:16],
+        model(ids[8:16], one_segment(8)),
+        atol=1e-5,
+        rtol=1e-5,
     )
 
 
@@ -258,17 +263,17 @@ def test_rotation_depends_on_distance_alone() -> None:
 @pytest.mark.parametrize("l_cycles", [0, 2])
 def test_head_starts_as_the_identity(tiny: ModelConfig, l_cycles: int) -> None:
     model = build_model(replace(tiny, hrm=replace(tiny.hrm, l_cycles=l_cycles)), seed=0)
-    ids, where = random_ids(16, tiny), one_segment(16)
+    ids, attn_ctx = random_ids(16, tiny), one_segment(16)
     torch.testing.assert_close(
-        model.logits(model(ids, where)), model.logits(model.run_trunk(ids, where))
+        model.logits(model(ids, attn_ctx)), model.logits(model.run_trunk(ids, attn_ctx))
     )
 
 
 def test_the_head_weighs_the_same_however_large_the_trunk_grows(tiny: ModelConfig) -> None:
-    model, ids, where = awake(tiny), random_ids(16, tiny), one_segment(16)
-    x = model.run_trunk(ids, where)
+    model, ids, attn_ctx = awake(tiny), random_ids(16, tiny), one_segment(16)
+    x = model.run_trunk(ids, attn_ctx)
     small, large = (
-        model.logits(list(model.head.cycles(scale * x, where))[-1]) for scale in (1, 100)
+        model.logits(list(model.head.cycles(scale * x, attn_ctx))[-1]) for scale in (1, 100)
     )
     torch.testing.assert_close(small, large, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(small, model.logits(x), atol=1e-2)
@@ -296,12 +301,14 @@ def test_every_parameter_receives_gradient(tiny: ModelConfig, gated: bool) -> No
     assert without == []
 
 
-@pytest.mark.parametrize("recompute", ["head", "all"])
-def test_recomputed_activations_give_the_same_gradients(tiny: ModelConfig, recompute: str) -> None:
+@pytest.mark.parametrize("activation_checkpointing", ["head", "all"])
+def test_recomputed_activations_give_the_same_gradients(
+    tiny: ModelConfig, activation_checkpointing: str
+) -> None:
     gradients = []
-    for mode in ("none", recompute):
+    for mode in ("none", activation_checkpointing):
         model = awake(tiny)
-        model.recompute = mode
+        model.activation_checkpointing = mode
         ids = random_ids(33, tiny)
         model.loss(model(ids[:-1], one_segment(32)), ids[1:], torch.ones(32)).backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -310,8 +317,8 @@ def test_recomputed_activations_give_the_same_gradients(tiny: ModelConfig, recom
 
 def test_a_short_horizon_cuts_the_early_calls_only(tiny: ModelConfig) -> None:
     model = awake(tiny)
-    ids, where = random_ids(16, tiny), one_segment(16)
-    full, cut = model(ids, where), model(ids, where, horizon=2)
+    ids, attn_ctx = random_ids(16, tiny), one_segment(16)
+    full, cut = model(ids, attn_ctx), model(ids, attn_ctx, horizon=2)
     assert torch.equal(full, cut)
     gradients = []
     for hidden in (full, cut):
@@ -343,13 +350,13 @@ def test_chunked_loss_equals_the_whole_and_its_gradients(tiny: ModelConfig, monk
 def test_compiled_blocks_give_the_same_loss_and_gradients(tiny: ModelConfig) -> None:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    model, ids, where = awake(tiny), random_ids(24, tiny), one_segment(24)
+    model, ids, attn_ctx = awake(tiny), random_ids(24, tiny), one_segment(24)
     found = []
     for compiled in (False, True):
         if compiled:
             model.compile_blocks()
         model.zero_grad()
-        loss = model.loss(model(ids, where), ids, torch.ones(24))
+        loss = model.loss(model(ids, attn_ctx), ids, torch.ones(24))
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
     for a, b in zip(*found, strict=True):
@@ -395,26 +402,30 @@ def awake_settling(config: ModelConfig) -> Model:
 
 
 def thoughts(
-    model: Model, ids: torch.Tensor, settled: float | None
+    model: Model, ids: torch.Tensor, exit_kl_threshold: float | None
 ) -> tuple[list[Thought], KVCache]:
     """A prompt of 9 columns in one pass, then the others one by one."""
     cache = KVCache(len(ids), model.config.context)
     parts = [ids[:, :9], *ids[:, 9:].split(1, dim=1)]
-    return [think(model, part, cache, settled=settled) for part in parts], cache
+    return [
+        decode_early_exit(model, part, cache, exit_kl_threshold=exit_kl_threshold) for part in parts
+    ], cache
 
 
-@pytest.mark.parametrize("settled", [None, 0.0])
+@pytest.mark.parametrize("exit_kl_threshold", [None, 0.0])
 def test_thinking_without_leaving_equals_the_full_computation(
-    tiny: ModelConfig, settled: float | None
+    tiny: ModelConfig, exit_kl_threshold: float | None
 ) -> None:
     model = awake_settling(tiny)
     ids = random_ids(48, tiny).view(2, 24)
     with torch.no_grad():
         states = [
             y.view(2, 24, -1)
-            for y in model.cycles(ids.flatten(), Packed(torch.zeros(48, dtype=torch.bool), 24))
+            for y in model.cycles(
+                ids.flatten(), PackedSequences(torch.zeros(48, dtype=torch.bool), 24)
+            )
         ]
-    found, _ = thoughts(model, ids, settled)
+    found, _ = thoughts(model, ids, exit_kl_threshold)
     for column, thought in zip(range(8, 24), found, strict=True):
         assert thought.cycles.tolist() == [4, 4]
         for got, hidden in ((thought.logits, states[4]), (thought.before, states[3])):
@@ -447,7 +458,7 @@ def test_skipped_cycles_take_the_keys_of_the_last_one_that_ran(tiny: ModelConfig
     ids = random_ids(24, tiny).view(1, 24)
     _, cache = thoughts(model, ids[:, :14], None)
     kept = [k.clone() for k, _ in cache.slots]
-    thought = think(model, ids[:, 14:15], cache, settled=math.inf)
+    thought = decode_early_exit(model, ids[:, 14:15], cache, exit_kl_threshold=math.inf)
     assert thought.cycles.tolist() == [1]
     n_trunk, n_calls = tiny.n_layer, len(model.head.block_passes(1))
     assert len(cache.slots) == n_trunk + 4 * n_calls
@@ -478,16 +489,16 @@ def test_a_dense_model_thinks_no_cycles(tiny: ModelConfig) -> None:
 
 def test_probed_losses_are_those_of_that_many_cycles(tiny: ModelConfig) -> None:
     model = awake(replace(tiny, hrm=replace(tiny.hrm, h_cycles=3)))
-    ids, where, weights = random_ids(33, tiny), one_segment(32), torch.ones(32)
+    ids, attn_ctx, weights = random_ids(33, tiny), one_segment(32), torch.ones(32)
     weights[:5] = 0
-    figures = probe_head(model, ids[:-1], ids[1:], weights, where)
+    figures = probe_head(model, ids[:-1], ids[1:], weights, attn_ctx)
     with torch.no_grad():
         for cycles in (1, 2, 3):
-            loss = model.loss(model(ids[:-1], where, h_cycles=cycles), ids[1:], weights) / 27
+            loss = model.loss(model(ids[:-1], attn_ctx, h_cycles=cycles), ids[1:], weights) / 27
             assert figures[f"loss cycle {cycles}"] == pytest.approx(float(loss), rel=1e-5)
-        trunk = model.loss(model.run_trunk(ids[:-1], where), ids[1:], weights) / 27
+        trunk = model.loss(model.run_trunk(ids[:-1], attn_ctx), ids[1:], weights) / 27
         now, then = (
-            model.logits(model(ids[:-1], where, h_cycles=c)[5:]).log_softmax(-1) for c in (3, 2)
+            model.logits(model(ids[:-1], attn_ctx, h_cycles=c)[5:]).log_softmax(-1) for c in (3, 2)
         )
     assert figures["loss cycle 0"] == pytest.approx(float(trunk), rel=1e-5)
     change = torch.nn.functional.kl_div(then, now, log_target=True, reduction="batchmean")

@@ -30,7 +30,7 @@ from hearth.training.batches import validation_batches
 from hearth.training.checkpoint import Loaded
 from hearth.training.loop import evaluate_loss
 from hearth.training.optim import build_optimizers
-from model import Model, Packed, initialise
+from model import Model, PackedSequences, initialise
 from score import Options, Reply
 
 WORDS = [
@@ -51,8 +51,8 @@ WORDS = [
 ]
 
 
-def some_text(dice: random.Random, low: int = 3, high: int = 40) -> str:
-    return " ".join(dice.choices(WORDS, k=dice.randint(low, high)))
+def some_text(rng: random.Random, low: int = 3, high: int = 40) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run with held-out tokens, a base checkpoint and a chat checkpoint of a tiny, loud,
     untrained model.
     """
-    folder, dice = tmp_path_factory.mktemp("runs"), random.Random(0)
-    tokenizer = Tokenizer.train([some_text(dice) for _ in range(100)], 384)
+    folder, rng = tmp_path_factory.mktemp("runs"), random.Random(0)
+    tokenizer = Tokenizer.train([some_text(rng) for _ in range(100)], 384)
     shape = ModelConfig(
         vocab_size=384, n_layer=2, d_model=32, n_head=4, n_kv_head=2, d_ff=48, context=64, window=8
     )
@@ -85,7 +85,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
         shard_tokens=10**6,
     )
     for split, n in (("train", 2), ("validation", 60)):
-        for text in (some_text(dice) for _ in range(n)):
+        for text in (some_text(rng) for _ in range(n)):
             writer.add(
                 split, np.array([tokenizer.bos, *tokenizer.encode(text)]), len(text.encode())
             )
@@ -109,22 +109,22 @@ def loaded(run: Config) -> Loaded:
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     """Some tasks' files, in CORE's layout."""
-    dice, folder = random.Random(1), tmp_path / "files"
+    rng, folder = random.Random(1), tmp_path / "files"
     rows: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("copa", "arc_easy", "lambada_openai", "winograd_wsc")
     }
     for _ in range(20):
         for name in ("copa", "arc_easy"):
-            choices = [some_text(dice, 1, 5) for _ in range(2 if name == "copa" else 4)]
+            choices = [some_text(rng, 1, 5) for _ in range(2 if name == "copa" else 4)]
             rows[name].append(
-                {"query": some_text(dice, 2, 8), "choices": choices, "gold": dice.randrange(2)}
+                {"query": some_text(rng, 2, 8), "choices": choices, "gold": rng.randrange(2)}
             )
         rows["lambada_openai"].append(
-            {"context": some_text(dice, 4, 12), "continuation": dice.choice(WORDS)}
+            {"context": some_text(rng, 4, 12), "continuation": rng.choice(WORDS)}
         )
-        options = [some_text(dice, 2, 5) for _ in range(2)]
+        options = [some_text(rng, 2, 5) for _ in range(2)]
         rows["winograd_wsc"].append(
-            {"context_options": options, "continuation": some_text(dice, 1, 4), "gold": 0}
+            {"context_options": options, "continuation": some_text(rng, 1, 4), "gold": 0}
         )
     folder.mkdir()
     for name, items in rows.items():
@@ -165,7 +165,7 @@ def test_the_error_of_bits_per_byte_is_that_of_leaving_documents_out(
     for i, (start, end) in enumerate(zip(starts, shards.ends, strict=True)):
         ids = torch.from_numpy(shards.read(int(start), int(end)))
         hidden = [
-            loaded.model(part, Packed(torch.zeros(len(part), dtype=torch.bool), len(part)))
+            loaded.model(part, PackedSequences(torch.zeros(len(part), dtype=torch.bool), len(part)))
             for part in ids.split(64)
         ]
         nats = F.cross_entropy(

@@ -17,7 +17,7 @@ from hearth.data.token_shards import TokenShards, TokenShardWriter
 from hearth.data.tokenizer import Tokenizer
 from hearth.training import loop
 from hearth.training.batches import ConversationBatches
-from model import Model, Packed, build_model
+from model import Model, PackedSequences, build_model
 
 
 def talk(*turns: tuple[str, str], thinking: str | None = None) -> list[dict]:
@@ -54,10 +54,10 @@ def words() -> Tokenizer:
 def model(tiny: ModelConfig) -> Model:
     made = build_model(replace(tiny, vocab_size=384, context=64), seed=0)
     made.dtype = torch.float32
-    dice = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in made.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=dice)
+            p += 0.1 * torch.randn(p.shape, generator=rng)
     return made
 
 
@@ -88,7 +88,7 @@ def test_a_packed_batch_loses_what_its_conversations_lose_alone(
     for messages in TALKS:
         ids, loss = render(messages, words)
         ids = torch.tensor(ids)
-        logits = model.logits(model(ids, Packed(torch.arange(len(ids)) == 0, len(ids))))
+        logits = model.logits(model(ids, PackedSequences(torch.arange(len(ids)) == 0, len(ids))))
         nats = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
         alone.append(nats[torch.tensor(loss[1:])].detach())
     reference = torch.cat(alone)
@@ -103,7 +103,9 @@ def test_another_conversation_in_the_pack_changes_no_logit(
     changed = batch.ids.clone()
     first, second = batch.starts.nonzero().flatten()[:2].tolist()
     changed[first + 1 : second] = (changed[first + 1 : second] + 1) % 384
-    a, b = (model(ids, Packed(batch.starts, batch.row_length)) for ids in (batch.ids, changed))
+    a, b = (
+        model(ids, PackedSequences(batch.starts, batch.row_length)) for ids in (batch.ids, changed)
+    )
     assert not torch.allclose(a[first:second], b[first:second])
     assert torch.equal(a[second:], b[second:])
 

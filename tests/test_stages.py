@@ -60,14 +60,14 @@ def test_a_stage_killed_at_random_moments_ends_like_an_unbroken_one(
     """Twenty SIGKILLs, or as many as there is work for; what each leaves behind is what the next
     start finds.
     """
-    run, dice = tmp_path / "demo", random.Random(script)
+    run, rng = tmp_path / "demo", random.Random(script)
     kept = ("text", "tokenizer", "tokens") + (("base",) if script == "sft.py" else ())
     for name in kept:
         shutil.copytree(unbroken / "demo" / name, run / name)
     killed = 0
     while killed < 20:
         process = stages.start(script, [*words, "--runs", str(tmp_path)], tmp_path / "output")
-        process.join(dice.uniform(0.3, 1.6))
+        process.join(rng.uniform(0.3, 1.6))
         if process.exitcode is not None:
             assert process.exitcode == 0, (tmp_path / "output").read_text()
             break
@@ -99,7 +99,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     process.terminate()
     process.join()
     assert process.exitcode == 0
-    assert "Go on with: uv run pretrain.py --preset demo" in output.read_text()
+    assert "Continue with: uv run pretrain.py --preset demo" in output.read_text()
 
 
 # ----------------------------------------------------------------------------- what users get wrong

@@ -189,7 +189,7 @@ def test_report_sets_bytes_a_token_beside_gpt2(
     again = copy_of(config, tmp_path)
     train_tokenizer.main(again, Options(gpt2=str(data_folder / "tokenizers/gpt2")))
     table = (again.run_dir / "tokenizer/README.md").read_text()
-    assert "| held-out text | bytes a token | lone bytes | GPT-2 |" in table
+    assert "| held-out text | bytes per token | lone bytes | GPT-2 |" in table
     reader = TokenShards(again.run_dir / "tokens/prose", "validation")
     assert f"| prose | {reader.text_bytes / (reader.n_tokens - reader.n_documents):.3f} |" in table
     assert "GPT-2" in capsys.readouterr().out
@@ -343,7 +343,7 @@ def test_full_disk_is_said_and_the_run_goes_on_after_making_room(
     free = shutil.disk_usage(small_disk).free
     for kept_free in (20_000, 90_000, 180_000):
         (small_disk / "filler").write_bytes(bytes(free - kept_free))
-        with pytest.raises(UserError, match=r"disk is full.*it goes on"):
+        with pytest.raises(UserError, match=r"disk is full.*it continues"):
             train_tokenizer.main(again, Options())
         (small_disk / "filler").unlink()
     train_tokenizer.main(again, Options())

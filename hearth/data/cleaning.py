@@ -1,6 +1,6 @@
 """What of a text is kept: rules for single documents, and the memory of those seen before.
 
-In: the UTF-8 bytes of a document. Out: a `Bad` with its reason, or None.
+In: the UTF-8 bytes of a document. Out: a `Rejected` with its reason, or None.
 Knows nothing of files and shards.
 """
 
@@ -20,14 +20,14 @@ SEEN_LIMIT = 24_000_000  # document hashes held in memory, 8 bytes each in a tab
 
 
 @dataclass(frozen=True)
-class Bad:
+class Rejected:
     """A row that cannot be used: `reason` is what is counted, `detail` what is shown."""
 
     reason: str
     detail: str = ""
 
 
-def as_bytes(value: Any) -> bytes | Bad:
+def as_bytes(value: Any) -> bytes | Rejected:
     """The UTF-8 bytes of a value that should be text; of `bytes` the reader has made sure."""
     if isinstance(value, bytes):
         return value
@@ -35,31 +35,35 @@ def as_bytes(value: Any) -> bytes | Bad:
         try:
             return value.encode()
         except UnicodeEncodeError as error:
-            return Bad("invalid UTF-8", str(error))
+            return Rejected("invalid UTF-8", str(error))
     if value is None:
-        return Bad("null")
-    return value if isinstance(value, Bad) else Bad("wrong type in column", type(value).__name__)
+        return Rejected("null")
+    return (
+        value
+        if isinstance(value, Rejected)
+        else Rejected("wrong type in column", type(value).__name__)
+    )
 
 
 CONTROL = bytes(byte for byte in range(32) if byte not in b"\t\n\r\f\v\x1b") + b"\x7f"
 
 
-def unfit(data: bytes, config: DataConfig) -> Bad | None:
+def unfit(data: bytes, config: DataConfig) -> Rejected | None:
     """Why a document is no use for training, None where it is."""
     if len(data) > MAX_BYTES:
-        return Bad("too long", f"more than {log.size(MAX_BYTES)}")
+        return Rejected("too long", f"more than {log.size(MAX_BYTES)}")
     if b"\0" in data:
-        return Bad("NUL bytes")
+        return Rejected("NUL bytes")
     if len(data.strip()) < 4 * config.min_chars and len(data.decode().strip()) < config.min_chars:
-        return Bad("too short")
+        return Rejected("too short")
     head = data[:4096]
     odd = len(head) - len(head.translate(None, CONTROL))
     if not head.isascii():
         odd += 3 * head.count(b"\xef\xbf\xbd")
     if odd > len(head) / 10:
-        return Bad("not text", "control characters or U+FFFD")
+        return Rejected("not text", "control characters or U+FFFD")
     if repeated_line_share(data, config.max_repeated_line_share) > config.max_repeated_line_share:
-        return Bad("mostly one repeated line")
+        return Rejected("mostly one repeated line")
     return None
 
 

@@ -122,7 +122,7 @@ class HubFile(io.RawIOBase):
         super().close()
 
 
-class Patience:
+class RetryPolicy:
     """Back-off: waits 1, 2, 4 … 60 seconds between failures; gives up `minutes` after the last
     success.
     """

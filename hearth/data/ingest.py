@@ -25,7 +25,7 @@ from typing import Any
 
 from config import ChatSource, DataConfig, TextSource, UserError
 from hearth import log
-from hearth.data.cleaning import Bad, NearDuplicates, Seen, as_bytes, text_hash, unfit
+from hearth.data.cleaning import NearDuplicates, Rejected, Seen, as_bytes, text_hash, unfit
 from hearth.data.layouts import conversation, reasoning_taken
 from hearth.data.readers import START, Cursor, Pick, Rows
 from hearth.data.shard_folder import SPLITS, ShardFolder
@@ -53,37 +53,37 @@ class Document:
     counted_as: str | None = None
 
 
-Judge = Callable[[Any], Document | Bad]
+DocumentFilter = Callable[[Any], Document | Rejected]
 
 
-def text_judge(config: DataConfig) -> Judge:
+def text_filter(config: DataConfig) -> DocumentFilter:
     """What makes a document of a value, or says why it is none."""
 
-    def judge(item: Any) -> Document | Bad:
+    def accept(item: Any) -> Document | Rejected:
         data = as_bytes(item)
-        if isinstance(data, Bad):
+        if isinstance(data, Rejected):
             return data
         return unfit(data, config) or Document(data, len(data), text_hash(data), data)
 
-    return judge
+    return accept
 
 
-def chat_judge(source: ChatSource) -> Judge:
+def chat_filter(source: ChatSource) -> DocumentFilter:
     """What makes a conversation of a row, or says why it is none."""
 
-    def judge(item: Any) -> Document | Bad:
-        messages = item if isinstance(item, Bad) else conversation(item, source.max_chars)
-        if isinstance(messages, Bad):
+    def accept(item: Any) -> Document | Rejected:
+        messages = item if isinstance(item, Rejected) else conversation(item, source.max_chars)
+        if isinstance(messages, Rejected):
             return messages
         try:
             text = json.dumps(messages, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            return Bad("invalid UTF-8", str(error))
+            return Rejected("invalid UTF-8", str(error))
         return Document(
             messages, len(text), text_hash(text), text, reasoning_taken(item, source.max_chars)
         )
 
-    return judge
+    return accept
 
 
 def write_text_shards(
@@ -119,7 +119,7 @@ def write_text_shards(
         opened,
         ShardFolder(folder, "text", settings, verify=verify),
         column_picker(source),
-        text_judge(config),
+        text_filter(config),
         share=config.validation_share,
         unit_bytes=config.shard_mb * 10**6,
         max_bytes=source.max_bytes,
@@ -151,7 +151,7 @@ def write_chat_shards(
         opened,
         ShardFolder(folder, "chat", settings, verify=verify),
         whole_rows,
-        chat_judge(source),
+        chat_filter(source),
         share=validation_share,
         unit_bytes=CHAT_UNIT_BYTES,
         max_rows=source.max_rows,
@@ -172,13 +172,15 @@ def estimate(source: TextSource | ChatSource, config: DataConfig) -> Estimate:
     its budget.
     """
     chat = isinstance(source, ChatSource)
-    judge, pick = (
-        (chat_judge(source), whole_rows) if chat else (text_judge(config), column_picker(source))
+    accept, pick = (
+        (chat_filter(source), whole_rows) if chat else (text_filter(config), column_picker(source))
     )
     n_bytes = n_documents = 0
     share, started = 1.0, time.monotonic()
     for rows in Source(source, min(PROBE_MINUTES, config.retry_minutes)).rows(START, pick):
-        kept = [document for document in map(judge, rows.items) if not isinstance(document, Bad)]
+        kept = [
+            document for document in map(accept, rows.items) if not isinstance(document, Rejected)
+        ]
         n_documents += len(kept)
         n_bytes += sum(document.n_bytes for document in kept)
         if n_bytes >= PROBE_BYTES and 0 < rows.share < 1:
@@ -207,7 +209,7 @@ class Ingest:
         source: Source,
         target: ShardFolder,
         pick: Pick,
-        judge: Judge,
+        accept: DocumentFilter,
         *,
         share: float,
         unit_bytes: int,
@@ -217,7 +219,7 @@ class Ingest:
         near_duplicates: float | None = None,
         before: Sequence[Path] = (),
     ) -> None:
-        self.source, self.target, self.pick, self.judge = source, target, pick, judge
+        self.source, self.target, self.pick, self.accept = source, target, pick, accept
         self.share, self.unit_bytes, self.max_bytes, self.max_rows = (
             share,
             unit_bytes,
@@ -263,7 +265,7 @@ class Ingest:
         self.n_documents = sum(total["documents"] for total in totals)
         if units:
             log.say(
-                f"{self.name}: going on after {self.n_documents} documents, "
+                f"{self.name}: continuing after {self.n_documents} documents, "
                 f"{log.size(self.n_bytes)} of text"
             )
         self._recall(len(units))
@@ -337,20 +339,20 @@ class Ingest:
                 if rows.share and self.max_bytes is None:
                     self.bar.total = round(self.n_bytes / rows.share)
                 for i, item in enumerate(rows.items):
-                    document = self.judge(item)
+                    document = self.accept(item)
                     self.place = (rows.file, rows.first + i + 1)
-                    if not isinstance(document, Bad):
+                    if not isinstance(document, Rejected):
                         document = self._known(document) or document
-                    if isinstance(document, Bad):
+                    if isinstance(document, Rejected):
                         self.tally.drop(rows, i, document, item)
                     else:
                         yield document
 
-    def _known(self, document: Document) -> Bad | None:
+    def _known(self, document: Document) -> Rejected | None:
         if self.deduplicate and document.key in self.seen:
-            return Bad("duplicate")
+            return Rejected("duplicate")
         if self.near is not None and self.near.add(document.text):
-            return Bad("near-duplicate")
+            return Rejected("near-duplicate")
         if self.deduplicate:
             self.seen.add(document.key)
         return None
@@ -445,7 +447,7 @@ class Tally:
         self.samples: list[list[Any]] = []  # rank and beginning
         self.lowest = 2**64
 
-    def drop(self, rows: Rows, i: int, bad: Bad, item: Any) -> None:
+    def drop(self, rows: Rows, i: int, bad: Rejected, item: Any) -> None:
         self.dropped[bad.reason] += 1
         if self.dropped[bad.reason] <= EXAMPLES:
             begin = item.decode(errors="replace") if isinstance(item, bytes) else str(item)
@@ -455,7 +457,9 @@ class Tally:
                 "row": rows.first + i,
                 "detail": bad.detail[:200],
             }
-            text = "" if isinstance(item, Bad) else begin[:200].encode(errors="replace").decode()
+            text = (
+                "" if isinstance(item, Rejected) else begin[:200].encode(errors="replace").decode()
+            )
             self.examples.append(facts | {"text": text})
 
     def keep(self, document: Document) -> None:

@@ -1,6 +1,6 @@
 """Rows of conversations in any of the usual layouts, recognised by their columns, as messages.
 
-In: a row as a dict. Out: a list of `Message`s, or a `Bad` with its reason.
+In: a row as a dict. Out: a list of `Message`s, or a `Rejected` with its reason.
 Knows nothing of token ids and of the chat format: everything here is plain text.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypedDict
 
 from config import REASONING_PROMPT
-from hearth.data.cleaning import Bad
+from hearth.data.cleaning import Rejected
 
 
 class Message(TypedDict):
@@ -24,7 +24,7 @@ class Message(TypedDict):
     thinking: str | None
 
 
-def conversation(row: dict[str, Any], max_chars: int | None = None) -> list[Message] | Bad:
+def conversation(row: dict[str, Any], max_chars: int | None = None) -> list[Message] | Rejected:
     """One row in any of the usual layouts, recognised by its columns, as messages.
 
     max_chars: longest reasoning taken. Of several the first right one that is short enough is
@@ -32,22 +32,22 @@ def conversation(row: dict[str, Any], max_chars: int | None = None) -> list[Mess
     thought is never cut. None is any length.
     """
     if not isinstance(row, dict):
-        return Bad("unknown layout", "a text without ### Human: and ### Assistant:")
+        return Rejected("unknown layout", "a text without ### Human: and ### Assistant:")
     for columns, convert in LAYOUTS:
         if all(row.get(name) is not None for name in columns):
             try:
                 messages = convert(row, max_chars) if convert is _problem else convert(row)
             except (TypeError, KeyError, AttributeError, IndexError) as error:
-                return Bad("malformed row", f"{type(error).__name__}: {error}")
-            return messages if isinstance(messages, Bad) else finished(messages, max_chars)
-    return Bad("unknown layout", "columns " + ", ".join(map(str, row)))
+                return Rejected("malformed row", f"{type(error).__name__}: {error}")
+            return messages if isinstance(messages, Rejected) else finished(messages, max_chars)
+    return Rejected("unknown layout", "columns " + ", ".join(map(str, row)))
 
 
-def finished(messages: list[Message], max_chars: int | None = None) -> list[Message] | Bad:
+def finished(messages: list[Message], max_chars: int | None = None) -> list[Message] | Rejected:
     """Messages with their thoughts split off, checked, and with a system turn where they reason."""
     for message in messages:
         if message["role"] not in ROLES:
-            return Bad("tool use", message["role"])
+            return Rejected("tool use", message["role"])
         if (
             message["role"] == "assistant"
             and message["thinking"] is None
@@ -55,17 +55,17 @@ def finished(messages: list[Message], max_chars: int | None = None) -> list[Mess
         ):
             match = THOUGHT.match(message["content"])
             if not match:
-                return Bad("unfinished thought")
+                return Rejected("unfinished thought")
             message["thinking"], message["content"] = match[1].strip(), match[2].strip()
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not any(message["role"] == "user" for message in messages):
-        return Bad("no question with an answer")
+        return Rejected("no question with an answer")
     if any(not m["content"].strip() for m in messages if m["role"] != "system"):
-        return Bad("empty turn")
+        return Rejected("empty turn")
     longest = max(len(m["thinking"] or "") for m in messages)
     if max_chars is not None and longest > max_chars:
-        return Bad("reasoning too long", f"{longest} characters")
+        return Rejected("reasoning too long", f"{longest} characters")
     if any(m["thinking"] for m in messages) and messages[0]["role"] != "system":
         messages.insert(0, turn("system", REASONING_PROMPT))
     return messages
@@ -139,7 +139,7 @@ def _messages(row: dict[str, Any]) -> list[Message]:
     return found
 
 
-def _problem(row: dict[str, Any], max_chars: int | None) -> list[Message] | Bad:
+def _problem(row: dict[str, Any], max_chars: int | None) -> list[Message] | Rejected:
     """Mathematics: the first verified generation that is short enough, else the worked solution and
     the answer.
     """
@@ -201,11 +201,11 @@ def _question(row: dict[str, Any]) -> list[Message]:
 SPEAKER = re.compile(r"### (Human|Assistant|System):\s*")
 
 
-def _transcript(row: dict[str, Any]) -> list[Message] | Bad:
+def _transcript(row: dict[str, Any]) -> list[Message] | Rejected:
     """One text with `### Human:` and `### Assistant:` in it."""
     pieces = SPEAKER.split(row["text"])
     if len(pieces) < 3 or pieces[0].strip():
-        return Bad("unknown layout", "a text without ### Human: and ### Assistant:")
+        return Rejected("unknown layout", "a text without ### Human: and ### Assistant:")
     return [
         turn(role.lower(), text.strip())
         for role, text in zip(pieces[1::2], pieces[2::2], strict=True)
@@ -213,7 +213,7 @@ def _transcript(row: dict[str, Any]) -> list[Message] | Bad:
 
 
 # The first whose columns are all there is taken.
-LAYOUTS: tuple[tuple[tuple[str, ...], Callable[..., list[Message] | Bad]], ...] = (
+LAYOUTS: tuple[tuple[tuple[str, ...], Callable[..., list[Message] | Rejected]], ...] = (
     (("problem", "solution"), _problem),
     (("messages",), _messages),
     (("conversations",), _messages),

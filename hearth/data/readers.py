@@ -1,7 +1,7 @@
 """Files of every format as rows, each with its place.
 
-In: names, folders and globs, or addresses on the hub. Out: `Rows`; what cannot be read is a `Bad`
-row in its place. Knows nothing of cleaning and of shards.
+In: names, folders and globs, or addresses on the hub. Out: `Rows`; what cannot be read is a
+`Rejected` row in its place. Knows nothing of cleaning and of shards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from config import UserError
-from hearth.data.cleaning import Bad
+from hearth.data.cleaning import Rejected
 from hearth.data.hub import HubFile, NetworkFailure
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
@@ -147,8 +147,8 @@ def _listing(paths: Iterable[Path]) -> str:
 
 
 def read_rows(files: list[SourceFile], cursor: Cursor, pick: Pick) -> Iterator[Rows]:
-    """The rows of `files` from `cursor` on; what cannot be read comes as a `Bad` item in its place,
-    the rest is kept.
+    """The rows of `files` from `cursor` on; what cannot be read comes as a `Rejected` item in its
+    place, the rest is kept.
 
     Raises `NetworkFailure` where a file of the hub breaks off.
     """
@@ -165,12 +165,15 @@ def read_rows(files: list[SourceFile], cursor: Cursor, pick: Pick) -> Iterator[R
                 )
                 row += len(items)
             if row == 0:
-                yield Rows(number, file.path, 0, [Bad("empty file")])
+                yield Rows(number, file.path, 0, [Rejected("empty file")])
         except (OSError, ValueError, *_format_errors()) as error:
             if file.network_failure():
                 raise NetworkFailure(str(file.network_failure())) from error
             yield Rows(
-                number, file.path, row, [Bad("unreadable file", f"{type(error).__name__}: {error}")]
+                number,
+                file.path,
+                row,
+                [Rejected("unreadable file", f"{type(error).__name__}: {error}")],
             )
         finally:
             file.close()
@@ -214,7 +217,7 @@ def _parquet(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
             except (pa.ArrowException, OSError) as error:
                 if file.network_failure():
                     raise
-                lost = Bad("unreadable rows", f"row group {group}: {error}")
+                lost = Rejected("unreadable rows", f"row group {group}: {error}")
                 yield [lost] * (stop - max(at, row))
             start = stop
 
@@ -229,7 +232,7 @@ def _values(batch: Any, name: str | None) -> list[Any]:
             return [_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
     column = batch.column(0)
     if not is_text(column.type):
-        return [Bad("wrong type in column", f"{name} is {column.type}")] * batch.num_rows
+        return [Rejected("wrong type in column", f"{name} is {column.type}")] * batch.num_rows
     values = column.cast(pa.large_binary())
     try:
         values.view(pa.large_string()).validate(full=True)
@@ -238,11 +241,11 @@ def _values(batch: Any, name: str | None) -> list[Any]:
     return values.to_pylist()
 
 
-def _utf8(data: bytes) -> bytes | Bad:
+def _utf8(data: bytes) -> bytes | Rejected:
     try:
         data.decode()
     except UnicodeDecodeError as error:
-        return Bad("invalid UTF-8", str(error))
+        return Rejected("invalid UTF-8", str(error))
     return data
 
 
@@ -250,7 +253,7 @@ def _row(batch: Any) -> Any:
     try:
         return batch.to_pylist()[0]
     except UnicodeDecodeError as error:
-        return Bad("invalid UTF-8", str(error))
+        return Rejected("invalid UTF-8", str(error))
 
 
 def is_text(kind: Any) -> bool:
@@ -274,13 +277,13 @@ def _jsonl(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
 
 def _parsed(line: bytes) -> Any:
     if not line.strip():
-        return Bad("empty line")
+        return Rejected("empty line")
     try:
         return json.loads(line)
     except UnicodeDecodeError as error:
-        return Bad("invalid UTF-8", str(error))
+        return Rejected("invalid UTF-8", str(error))
     except (ValueError, RecursionError) as error:
-        return Bad("not JSON", str(error))
+        return Rejected("not JSON", str(error))
 
 
 def _json(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
@@ -305,7 +308,7 @@ def _json_items(file: SourceFile) -> Iterator[Any]:
                         continue
             except (ValueError, RecursionError) as error:
                 if ended:
-                    yield Bad("not JSON", str(error))
+                    yield Rejected("not JSON", str(error))
                     return
             if ended:
                 return
@@ -387,10 +390,10 @@ def _picked(items: Iterable[Any], pick: Pick) -> Iterator[list[Any]]:
 
 
 def _value(item: Any, name: str | None) -> Any:
-    if isinstance(item, Bad):
+    if isinstance(item, Rejected):
         return item
     if not isinstance(item, dict):
-        return Bad("not an object with columns", str(item)[:60])
+        return Rejected("not an object with columns", str(item)[:60])
     if name is None:
         return item
-    return item[name] if name in item else Bad("column is missing", name)
+    return item[name] if name in item else Rejected("column is missing", name)

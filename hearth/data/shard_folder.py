@@ -87,7 +87,7 @@ class ShardFolder:
             raise UserError(
                 f"{self.folder} was made with other settings:\n"
                 + "\n".join(differing)
-                + "\nRemove that folder to make it anew, or choose another --name to keep both."
+                + "\nRemove that folder to make it again, or choose another --name to keep both."
             )
 
     @property
@@ -122,7 +122,7 @@ class ShardFolder:
                 raise UserError(
                     f"{self.folder / name} was damaged, and making it again gave another content: "
                     "its source has "
-                    f"changed since. Remove {self.folder} and make it anew."
+                    f"changed since. Remove {self.folder} and make it again."
                 )
         self._place(unit, names)
         for name in names:
@@ -135,7 +135,7 @@ class ShardFolder:
             raise UserError(
                 f"{', '.join(self.damaged)} in {self.folder} could not be made again: its source "
                 "has changed since. "
-                f"Remove {self.folder} and make it anew."
+                f"Remove {self.folder} and make it again."
             )
 
     def _place(self, unit: dict[str, Any], names: Iterable[str]) -> None:
@@ -189,7 +189,7 @@ def load_json(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"Cannot read {path}: {error}. Remove the folder {path.parent} and make it anew."
+            f"Cannot read {path}: {error}. Remove the folder {path.parent} and make it again."
         ) from error
 
 

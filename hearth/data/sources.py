@@ -16,8 +16,8 @@ from typing import Any
 
 from config import ChatSource, TextSource, UserError
 from hearth import log
-from hearth.data.cleaning import Bad, as_bytes
-from hearth.data.hub import HubSet, NetworkFailure, Patience, hub_set
+from hearth.data.cleaning import Rejected, as_bytes
+from hearth.data.hub import HubSet, NetworkFailure, RetryPolicy, hub_set
 from hearth.data.layouts import Message, conversation
 from hearth.data.readers import (
     READ_ROWS,
@@ -49,7 +49,7 @@ class Source:
     """
 
     def __init__(self, source: TextSource | ChatSource, retry_minutes: float = 30.0) -> None:
-        self.source, self.patience = source, Patience(source.name, retry_minutes)
+        self.source, self.retry_policy = source, RetryPolicy(source.name, retry_minutes)
         self.revision: str | None = None
         self._hub: HubSet | None = None
         self.local = local_files(source.files) if source.files else []
@@ -94,7 +94,7 @@ class Source:
             try:
                 self._hub = hub_set(self.source, self.revision or self.source.revision)
             except NetworkFailure as error:
-                self.patience.failed(error)
+                self.retry_policy.failed(error)
         return self._hub
 
     @property
@@ -123,10 +123,10 @@ class Source:
                     for rows in read_rows(self.files, cursor, pick):
                         cursor = (rows.file, rows.first + len(rows.items))
                         yield rows
-                        self.patience.success()  # only now, after who reads has taken its time
+                        self.retry_policy.success()  # only now, after who reads has taken its time
                     return
                 except NetworkFailure as error:
-                    self.patience.failed(error)
+                    self.retry_policy.failed(error)
 
 
 def _demo_world() -> Any:
@@ -236,8 +236,8 @@ def conversations(source: ChatSource) -> Iterator[list[Message]]:
     """Every conversation of `source` that can be used, in order."""
     for rows in Source(source).rows(START, whole_rows):
         for item in rows.items:
-            messages = item if isinstance(item, Bad) else conversation(item, source.max_chars)
-            if not isinstance(messages, Bad):
+            messages = item if isinstance(item, Rejected) else conversation(item, source.max_chars)
+            if not isinstance(messages, Rejected):
                 yield messages
 
 

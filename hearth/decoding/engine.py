@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hearth.decoding.kv_cache import KVCache, decode, for_decoding, think
+from hearth.decoding.kv_cache import KVCache, decode, decode_early_exit, for_decoding
 from hearth.decoding.matrices import BlockKernel, Matrix
 from model import Block, Model
 
@@ -96,13 +96,13 @@ class Engine:
         *,
         weights: str | None = None,
         h_cycles: int | None = None,
-        settled: float | None = None,
+        exit_kl_threshold: float | None = None,
         guidance: float | None = None,
         max_rows: int = 64,
         chunk_tokens: int = 512,
     ) -> None:
         self.model = model if weights is None else compress(model, weights)
-        self.h_cycles, self.settled, self.guidance = h_cycles, settled, guidance
+        self.h_cycles, self.exit_kl_threshold, self.guidance = h_cycles, exit_kl_threshold, guidance
         self.max_rows = max_rows  # answers decoded together
         self.chunk_tokens = chunk_tokens  # tokens in one pass while a prompt is read
         self.context = model.config.context
@@ -127,7 +127,7 @@ class Engine:
         """`n_samples` answers to each prompt, in the order of the prompts; one that stopped ends in
         its stop id.
 
-        `seeds` gives each answer its own dice, so what it says does not depend on its neighbours
+        `seeds` gives each answer its own rng, so what it says does not depend on its neighbours
         (default: its index). An answer also ends where its row fills the context.
         """
         rules = Rules(
@@ -212,11 +212,11 @@ class Engine:
             if ours != theirs:
                 break
             common += 1
-        if self.cache is None or self.cache_cycles != (self.h_cycles, self.settled):
+        if self.cache is None or self.cache_cycles != (self.h_cycles, self.exit_kl_threshold):
             self.cache = KVCache(
                 1, self.context, device=self.model.device, dtype=self.model.cache_dtype
             )
-            self.cache_cycles = (self.h_cycles, self.settled)
+            self.cache_cycles = (self.h_cycles, self.exit_kl_threshold)
         common = self.cache.rewind(common)
         self.held = self.held[:common]
         return common
@@ -250,9 +250,15 @@ class Engine:
         for number, chunk in enumerate(chunks, start=1):
             if mark and number == len(chunks):
                 cache.mark()
-            if number == len(chunks) and (self.settled is not None or self.guidance is not None):
-                logits, before, cycles = think(
-                    self.model, chunk, cache, h_cycles=self.h_cycles, settled=self.settled
+            if number == len(chunks) and (
+                self.exit_kl_threshold is not None or self.guidance is not None
+            ):
+                logits, before, cycles = decode_early_exit(
+                    self.model,
+                    chunk,
+                    cache,
+                    h_cycles=self.h_cycles,
+                    exit_kl_threshold=self.exit_kl_threshold,
                 )
                 return logits + (self.guidance or 0.0) * (logits - before), cycles.tolist()
             hidden = decode(self.model, chunk, cache, self.h_cycles)
@@ -345,7 +351,7 @@ class Stream(Iterator[int]):
 
 
 class _Row:
-    """One answer in the making: the ids that the model reads, those of the answer, and its dice."""
+    """One answer in the making: the ids that the model reads, those of the answer, and its rng."""
 
     def __init__(self, prompt: Ids, seed: int, rules: Rules, longest: int | None) -> None:
         if not prompt or (longest and len(prompt) > longest):
@@ -360,7 +366,7 @@ class _Row:
         self.n_cycles = 0  # of the reasoning head, over all ids of the answer
 
     def roll(self) -> float:
-        """The next number of this row's dice, in [0, 1)."""
+        """The next number of this row's rng, in [0, 1)."""
         if not self._rolled:
             self._rolled = torch.rand(64, generator=self._generator, dtype=torch.float64).tolist()[
                 ::-1
@@ -423,14 +429,18 @@ class FastBlock(torch.nn.Module):
         self.heads = block.n_head, block.n_kv_head, block.head_dim
         up = block.up if block.gate is None else block.gate
         self.kernel = BlockKernel(
-            block.q, block.o, up, block.down, heat=block.heat, heads=self.heads
+            block.q, block.o, up, block.down, qk_gain=block.qk_gain, heads=self.heads
         )
 
-    def forward(self, x: Tensor, where: Any, value: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        if value is not None or not isinstance(where, KVCache) or where.n_new > 1:
-            return self.block(x, where, value)
-        keys, values = where.slot(*self.heads[1:], self.window)
-        return self.kernel(x, where.rotary, keys, values, pad=where.pad, end=where.length + 1)
+    def forward(
+        self, x: Tensor, attn_ctx: Any, value: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        if value is not None or not isinstance(attn_ctx, KVCache) or attn_ctx.n_new > 1:
+            return self.block(x, attn_ctx, value)
+        keys, values = attn_ctx.slot(*self.heads[1:], self.window)
+        return self.kernel(
+            x, attn_ctx.rotary, keys, values, pad=attn_ctx.pad, end=attn_ctx.length + 1
+        )
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -446,8 +456,8 @@ def draw(logits: Tensor, rows: Sequence[_Row], rules: Rules) -> list[int]:
     if sampling.temperature == 0:
         return logits.argmax(dim=-1).tolist()
     p, token = probabilities(logits, sampling)
-    dice = torch.tensor([row.roll() for row in rows], dtype=torch.float64, device=p.device)
-    return token.gather(1, pick(p, dice)[:, None]).squeeze(1).tolist()
+    rng = torch.tensor([row.roll() for row in rows], dtype=torch.float64, device=p.device)
+    return token.gather(1, pick(p, rng)[:, None]).squeeze(1).tolist()
 
 
 def penalise(logits: Tensor, said: Sequence[Ids], penalty: float, exempt: frozenset[int]) -> Tensor:
@@ -506,8 +516,8 @@ def _holds_all_that_count(top: Tensor, sampling: Sampling) -> bool:
     )
 
 
-def pick(p: Tensor, dice: Tensor) -> Tensor:
-    """The place (B,) at which each row of p (B, K), added up, passes its dice (B,) in [0, 1)."""
+def pick(p: Tensor, rng: Tensor) -> Tensor:
+    """The place (B,) at which each row of p (B, K), added up, passes its rng (B,) in [0, 1)."""
     total = p.double().cumsum(dim=-1)
-    place = torch.searchsorted(total, dice[:, None] * total[:, -1:], right=True).squeeze(1)
+    place = torch.searchsorted(total, rng[:, None] * total[:, -1:], right=True).squeeze(1)
     return place.clamp(max=p.shape[-1] - 1)

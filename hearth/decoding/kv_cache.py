@@ -22,7 +22,7 @@ from model import Block, HRMHead, Model, rotary_table
 
 
 class KVCache:
-    """Keys and values of B rows while decoding; a `Where`, like `Packed`.
+    """Keys and values of B rows while decoding; a `AttentionContext`, like `PackedSequences`.
 
     All rows advance together, a column a token; a prompt shorter than its neighbours is padded in
     front:
@@ -251,26 +251,26 @@ class Thought(NamedTuple):
 
 
 @torch.no_grad()
-def think(
+def decode_early_exit(
     model: Model,
     ids: Tensor,
     cache: KVCache,
     *,
     h_cycles: int | None = None,
-    settled: float | None = None,
+    exit_kl_threshold: float | None = None,
 ) -> Thought:
     """Like `decode`, for the next columns' ids (B, T), but read out; may leave the head's cycles
     early.
 
-    With `settled`, a row leaves after the first cycle whose distribution lies within that many nats
-    (KL divergence) of the one before; before the first cycle comes the trunk's own. What a row says
-    does not depend on its neighbours. A prompt (T > 1) always runs all cycles. Each distribution
-    costs a product with the embedding.
+    With `exit_kl_threshold`, a row leaves after the first cycle whose distribution lies within that
+    many nats (KL divergence) of the one before; before the first cycle comes the trunk's own. What
+    a row says does not depend on its neighbours. A prompt (T > 1) always runs all cycles. Each
+    distribution costs a product with the embedding.
     """
     hrm, n_rows = model.config.hrm, ids.shape[0]
     n_cycles = (h_cycles or hrm.h_cycles) if hrm else 0
     n_calls = len(model.head.block_passes(1)) if hrm else 0
-    may_leave = settled is not None and ids.shape[1] == 1
+    may_leave = exit_kl_threshold is not None and ids.shape[1] == 1
     ran = torch.full((n_rows,), n_cycles, device=ids.device)
     states = model.cycles(ids.flatten(), cache.place(ids.shape[1]), h_cycles=h_cycles)
     for cycle, hidden in enumerate(states):
@@ -288,7 +288,7 @@ def think(
         )
         if may_leave and cycle < n_cycles:
             now, then = logits.log_softmax(dim=-1), before.log_softmax(dim=-1)
-            close = (now.exp() * (now - then)).sum(dim=-1).clamp(min=0) < settled
+            close = (now.exp() * (now - then)).sum(dim=-1).clamp(min=0) < exit_kl_threshold
             ran[close & ~gone] = cycle
             if bool((ran <= cycle).all()):
                 for _ in range(n_cycles - cycle):

@@ -43,7 +43,7 @@ class _Block(ctypes.Structure):
 
     _fields_ = (
         *((name, _Matrix) for name in ("qkv", "o", "up", "down")),
-        ("heat", ctypes.c_void_p),
+        ("qk_gain", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in "HGE"),
     )
 
@@ -131,13 +131,13 @@ class BlockKernel:
         up: Matrix,
         down: Matrix,
         *,
-        heat: Tensor,
+        qk_gain: Tensor,
         heads: tuple[int, int, int],
     ) -> None:
         # the struct points into these
-        self.heat, self.matrices = heat.float().contiguous(), (qkv, o, up, down)
+        self.qk_gain, self.matrices = qk_gain.float().contiguous(), (qkv, o, up, down)
         self.struct = _Block(
-            *(matrix.struct for matrix in self.matrices), self.heat.data_ptr(), *heads
+            *(matrix.struct for matrix in self.matrices), self.qk_gain.data_ptr(), *heads
         )
         self._address, self._run = ctypes.addressof(self.struct), qkv.kernels.run_block
 

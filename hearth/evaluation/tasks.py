@@ -35,7 +35,7 @@ from config import UserError
 from hearth import log
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.kv_cache import KVCache, decode
-from model import Model, Packed
+from model import Model, PackedSequences
 
 Item = dict[str, Any]
 
@@ -267,10 +267,10 @@ def prompts(
         categories[item.get("category", "") if task.by_category else ""].append(item)
     texts = []  # (item's category, gold, [(examples, context, ending)])
     for category, members in sorted(categories.items()):
-        dice = random.Random(1234)  # the seed of llm-foundry
+        rng = random.Random(1234)  # the seed of llm-foundry
         share = None if limit is None else math.ceil(limit * len(members) / len(items))
         for index, item in enumerate(members[:share]):
-            examples = [members[i] for i in draw_examples(len(members), task.shots, index, dice)]
+            examples = [members[i] for i in draw_examples(len(members), task.shots, index, rng)]
             texts.append((category, int(item.get("gold", 0)), texts_of(task, item, examples)))
     texts = texts[:limit]
     each_once = list({text: None for _, _, rows in texts for row in rows for text in row})
@@ -288,21 +288,21 @@ def prompts(
     ]
 
 
-def draw_examples(n_items: int, shots: int, index: int, dice: random.Random) -> list[int]:
+def draw_examples(n_items: int, shots: int, index: int, rng: random.Random) -> list[int]:
     """Which items stand before item `index` as worked examples: llm-foundry's draw, to the last
     one.
     """
     if shots == 0:
         return []
     shots = min(n_items - 1, shots)
-    drawn = set(dice.sample(range(n_items), shots))
+    drawn = set(rng.sample(range(n_items), shots))
     if index in drawn:
         drawn.remove(index)
         if len(drawn) >= n_items - 1:
             return list(drawn)
-        another = dice.choice(range(n_items))
+        another = rng.choice(range(n_items))
         while another in drawn or another == index:
-            another = dice.choice(range(n_items))
+            another = rng.choice(range(n_items))
         drawn.add(another)
     return list(drawn)
 
@@ -469,7 +469,7 @@ def side_by_side(model: Model, rows: Sequence[list[int]]) -> Tensor:
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
     return model(
-        ids.flatten(), Packed(torch.zeros_like(ids, dtype=torch.bool).flatten(), width)
+        ids.flatten(), PackedSequences(torch.zeros_like(ids, dtype=torch.bool).flatten(), width)
     ).view(*ids.shape, -1)
 
 

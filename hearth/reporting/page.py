@@ -422,7 +422,7 @@ def paint_chart(figure: Any, chart: Chart) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5))
     if chart.x == "tokens":
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: log.count(value)))
-    if chart.y == "tokens a second":
+    if chart.y == "tokens per second":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: log.count(value)))
     axes.set_xlabel(chart.x)
     axes.set_ylabel(chart.y)

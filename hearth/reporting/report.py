@@ -100,7 +100,8 @@ class Reporter:
             write(self.config)
         except Exception as error:
             log.say(
-                f"The report could not be drawn: {type(error).__name__}: {error}. The run goes on."
+                f"The report could not be drawn: {type(error).__name__}: {error}. The run "
+                "continues."
             )
         now = time.monotonic()
         self._next = now + (now - started) / BUSY_SHARE
@@ -149,7 +150,7 @@ class Trace:
 
     @cached_property
     def hours(self) -> np.ndarray:
-        """Hours of training at each step; reckoned from the speed where they were not noted."""
+        """Hours of training at each step; estimated from the speed where they were not noted."""
         if np.isfinite(noted := self.column("seconds")).all():
             return noted / 3600
         taken = np.diff(self.tokens, prepend=0) / self.column("tokens_per_second")
@@ -383,8 +384,8 @@ def training_blocks(trace: Trace) -> list[Any]:
         curve(
             trace,
             "Speed",
-            "tokens a second",
-            {"tokens a second": "tokens_per_second"},
+            "tokens per second",
+            {"tokens per second": "tokens_per_second"},
             tokens,
             from_zero=True,
         ),
@@ -434,7 +435,7 @@ def x_axes(trace: Trace) -> tuple[XAxis, XAxis]:
 def learning_charts(trace: Trace, x: XAxis) -> list[Chart]:
     """The training loss and every held-out figure over `x`, the curriculum's stages marked."""
     training = curve(
-        trace, f"Training loss over {x.unit}", "nats a token", {"training loss": "loss"}, x
+        trace, f"Training loss over {x.unit}", "nats per token", {"training loss": "loss"}, x
     )
     charts = [training] if training else []
     for kind in ("eval", "probe"):
@@ -444,7 +445,7 @@ def learning_charts(trace: Trace, x: XAxis) -> list[Chart]:
             at = trace.at(trace.kinds[kind], x.at)
             series = tuple(marked(short_name(name), at, trace.column(name, kind)) for name in mine)
             title = f"Held-out {group}" if group in UNITS.values() else group.capitalize()
-            y = {BPB: group, PROBES: "share", HEAD: "value"}.get(group, "nats a token")
+            y = {BPB: group, PROBES: "share", HEAD: "value"}.get(group, "nats per token")
             charts.append(Chart(f"{title} over {x.unit}", series, x.unit, y, curriculum(trace, x)))
     return charts
 
@@ -861,7 +862,11 @@ def stage_comparison(runs: list[Run], stage: str) -> list[Chart]:
         drawn = [*learning_charts(trace, tokens), *learning_charts(trace, time_axis)]
         drawn.append(
             curve(
-                trace, "Speed", "tokens a second", {"tokens a second": "tokens_per_second"}, tokens
+                trace,
+                "Speed",
+                "tokens per second",
+                {"tokens per second": "tokens_per_second"},
+                tokens,
             )
         )
         for chart in drawn:

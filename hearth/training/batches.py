@@ -51,7 +51,7 @@ class Batch:
             x.pin_memory().to(device, non_blocking=True)
             for x in (self.ids, self.targets, self.weights)
         )
-        # `Packed` reads the starts before the card needs them
+        # `PackedSequences` reads the starts before the card needs them
         return Batch(*move, self.starts, self.row_length)
 
 
@@ -242,12 +242,12 @@ class ConversationBatches:
         whole, part = divmod(self.config.epochs, 1)
         for epoch in range(int(whole) + (part > 0)):
             share = self._share * (part if epoch == int(whole) else 1.0)
-            dice = np.random.default_rng((seed, epoch))
-            times = np.floor(share).astype(int) + (dice.random(len(share)) < share % 1)
-            order = dice.permutation(np.repeat(np.arange(len(share)), times))
+            rng = np.random.default_rng((seed, epoch))
+            times = np.floor(share).astype(int) + (rng.random(len(share)) < share % 1)
+            order = rng.permutation(np.repeat(np.arange(len(share)), times))
             lengths = self._conversations[order, 2] - self._conversations[order, 1]
             packed = [order[row] for row in pack_rows(lengths, self.config.context)]
-            rows += [packed[i] for i in dice.permutation(len(packed))]
+            rows += [packed[i] for i in rng.permutation(len(packed))]
         short = -len(rows) % self.rows_per_step if len(rows) < self.rows_per_step else 0
         return rows + [rows[i % len(rows)] for i in range(short)]
 

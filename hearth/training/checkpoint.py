@@ -104,7 +104,7 @@ def save(
         raise UserError(
             f"The checkpoint {final} could not be written: {error}. Make room or mend the folder, "
             "then start again: "
-            f"training goes on from the checkpoint before it."
+            f"training continues from the checkpoint before it."
         ) from error
     for old in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -141,7 +141,7 @@ def resume(
         raise UserError(
             f"{last} was trained with other settings: {'; '.join(different)}. Give those again to "
             "go on, or start "
-            f"another run beside it with --name, or remove {folder} to begin anew."
+            f"another run beside it with --name, or remove {folder} to start over."
         )
     model.load_state_dict(load_file(last / "model.safetensors", device=str(model.device)))
     optimizers.load_state_dict(

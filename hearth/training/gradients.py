@@ -14,7 +14,7 @@ from torch import Tensor
 
 from config import HRMConfig
 from hearth.training.batches import Batch
-from model import Model, Packed
+from model import Model, PackedSequences
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def backward(model: Model, micro: Batch, scale: float, plan: HeadPlan = HeadPlan
     """Add the gradient of `scale` times the micro-batch's summed loss; gives that loss (of the last
     H cycle).
     """
-    packed = Packed(micro.starts, micro.row_length, model.device)
+    packed = PackedSequences(micro.starts, micro.row_length, model.device)
     weights = micro.weights * scale
     if model.head is not None and model.head.hrm.deep_supervision:
         return backward_by_cycle(model, micro, weights, packed, plan)
@@ -44,7 +44,7 @@ def backward(model: Model, micro: Batch, scale: float, plan: HeadPlan = HeadPlan
 
 
 def backward_by_cycle(
-    model: Model, micro: Batch, weights: Tensor, packed: Packed, plan: HeadPlan
+    model: Model, micro: Batch, weights: Tensor, packed: PackedSequences, plan: HeadPlan
 ) -> Tensor:
     """Deep supervision in bounded memory: the mean of the cycles' losses, one cycle's graph alive
     at a time; the trunk's gradient gathers in `leaf`.
@@ -60,7 +60,11 @@ def backward_by_cycle(
     places = torch.arange(len(micro.ids), device=leaf.device) % micro.row_length
     sample = ((places + plan.offset) % every == 0).nonzero().squeeze(1)
     states = model.head.cycles(
-        leaf, packed, h_cycles=n_cycles, detach=True, recompute=model.recompute
+        leaf,
+        packed,
+        h_cycles=n_cycles,
+        detach=True,
+        activation_checkpointing=model.activation_checkpointing,
     )
     for cycle, y in enumerate(states, start=1):
         if cycle == n_cycles or every == 1:
@@ -89,13 +93,13 @@ def head_schedule(hrm: HRMConfig | None, seed: int, step: int, steps: int) -> He
     """The head's part in `step` of `steps`, a function of these alone."""
     if hrm is None:
         return HeadPlan()
-    dice = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
     cycles = (
-        int(torch.randint(1, hrm.random_cycles + 1, (), generator=dice))
+        int(torch.randint(1, hrm.random_cycles + 1, (), generator=rng))
         if hrm.random_cycles
         else hrm.h_cycles
     )
-    offset = int(torch.randint(hrm.supervise_every, (), generator=dice))
+    offset = int(torch.randint(hrm.supervise_every, (), generator=rng))
     if hrm.gradient == "full":
         return HeadPlan(cycles, None, offset)
     if hrm.gradient == "one_step":

@@ -23,8 +23,8 @@ from hearth.training import checkpoint, distributed
 from hearth.training.batches import Batch
 from hearth.training.gradients import HeadPlan, accumulate, head_schedule
 from hearth.training.optim import Optimizers, learning_rate_factor
-from hearth.training.planning import GIB, RECOMPUTE, make_plan, measure
-from model import Model, Packed
+from hearth.training.planning import ACTIVATION_CHECKPOINTING, GIB, make_plan, measure
+from model import Model, PackedSequences
 
 # ------------------------------------------------------------------------------------ spiking steps
 
@@ -76,7 +76,9 @@ def evaluate_loss(
     for batch in batches:
         batch = batch.to(model.device)
         hidden = model(
-            batch.ids, Packed(batch.starts, batch.row_length, model.device), h_cycles=h_cycles
+            batch.ids,
+            PackedSequences(batch.starts, batch.row_length, model.device),
+            h_cycles=h_cycles,
         )
         total += float(model.loss(hidden, batch.targets, batch.weights))
         count += int(batch.weights.sum())
@@ -133,7 +135,7 @@ def resume(
         raise UserError(
             f"The token shards have changed since {checkpoint.newest(folder)} was trained. Bring "
             "them back, or remove "
-            f"{folder} to begin anew."
+            f"{folder} to start over."
         )
     return Progress.of(state)
 
@@ -152,7 +154,7 @@ class Job:
     save: Callable[[dict[str, Any]], Path]  # state -> checkpoint folder
     evaluate: Callable[[], dict[str, float]]  # held-out figures, for the log
     sample: Callable[[], list[tuple[str, str]]]  # prompts and what the model makes of them
-    command: str  # that goes on with this run
+    command: str  # that continues this run
     unit: str = "bpb"  # what `evaluate` gives
     after_evaluation: Callable[[], None] = lambda: None  # such as drawing the report
 
@@ -202,7 +204,8 @@ def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
         if stopping and not last:
             bar.close()
             log.say(
-                f"Stopped at step {progress.step}, saved in {job.folder}. Go on with: {job.command}"
+                f"Stopped at step {progress.step}, saved in {job.folder}. Continue with: "
+                f"{job.command}"
             )
             raise SystemExit(0)
         if log.is_first():
@@ -299,13 +302,16 @@ def accumulate_within_memory(
     job: Job, batch: Batch, micro_tokens: int, plan: HeadPlan
 ) -> tuple[float, int]:
     """`accumulate`; when memory runs out, the same batch again in micro-batches of half the size,
-    and when there is but one row in them, with more of its activations computed anew.
+    and when there is but one row in them, with more of its activations recomputed.
     """
     while True:
         try:
             return accumulate(job.model, batch, micro_tokens, plan), micro_tokens
         except torch.OutOfMemoryError as error:
-            if micro_tokens <= batch.row_length and job.model.recompute == RECOMPUTE[-1]:
+            if (
+                micro_tokens <= batch.row_length
+                and job.model.activation_checkpointing == ACTIVATION_CHECKPOINTING[-1]
+            ):
                 raise UserError(
                     f"Out of memory with one row of {batch.row_length} tokens. Take a smaller "
                     "preset, or lower "
@@ -317,20 +323,22 @@ def accumulate_within_memory(
         if micro_tokens > batch.row_length:
             micro_tokens = max(batch.row_length, micro_tokens // 2)
         else:
-            job.model.recompute = RECOMPUTE[RECOMPUTE.index(job.model.recompute) + 1]
+            job.model.activation_checkpointing = ACTIVATION_CHECKPOINTING[
+                ACTIVATION_CHECKPOINTING.index(job.model.activation_checkpointing) + 1
+            ]
         log.say(
             f"Memory ran out: the micro-batch is {micro_tokens} tokens from here on, activations "
-            "computed anew: "
-            f"{job.model.recompute}. Tokens per step stay the same."
+            "recomputed: "
+            f"{job.model.activation_checkpointing}. Tokens per step stay the same."
         )
 
 
 def fit_micro_batch(job: Job) -> int:
     """The micro-batch to start with, in tokens; sets what of the model's activations is computed
-    anew.
+    again.
 
     On a card the rows of the plan are run and the fastest that fits is taken. On a CPU memory is
-    only reckoned.
+    only estimated.
     """
     model, loop = job.model, job.loop
     plan = make_plan(
@@ -344,13 +352,16 @@ def fit_micro_batch(job: Job) -> int:
     if model.device.type == "cuda":
         measure(plan, plan.candidates(loop.micro_batch_tokens), model, job.optimizers, seconds=60)
     row = plan.choose(loop.micro_batch_tokens, model.device)
-    model.recompute = row.recompute
-    anew = {
+    model.activation_checkpointing = row.activation_checkpointing
+    recomputed = {
         "none": "",
-        "head": ", the head's activations computed anew",
-        "all": ", all activations computed anew",
+        "head": ", the head's activations recomputed",
+        "all": ", all activations recomputed",
     }
-    log.say(f"micro-batch {row.n_rows} rows of {row.context} tokens{anew[row.recompute]}")
+    log.say(
+        f"micro-batch {row.n_rows} rows of {row.context} "
+        f"tokens{recomputed[row.activation_checkpointing]}"
+    )
     if not row.fits(plan.room):
         log.say(
             f"It takes about {row.memory.peak / GIB:.1f} GiB; a run here should fill "

@@ -92,10 +92,10 @@ class Muon(torch.optim.Optimizer):
                 continue
             gradient = torch.stack([p.grad for p in params])  # (K, m, n)
             state = self.state[group["params"][0]]
-            velocity = state.setdefault("velocity", torch.zeros_like(gradient))
-            velocity.lerp_(gradient, 1 - group["momentum"])
-            direction = orthogonalise(gradient.lerp(velocity, group["momentum"]))  # Nesterov
-            direction = even_out(direction, state)
+            momentum_buffer = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
+            momentum_buffer.lerp_(gradient, 1 - group["momentum"])
+            direction = orthogonalise(gradient.lerp(momentum_buffer, group["momentum"]))  # Nesterov
+            direction = normalize_rows(direction, state)
             m, n = gradient.shape[-2:]
             size = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(m, n))
             for param, update in zip(params, direction, strict=True):
@@ -105,14 +105,14 @@ class Muon(torch.optim.Optimizer):
                 param.add_(update, alpha=-size)
 
 
-def even_out(direction: Tensor, state: dict[str, Tensor]) -> Tensor:
+def normalize_rows(direction: Tensor, state: dict[str, Tensor]) -> Tensor:
     """Updates (K, m, n) whose rows (columns, where those are more) are of like size in the long
     run, as large in all as those of an orthogonal matrix (NorMuon, arXiv 2510.05491).
     """
     m, n = direction.shape[-2:]
     now = direction.square().mean(dim=-1 if m >= n else -2, keepdim=True)
-    usual = state.setdefault("usual", torch.zeros_like(now)).lerp_(now, 0.1)
-    direction = direction * usual.clamp_min(1e-10).rsqrt()
+    second_moment = state.setdefault("second_moment", torch.zeros_like(now)).lerp_(now, 0.1)
+    direction = direction * second_moment.clamp_min(1e-10).rsqrt()
     return direction * (
         math.sqrt(min(m, n)) / direction.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     )

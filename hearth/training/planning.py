@@ -1,8 +1,8 @@
-"""How a run fills its machine: the peak memory of a micro-batch, reckoned and measured; its speed;
+"""How a run fills its machine: the peak memory of a micro-batch, estimated and measured; its speed;
 the choice.
 
 In: a model, its optimizers, the settings of the loop. Out: a `Plan`: a row for each size of a
-micro-batch and each part of the activations that may be computed anew, one of them chosen. Knows
+micro-batch and each part of the activations that may be recomputed, one of them chosen. Knows
 nothing of data: what it measures are random tokens.
 """
 
@@ -24,14 +24,14 @@ from hearth.training.optim import Muon, Optimizers
 from model import LOGITS_PER_CHUNK, ROWS_PER_CHUNK, Block, HRMModule, Model, query_block
 
 GIB = 2**30
-# what of the activations the backward pass computes anew, fastest first
-RECOMPUTE = ("none", "head", "all")
+# what of the activations the backward pass recomputes, fastest first
+ACTIVATION_CHECKPOINTING = ("none", "head", "all")
 # tokens of a micro-batch beyond which there is no more speed
 LARGEST = {"cpu": 2**14, "cuda": 2**17}
 # share of the memory that a run may fill; a CPU's memory is wanted by others too
 FILLED = {"cpu": 0.5, "cuda": 0.9}
 
-# ----------------------------------------------------------------------------------------- reckoned
+# ---------------------------------------------------------------------------------------- estimated
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Memory:
     gradients: int  # while a micro-batch runs: none before the first one of a step
     optimizer: int  # its state
     activations: int  # kept for the backward pass
-    # what a block's backward pass takes, with the activations that are computed anew for it
+    # what a block's backward pass takes, with the activations that are recomputed for it
     block: int
     loss: int  # gradient of the embedding, and a chunk of logits
     update: int  # temporary matrices of the optimizer
@@ -63,13 +63,13 @@ class Memory:
         return 2 * self.weights + self.optimizer + self.update
 
 
-def reckon_memory(
+def estimate_memory(
     model: Model,
     optimizers: Optimizers,
     *,
     n_rows: int,
     context: int,
-    recompute: str,
+    activation_checkpointing: str,
     accumulates: bool,
 ) -> Memory:
     """Peak memory of a training step with micro-batches of `n_rows` rows of `context` tokens, one
@@ -84,10 +84,10 @@ def reckon_memory(
         activations          8 N D for the embedding, 3 s N D for the output, 2 s N D for each
                              call of the HRM head,
                              `block_bytes` for each pass, or s N D for a trunk's pass that is
-                             computed anew
+                             recomputed
         block                2 s N F while one block's gradient is made, the block or the
                              head's module that is
-                             computed anew, and 4 V D: the embedding's gradient, waiting for that of
+                             recomputed, and 4 V D: the embedding's gradient, waiting for that of
                              its first use
         loss                 4 V D for the embedding's gradient, 4 V D for a chunk's part of
                              it, a chunk of logits; in
@@ -102,12 +102,12 @@ def reckon_memory(
     x = s * N * D
     trunk = [block_bytes(block, n_rows, context, model) for block in model.trunk]
     activations = 8 * N * D + 3 * x + mask_bytes(model, n_rows, context)
-    activations += len(trunk) * x if recompute == "all" else sum(trunk)
-    anew = max(trunk) if recompute == "all" else 0
+    activations += len(trunk) * x if activation_checkpointing == "all" else sum(trunk)
+    recomputed = max(trunk) if activation_checkpointing == "all" else 0
     for module in kept_calls(model):
         inside = sum(block_bytes(block, n_rows, context, model) for block in module.blocks) + x
-        activations += 2 * x + (inside if recompute == "none" else 0)
-        anew = max(anew, 0 if recompute == "none" else inside)
+        activations += 2 * x + (inside if activation_checkpointing == "none" else 0)
+        recomputed = max(recomputed, 0 if activation_checkpointing == "none" else inside)
     logits = (
         4 * V * min(N, LOGITS_PER_CHUNK // V if model.device.type == "cuda" else ROWS_PER_CHUNK)
     )
@@ -117,7 +117,7 @@ def reckon_memory(
         gradients=weights if accumulates else 0,
         optimizer=optimizers.state_bytes(),
         activations=activations,
-        block=anew + 2 * s * N * c.d_ff + 4 * V * D,
+        block=recomputed + 2 * s * N * c.d_ff + 4 * V * D,
         loss=4 * V * D + (logits + 4 * V * D if s == 4 else logits * 3 // 2 + 6 * V * D),
         update=max(
             (muon_bytes(part) for part in optimizers.parts if isinstance(part, Muon)), default=0
@@ -228,8 +228,8 @@ def held_bytes(model: Model, optimizers: Optimizers) -> int:
 
 def random_batch(model: Model, n_tokens: int, row_length: int) -> Batch:
     """Random tokens, one document a row: no real batch takes more memory or attends further."""
-    dice = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (n_tokens + 1,), generator=dice)
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (n_tokens + 1,), generator=rng)
     starts = torch.arange(n_tokens) % row_length == 0
     return Batch(ids[:-1], ids[1:], torch.ones(n_tokens), starts, row_length)
 
@@ -254,8 +254,8 @@ class Row:
 
     n_rows: int  # in a micro-batch, of `context` tokens each
     context: int
-    recompute: str
-    memory: Memory  # reckoned
+    activation_checkpointing: str
+    memory: Memory  # estimated
     peak: int | None = None  # measured, in bytes
     seconds: dict[int, float] = field(default_factory=dict)  # of a micro-batch, by context
     watts: float | None = None
@@ -317,7 +317,7 @@ class Plan:
         """The row to run with; `fixed` is the micro-batch in tokens where the user set it.
 
         On a card the fastest that fits, and of those within 1% the smallest. On a CPU the largest
-        that computes least anew, told by its reckoned memory alone: a choice that no clock has a
+        that recomputes least, by its estimated memory alone: a choice that no clock has a
         say in is the same at every start, and so is the result, bit for bit.
         """
         rows, on_card = self.candidates(fixed), device.type == "cuda"
@@ -332,7 +332,13 @@ class Plan:
             fastest = min(self.seconds_of(row) for row in timed)
             as_fast = [row for row in timed if self.seconds_of(row) <= 1.01 * fastest]
             return min(as_fast, key=lambda row: row.memory.peak)
-        return min(able, key=lambda row: (RECOMPUTE.index(row.recompute), -row.n_rows))
+        return min(
+            able,
+            key=lambda row: (
+                ACTIVATION_CHECKPOINTING.index(row.activation_checkpointing),
+                -row.n_rows,
+            ),
+        )
 
 
 def make_plan(
@@ -344,7 +350,7 @@ def make_plan(
     n_steps: int,
     n_ranks: int = 1,
 ) -> Plan:
-    """Every micro-batch worth a look, its memory reckoned; nothing is run yet. `stages` are
+    """Every micro-batch worth a look, its memory estimated; nothing is run yet. `stages` are
     contexts and shares.
     """
     device, context = model.device, max(context for context, _ in stages)
@@ -357,18 +363,18 @@ def make_plan(
         Row(
             n_rows,
             context,
-            recompute,
-            reckon_memory(
+            activation_checkpointing,
+            estimate_memory(
                 model,
                 optimizers,
                 n_rows=n_rows,
                 context=context,
-                recompute=recompute,
+                activation_checkpointing=activation_checkpointing,
                 accumulates=n_rows * context < a_rank,
             ),
         )
-        for recompute in RECOMPUTE
-        if recompute != "head" or model.head
+        for activation_checkpointing in ACTIVATION_CHECKPOINTING
+        if activation_checkpointing != "head" or model.head
         for n_rows in sorted(sizes)
     ]
     return Plan(
@@ -392,16 +398,19 @@ def measure(
     """Run a micro-batch of each of `rows`, the smallest first, and note memory and time; about
     `seconds` in all.
 
-    Rows whose reckoned memory is far beyond the room, or which would take longer than the time
+    Rows whose estimated memory is far beyond the room, or which would take longer than the time
     left, stay unmeasured. Weights and optimizer state are left as they are.
     """
     deadline = time.perf_counter() + seconds
-    rate = 0.4 * plan.peak_flops  # FLOPs a second, until a pass was timed
-    before, missing = model.recompute, optimizers.state_bytes() - state_bytes_now(optimizers)
+    rate = 0.4 * plan.peak_flops  # FLOPs per second, until a pass was timed
+    before, missing = (
+        model.activation_checkpointing,
+        optimizers.state_bytes() - state_bytes_now(optimizers),
+    )
     for row in sorted(rows, key=lambda row: row.tokens):
         if row.memory.peak > 1.2 * plan.room:
             continue
-        model.recompute = row.recompute
+        model.activation_checkpointing = row.activation_checkpointing
         for context in sorted({context for context, _ in plan.stages}, reverse=True):
             work = row.tokens * plan.flops[context]
             left = deadline - time.perf_counter()
@@ -420,7 +429,7 @@ def measure(
         optimizers.zero_grad()
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
-    model.recompute = before
+    model.activation_checkpointing = before
     if not any(row.seconds or row.too_large for row in rows):
         time_short_pass(plan, rows[0], model, optimizers, rate * seconds)
 
@@ -486,7 +495,7 @@ def time_update(plan: Plan, model: Model, optimizers: Optimizers) -> None:
 def table(plan: Plan, chosen: Row) -> list[str]:
     """The plan as lines of text, the chosen row marked."""
     has_power = any(row.watts for row in plan.rows)
-    head = f"    {'micro-batch':>18}  {'recompute':<9}  {'GiB reckoned':>12}  {'measured':>8}"
+    head = f"    {'micro-batch':>18}  {'recompute':<9}  {'GiB estimated':>12}  {'measured':>8}"
     lines = [
         head + f"  {'tokens/s':>8}  {'MFU':>5}  {'time':>7}" + ("      kWh" if has_power else "")
     ]
@@ -497,7 +506,7 @@ def table(plan: Plan, chosen: Row) -> list[str]:
     for row in plan.rows:
         size = f"{row.n_rows} × {row.context} = {log.count(row.tokens)}"
         mark = ">" if row is chosen else " "
-        line = f"  {mark} {size:>18}  {row.recompute:<9}"
+        line = f"  {mark} {size:>18}  {row.activation_checkpointing:<9}"
         line += f"  {gib(row.memory.peak, 12)}  {gib(row.peak, 8)}"
         seconds = plan.seconds_of(row)
         if seconds is not None:

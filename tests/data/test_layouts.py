@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from config import REASONING_PROMPT
-from hearth.data.cleaning import Bad
+from hearth.data.cleaning import Rejected
 from hearth.data.layouts import conversation, reasoning_taken
 
 THOUGHT = {"role": "system", "content": REASONING_PROMPT, "thinking": None}
@@ -150,7 +150,7 @@ def test_reasoning_is_never_cut_and_the_choice_is_told() -> None:
     row["generations"] = ["<think>" + "x" * 30 + "</think>2", "<think>y</think>3"]
     found = {limit: conversation(row, limit) for limit in (None, 60, 20, 5)}
     thoughts = {
-        limit: talk.reason if isinstance(talk, Bad) else talk[-1]["thinking"]
+        limit: talk.reason if isinstance(talk, Rejected) else talk[-1]["thinking"]
         for limit, talk in found.items()
     }
     assert thoughts == {None: "x" * 30, 60: "x" * 30, 20: "Count to 2.", 5: "reasoning too long"}
@@ -162,7 +162,7 @@ def test_reasoning_is_never_cut_and_the_choice_is_told() -> None:
     )
     assert reasoning_taken({"problem": "1+1?", "solution": "2"}, 60) is None
     said_aloud = {"prompt": "1+1?", "completion": "<think>two, I think</think>2"}
-    assert conversation(said_aloud, 5) == Bad("reasoning too long", "12 characters")
+    assert conversation(said_aloud, 5) == Rejected("reasoning too long", "12 characters")
 
 
 @pytest.mark.parametrize(
@@ -185,5 +185,5 @@ def test_reasoning_is_never_cut_and_the_choice_is_told() -> None:
 )
 def test_row_that_cannot_be_used_has_a_reason(row: Any, reason: str) -> None:
     found = conversation(row)
-    assert isinstance(found, Bad)
+    assert isinstance(found, Rejected)
     assert found.reason == reason

@@ -18,7 +18,7 @@ import zstandard
 
 from config import DataConfig, TextSource, UserError
 from hearth.data import readers
-from hearth.data.cleaning import Bad, as_bytes, unfit
+from hearth.data.cleaning import Rejected, as_bytes, unfit
 from hearth.data.hub import HubFile, NetworkFailure
 from hearth.data.readers import Rows, local_files, read_rows
 from hearth.data.sources import column_picker, text_documents
@@ -150,7 +150,7 @@ def dropped(path: Path) -> tuple[list[str], list[tuple[int, str]]]:
             data = as_bytes(item)
             bad = (
                 data
-                if isinstance(data, Bad)
+                if isinstance(data, Rejected)
                 else unfit(data, DataConfig(text_files=("x",), min_chars=3))
             )
             if bad:

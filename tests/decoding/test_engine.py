@@ -11,7 +11,7 @@ import torch
 from config import PRESETS, HRMConfig, ModelConfig
 from hearth.decoding.engine import Budget, Engine, Sampling, penalise, pick, probabilities
 from hearth.decoding.kv_cache import KVCache, decode
-from model import Model, Packed, build_model
+from model import Model, PackedSequences, build_model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,11 +53,11 @@ def awake(**changes) -> Model:
     )
     model = build_model(config, seed=0)
     model.dtype = torch.float32
-    dice = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
             p += (0.4 if p.dim() == 2 and p is not model.embedding else 0.1) * torch.randn(
-                p.shape, generator=dice
+                p.shape, generator=rng
             )
     return model
 
@@ -70,7 +70,7 @@ def some_ids(n: int, seed: int = 0) -> list[int]:
 def reference_logits(model: Model, ids: list[int], h_cycles: int | None = None) -> torch.Tensor:
     """Logits (T, V) of a full forward pass, nothing cached."""
     hidden = model(
-        torch.tensor(ids), Packed(torch.arange(len(ids)) == 0, len(ids)), h_cycles=h_cycles
+        torch.tensor(ids), PackedSequences(torch.arange(len(ids)) == 0, len(ids)), h_cycles=h_cycles
     )
     return model.logits(hidden)
 
@@ -98,11 +98,11 @@ def test_cached_decode_equals_full_forward_over_the_window_edge(model: Model, ch
 
 
 def test_any_cut_into_chunks_gives_the_same_logits(model: Model) -> None:
-    dice, ids = random.Random(0), some_ids(40)
+    rng, ids = random.Random(0), some_ids(40)
     for _ in range(10):
         cache, at, logits = KVCache(1, 40), 0, []
         while at < len(ids):
-            n = min(dice.choice([1, 1, 2, 3, 7, 11]), len(ids) - at)
+            n = min(rng.choice([1, 1, 2, 3, 7, 11]), len(ids) - at)
             logits.append(model.logits(decode(model, torch.tensor([ids[at : at + n]]), cache)[0]))
             at += n
         torch.testing.assert_close(
@@ -166,7 +166,7 @@ def test_cycles_that_are_never_left_give_the_full_computation(
 ) -> None:
     prompt = some_ids(10)
     expected = reference_answer(model, prompt, 20, h_cycles=h_cycles)
-    engine = Engine(model, h_cycles=h_cycles, settled=0.0)
+    engine = Engine(model, h_cycles=h_cycles, exit_kl_threshold=0.0)
     assert engine.generate([prompt, prompt[2:]], max_tokens=20)[0] == expected
     stream = engine.stream(prompt, max_tokens=20)
     assert list(stream) == expected
@@ -176,14 +176,14 @@ def test_cycles_that_are_never_left_give_the_full_computation(
 def test_cycles_left_early_are_counted_and_rows_do_not_see_each_other(model: Model) -> None:
     prompts, settings = (
         [some_ids(n, seed=n) for n in (5, 9, 12)],
-        {"h_cycles": 4, "settled": SETTLED},
+        {"h_cycles": 4, "exit_kl_threshold": SETTLED},
     )
     alone = [Engine(model, **settings).stream(prompt, max_tokens=20) for prompt in prompts]
     said = [list(stream) for stream in alone]
     assert Engine(model, **settings).generate(prompts, max_tokens=20) == said
     assert all(4 + 19 <= stream.n_cycles <= 4 * 20 for stream in alone)
     assert 4 + 19 * 3 < sum(stream.n_cycles for stream in alone) < 3 * 4 * 20
-    hasty = Engine(model, h_cycles=4, settled=math.inf).stream(prompts[0], max_tokens=20)
+    hasty = Engine(model, h_cycles=4, exit_kl_threshold=math.inf).stream(prompts[0], max_tokens=20)
     assert len(list(hasty)) == 20
     assert hasty.n_cycles == 4 + 19  # the prompt runs all cycles
 
@@ -193,7 +193,9 @@ def test_guidance_pushes_on_from_the_prediction_of_a_cycle_earlier(model: Model)
     for _ in range(12):
         with torch.no_grad():
             *_, before, now = model.cycles(
-                torch.tensor(ids), Packed(torch.arange(len(ids)) == 0, len(ids)), h_cycles=3
+                torch.tensor(ids),
+                PackedSequences(torch.arange(len(ids)) == 0, len(ids)),
+                h_cycles=3,
             )
             before, now = (model.logits(hidden[-1]) for hidden in (before, now))
         expected.append(int((now + 2.5 * (now - before)).argmax()))
@@ -206,9 +208,9 @@ def test_guidance_pushes_on_from_the_prediction_of_a_cycle_earlier(model: Model)
 
 
 def test_another_way_to_leave_cycles_reads_the_conversation_anew(model: Model) -> None:
-    engine, prompt = Engine(model, settled=math.inf), some_ids(10)
+    engine, prompt = Engine(model, exit_kl_threshold=math.inf), some_ids(10)
     answer = list(engine.stream(prompt, max_tokens=8))
-    engine.settled = None
+    engine.exit_kl_threshold = None
     stream = engine.stream([*prompt, *answer], max_tokens=8)
     assert stream.reused == 0
     assert list(stream) == reference_answer(model, [*prompt, *answer], 8)
@@ -344,15 +346,15 @@ def test_answering_again_reads_at_most_one_chunk(model: Model) -> None:
 
 
 def test_random_walks_through_a_conversation_match_fresh_engines(model: Model) -> None:
-    dice, engine, prompt = random.Random(3), Engine(model, chunk_tokens=5), some_ids(6)
+    rng, engine, prompt = random.Random(3), Engine(model, chunk_tokens=5), some_ids(6)
     for step in range(30):
-        n = dice.randrange(1, 8)
-        if len(prompt) + n > 40 or dice.random() < 0.3:
-            prompt = prompt[: dice.randrange(1, len(prompt) + 1)]
-        elif dice.random() < 0.5:
-            prompt = prompt + some_ids(dice.randrange(1, 6), seed=step)
+        n = rng.randrange(1, 8)
+        if len(prompt) + n > 40 or rng.random() < 0.3:
+            prompt = prompt[: rng.randrange(1, len(prompt) + 1)]
+        elif rng.random() < 0.5:
+            prompt = prompt + some_ids(rng.randrange(1, 6), seed=step)
         stream = engine.stream(prompt, max_tokens=n)
-        said = [next(stream) for _ in range(dice.randrange(1, n + 1))]  # often left unfinished
+        said = [next(stream) for _ in range(rng.randrange(1, n + 1))]  # often left unfinished
         assert said == list(Engine(model).stream(prompt, max_tokens=len(said)))
         prompt = prompt + said
 
@@ -531,8 +533,8 @@ def test_probabilities_follow_their_definition(temperature, top_k, top_p, min_p)
 
 def test_dice_pick_tokens_by_their_probability() -> None:
     p = torch.tensor([[0.5, 0.0, 0.25, 0.25]]).expand(4001, 4)
-    dice = torch.linspace(0, 1 - 1e-12, 4001, dtype=torch.float64)
-    share = torch.bincount(pick(p, dice), minlength=4) / 4001
+    rng = torch.linspace(0, 1 - 1e-12, 4001, dtype=torch.float64)
+    share = torch.bincount(pick(p, rng), minlength=4) / 4001
     torch.testing.assert_close(share, p[0], atol=1e-3, rtol=0)
 
 

@@ -18,7 +18,7 @@ from config import ModelConfig, UserError
 from hearth.data.tokenizer import Tokenizer
 from hearth.evaluation import tasks
 from hearth.evaluation.tasks import Outcome, Prompt, Task
-from model import Model, Packed, initialise
+from model import Model, PackedSequences, initialise
 
 WORDS = [
     "the",
@@ -40,39 +40,39 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    dice = random.Random(0)
-    return Tokenizer.train([" ".join(dice.choices(WORDS, k=12)) + ".\n" for _ in range(200)], 384)
+    rng = random.Random(0)
+    return Tokenizer.train([" ".join(rng.choices(WORDS, k=12)) + ".\n" for _ in range(200)], 384)
 
 
 @pytest.fixture
 def model(tiny: ModelConfig) -> Model:
     """A model with a loud voice: random weights everywhere, so that no two texts score alike."""
     model = initialise(Model(replace(tiny, vocab_size=384, context=48)), seed=0)
-    dice = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
-            weight.add_(torch.randn(weight.shape, generator=dice) * 0.2)
+            weight.add_(torch.randn(weight.shape, generator=rng) * 0.2)
     return model.requires_grad_(False)
 
 
 def some_items(kind: str, n: int = 24) -> list[dict]:
-    dice = random.Random(kind)
+    rng = random.Random(kind)
 
     def words(low: int, high: int) -> str:
-        return " ".join(dice.choices(WORDS, k=dice.randint(low, high)))
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
 
     items = []
     for _ in range(n):
         if kind == "choice":
-            choices = [words(1, 6) for _ in range(dice.randint(2, 4))]
+            choices = [words(1, 6) for _ in range(rng.randint(2, 4))]
             items.append(
-                {"query": words(2, 12), "choices": choices, "gold": dice.randrange(len(choices))}
+                {"query": words(2, 12), "choices": choices, "gold": rng.randrange(len(choices))}
             )
         elif kind == "schema":
-            start, options = words(2, 8), dice.sample(WORDS, 2)
+            start, options = words(2, 8), rng.sample(WORDS, 2)
             options = [f"{start} {option} by the" for option in options]
             items.append(
-                {"context_options": options, "continuation": words(1, 5), "gold": dice.randrange(2)}
+                {"context_options": options, "continuation": words(1, 5), "gold": rng.randrange(2)}
             )
         else:
             items.append({"context": words(2, 20), "continuation": words(1, 3)})
@@ -85,7 +85,7 @@ def one_by_one(model: Model, prompt: Prompt) -> tuple[list[float], list[bool]]:
     for row, start in zip(prompt.rows, prompt.starts, strict=True):
         ids = torch.tensor(row)
         logits = model.logits(
-            model(ids, Packed(torch.zeros(len(ids), dtype=torch.bool), len(ids)))
+            model(ids, PackedSequences(torch.zeros(len(ids), dtype=torch.bool), len(ids)))
         )[start - 1 : -1]
         nats.append(float(F.cross_entropy(logits, ids[start:], reduction="sum")))
         greedy.append(bool((logits.argmax(dim=-1) == ids[start:]).all()))
@@ -157,8 +157,8 @@ def test_examples_are_the_ones_that_llm_foundry_draws() -> None:
     """The numbers are what its own `get_fewshot_sample_idxs` gives, called for items 0 to 5 in a
     row.
     """
-    dice = random.Random(1234)
-    drawn = [tasks.draw_examples(12, 4, index, dice) for index in range(6)]
+    rng = random.Random(1234)
+    drawn = [tasks.draw_examples(12, 4, index, rng) for index in range(6)]
     assert drawn == LLM_FOUNDRY_DRAWS
     for index, examples in enumerate(drawn):
         assert index not in examples
@@ -176,11 +176,9 @@ LLM_FOUNDRY_DRAWS = [
 
 
 def test_examples_never_hold_the_item_itself_even_when_all_others_are_needed() -> None:
-    dice = random.Random(0)
+    rng = random.Random(0)
     for index in range(5):
-        assert sorted(tasks.draw_examples(5, 10, index, dice)) == [
-            i for i in range(5) if i != index
-        ]
+        assert sorted(tasks.draw_examples(5, 10, index, rng)) == [i for i in range(5) if i != index]
 
 
 def test_a_choice_reads_as_llm_foundry_writes_it() -> None:

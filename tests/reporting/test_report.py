@@ -215,7 +215,7 @@ def test_power_that_was_not_measured_is_taken_from_the_config(config: Config) ->
     assert math.isnan(trace.kwh(ReportConfig()))
 
 
-def test_hours_are_reckoned_from_the_speed_where_they_were_not_noted(config: Config) -> None:
+def test_hours_are_estimated_from_the_speed_where_they_were_not_noted(config: Config) -> None:
     records = [{k: v for k, v in record.items() if k != "seconds"} for record in metrics(20)]
     write_jsonl(config.run_dir / "base" / "metrics.jsonl", records)
     assert Trace(config.run_dir / "base").hours == pytest.approx(np.arange(1, 21) / 100)
@@ -333,7 +333,8 @@ def test_what_goes_wrong_in_drawing_never_stops_a_run(
     Reporter(config).refresh(due=True)
     report.refresh(config)
     assert (
-        capsys.readouterr().out.count("ZeroDivisionError: division by zero. The run goes on.") == 2
+        capsys.readouterr().out.count("ZeroDivisionError: division by zero. The run continues.")
+        == 2
     )
 
 

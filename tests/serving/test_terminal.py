@@ -116,9 +116,9 @@ def test_an_answer_is_whole_however_it_is_cut_into_pieces() -> None:
         "End a (http://b.c)",
     ):
         assert expected in "\n".join(line.strip() for line in whole.splitlines())
-    dice = random.Random(0)
+    rng = random.Random(0)
     for _ in range(10):
-        cuts = sorted(dice.choices(range(len(answer)), k=dice.randrange(1, 60)))
+        cuts = sorted(rng.choices(range(len(answer)), k=rng.randrange(1, 60)))
         pieces = [
             (False, answer[a:b]) for a, b in zip([0, *cuts], [*cuts, len(answer)], strict=True)
         ]

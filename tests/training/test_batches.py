@@ -43,11 +43,11 @@ def write(
 @pytest.fixture
 def corpora(tmp_path: Path) -> list[TokenShards]:
     """Two corpora of documents of 1 to 40 tokens; the ids tell the corpus: below and above 2000."""
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     made = []
     for corpus, n in enumerate((120, 60)):
         documents = [
-            [BOS, *dice.integers(100, 2000, dice.integers(1, 40)) + 2000 * corpus] for _ in range(n)
+            [BOS, *rng.integers(100, 2000, rng.integers(1, 40)) + 2000 * corpus] for _ in range(n)
         ]
         made.append(TokenShards(write(tmp_path / str(corpus), documents), "train"))
     return made

@@ -85,7 +85,7 @@ def test_a_signal_to_one_process_stops_all_and_saves_once(
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [0, 0], said.read_text()
     assert (
-        "Go on with: uv run torchrun --nproc-per-node 2 pretrain.py --preset demo"
+        "Continue with: uv run torchrun --nproc-per-node 2 pretrain.py --preset demo"
         in said.read_text()
     )
     assert list((tmp_path / "demo" / "base").glob("step-*/state.json"))

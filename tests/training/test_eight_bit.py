@@ -16,7 +16,7 @@ from torch import Tensor
 from config import ModelConfig, UserError
 from hearth.training import eight_bit
 from hearth.training.eight_bit import linear, linear_that_pays
-from model import Packed, build_model
+from model import PackedSequences, build_model
 
 CPU = torch.device("cpu")
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
@@ -24,8 +24,8 @@ needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao
 
 def product_and_gradients(multiply) -> list[Tensor]:
     """y, dx and dw of the mean square of x wᵀ."""
-    dice = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(shape, generator=dice) for shape in ((64, 48), (96, 48)))
+    rng = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(shape, generator=rng) for shape in ((64, 48), (96, 48)))
     x, w = x.bfloat16().requires_grad_(), w.requires_grad_()
     y = multiply(x, w.to(x.dtype))
     y.float().square().mean().backward()
@@ -48,7 +48,7 @@ def test_a_model_trains_with_them_and_is_read_without(kind: str, tiny: ModelConf
     model, ids = build_model(config, seed=0), torch.arange(33) % config.vocab_size
     # zero at the start, which would hide the products
     torch.nn.init.normal_(model.trunk[0].down, std=0.1)
-    where, weights = Packed(torch.arange(32) == 0, 32), torch.full((32,), 1 / 32)
+    where, weights = PackedSequences(torch.arange(32) == 0, 32), torch.full((32,), 1 / 32)
 
     def loss() -> Tensor:
         return model.loss(model(ids[:-1], where), ids[1:], weights)

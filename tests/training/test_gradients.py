@@ -12,24 +12,24 @@ import torch
 from config import HRMConfig, ModelConfig
 from hearth.training.batches import Batch
 from hearth.training.gradients import HeadPlan, accumulate, head_schedule
-from model import Model, Packed, build_model
+from model import Model, PackedSequences, build_model
 
 
 def awake(config: ModelConfig) -> Model:
     model = build_model(config, seed=0)
     model.dtype = torch.float32
-    dice = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=dice)
+            p += 0.1 * torch.randn(p.shape, generator=rng)
     return model
 
 
 def random_batch(step: int = 0, n: int = 128, row_length: int = 32, vocab: int = 128) -> Batch:
-    dice = torch.Generator().manual_seed(step)
-    ids = torch.randint(0, vocab, (n + 1,), generator=dice) // (1 + step % 2)
-    starts = torch.rand(n, generator=dice) < 0.1
-    weights = (torch.rand(n, generator=dice) < 0.7).float()
+    rng = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, vocab, (n + 1,), generator=rng) // (1 + step % 2)
+    starts = torch.rand(n, generator=rng) < 0.1
+    weights = (torch.rand(n, generator=rng) < 0.7).float()
     return Batch(ids[:-1], ids[1:], weights, starts, row_length)
 
 
@@ -67,7 +67,7 @@ def test_bounded_deep_supervision_equals_one_joint_graph(tiny: ModelConfig, h_cy
     model, batch = supervised(tiny, h_cycles=h_cycles), random_batch()
     got = gradients_of(model, 128)
     model.zero_grad()
-    packed = Packed(batch.starts, batch.row_length)
+    packed = PackedSequences(batch.starts, batch.row_length)
     x = model.run_trunk(batch.ids, packed)
     weights = batch.weights / batch.weights.sum()
     cycles = model.head.cycles(x, packed, detach=h_cycles > 1)  # one cycle has nothing to cut
@@ -97,13 +97,13 @@ def test_the_sample_is_the_same_in_any_micro_batch(tiny: ModelConfig) -> None:
     )
 
 
-@pytest.mark.parametrize("recompute", ["head", "all"])
+@pytest.mark.parametrize("activation_checkpointing", ["head", "all"])
 def test_recomputed_deep_supervision_gives_the_same_gradients(
-    tiny: ModelConfig, recompute: str
+    tiny: ModelConfig, activation_checkpointing: str
 ) -> None:
     model = supervised(tiny, supervise_every=2)
     want = gradients_of(model, 128)
-    model.recompute = recompute
+    model.activation_checkpointing = activation_checkpointing
     torch.testing.assert_close(gradients_of(model, 128), want, atol=1e-6, rtol=1e-5)
 
 

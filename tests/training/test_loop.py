@@ -31,10 +31,10 @@ from model import build_model
 
 
 def random_batch(step: int = 0, n: int = 128, row_length: int = 32, vocab: int = 128) -> Batch:
-    dice = torch.Generator().manual_seed(step)
-    ids = torch.randint(0, vocab, (n + 1,), generator=dice) // (1 + step % 2)
-    starts = torch.rand(n, generator=dice) < 0.1
-    weights = (torch.rand(n, generator=dice) < 0.7).float()
+    rng = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, vocab, (n + 1,), generator=rng) // (1 + step % 2)
+    starts = torch.rand(n, generator=rng) < 0.1
+    weights = (torch.rand(n, generator=rng) < 0.7).float()
     return Batch(ids[:-1], ids[1:], weights, starts, row_length)
 
 
@@ -42,9 +42,9 @@ def test_spikes_and_nan_are_skipped_and_counted() -> None:
     guard = SpikeGuard()
     assert not guard.allows(math.nan, 1.0)
     assert not guard.allows(1.0, math.inf)
-    dice = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     for _ in range(200):
-        assert guard.allows(2.0, float(torch.empty(()).log_normal_(0, 0.3, generator=dice)))
+        assert guard.allows(2.0, float(torch.empty(()).log_normal_(0, 0.3, generator=rng)))
     assert guard.in_a_row == 0
     assert not guard.allows(2.0, 50.0)
     assert guard.allows(2.0, 1.0)

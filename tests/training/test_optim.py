@@ -15,11 +15,11 @@ from hearth.training import optim
 from hearth.training.optim import (
     Muon,
     build_optimizers,
-    even_out,
     learning_rate_factor,
+    normalize_rows,
     orthogonalise,
 )
-from model import Packed, build_model
+from model import PackedSequences, build_model
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 48), (2, 48, 16), (1, 32, 32)])
@@ -65,12 +65,12 @@ def test_updates_are_evened_out_over_the_longer_side_and_keep_their_size(
     direction[:, 0, :], direction[:, :, 0] = 3 * direction[:, 0, :], 3 * direction[:, :, 0]
     state: dict = {}
     for _ in range(60):
-        even = even_out(direction, state)
+        even = normalize_rows(direction, state)
     sizes = even.norm(dim=2 if shape[1] >= shape[2] else 1)
     assert (sizes.amax(dim=1) / sizes.amin(dim=1)).max() < 1.05
     torch.testing.assert_close(even.norm(dim=(1, 2)), torch.full((2,), math.sqrt(6)))
     # a gradient of nothing moves nothing
-    assert torch.equal(even_out(torch.zeros(shape), {}), torch.zeros(shape))
+    assert torch.equal(normalize_rows(torch.zeros(shape), {}), torch.zeros(shape))
 
 
 def test_weights_decay_only_where_the_update_shrinks_them() -> None:
@@ -79,7 +79,7 @@ def test_weights_decay_only_where_the_update_shrinks_them() -> None:
     weight.grad = torch.randn(16, 16)
     before = weight.detach().clone()
     muon.step()
-    update = (even_out(orthogonalise(weight.grad[None]), {}) * 0.1 * 0.2 * 4)[0]
+    update = (normalize_rows(orthogonalise(weight.grad[None]), {}) * 0.1 * 0.2 * 4)[0]
     decayed = before * torch.where(update > 0, 1 - 0.1 * 0.5, 1.0) - update
     torch.testing.assert_close(weight.detach(), decayed)
 
@@ -87,7 +87,9 @@ def test_weights_decay_only_where_the_update_shrinks_them() -> None:
 def step_of(model, optimizers) -> float:
     ids = torch.arange(33) % model.config.vocab_size
     loss = model.loss(
-        model(ids[:-1], Packed(torch.arange(32) == 0, 32)), ids[1:], torch.full((32,), 1 / 32)
+        model(ids[:-1], PackedSequences(torch.arange(32) == 0, 32)),
+        ids[1:],
+        torch.full((32,), 1 / 32),
     )
     loss.backward()
     optimizers.step()

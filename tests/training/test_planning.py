@@ -1,4 +1,4 @@
-"""Memory reckoned against memory measured, and the choice of a micro-batch."""
+"""Memory estimated against memory measured, and the choice of a micro-batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import pretrain
 from config import PRESETS, HRMConfig, ModelConfig, OptimConfig, PretrainConfig
 from hearth.training import planning
 from hearth.training.optim import Optimizers, build_optimizers
-from hearth.training.planning import RECOMPUTE, Memory, Plan, Row, make_plan, measure, time_update
+from hearth.training.planning import (
+    ACTIVATION_CHECKPOINTING,
+    Memory,
+    Plan,
+    Row,
+    make_plan,
+    measure,
+    time_update,
+)
 from model import Model, build_model
 
 DENSE = ModelConfig(
@@ -47,17 +55,22 @@ def plan_of(model: Model, optimizers: Optimizers) -> Plan:
     [(DENSE, "muon"), (UNGATED, "muon"), (SMALL, "adamw"), (PRESETS["demo"].model, "muon")],
     ids=["dense", "ungated", "small", "demo"],
 )
-def test_reckoned_memory_is_within_a_tenth_of_the_measured(config: ModelConfig, optim: str) -> None:
+def test_estimated_memory_is_within_a_tenth_of_the_measured(
+    config: ModelConfig, optim: str
+) -> None:
     model, optimizers = build(config, optim)
     plan = plan_of(model, optimizers)
     time_update(plan, model, optimizers)
     measure(plan, plan.rows, model, optimizers, seconds=math.inf)
     assert {row.n_rows for row in plan.rows} == {1, 2}
-    assert {row.recompute for row in plan.rows} == set(RECOMPUTE) - (
+    assert {row.activation_checkpointing for row in plan.rows} == set(ACTIVATION_CHECKPOINTING) - (
         set() if config.hrm else {"head"}
     )
     for row in plan.rows:
-        assert row.peak == pytest.approx(row.memory.peak, rel=0.1), (row.n_rows, row.recompute)
+        assert row.peak == pytest.approx(row.memory.peak, rel=0.1), (
+            row.n_rows,
+            row.activation_checkpointing,
+        )
 
 
 def test_a_measured_peak_holds_what_is_alive_at_once() -> None:
@@ -74,14 +87,14 @@ def test_measuring_leaves_weights_optimizer_and_recomputation_as_they_were() -> 
     before = [p.detach().clone() for p in model.parameters()]
     plan = plan_of(model, optimizers)
     measure(plan, plan.rows, model, optimizers, seconds=math.inf)
-    assert model.recompute == "none"
+    assert model.activation_checkpointing == "none"
     assert all(p.grad is None for p in model.parameters())
     assert planning.state_bytes_now(optimizers) == 0
     for p, was in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, was)
 
 
-def test_the_optimizers_state_takes_what_was_reckoned() -> None:
+def test_the_optimizers_state_takes_what_was_estimated() -> None:
     for optim in ("muon", "adamw", "schedulefree"):
         model, optimizers = build(SMALL, optim)
         time_update(plan_of(model, optimizers), model, optimizers)
@@ -111,9 +124,18 @@ def test_where_a_whole_row_takes_too_long_a_short_one_tells_the_speed() -> None:
     assert all(row.peak is None for row in plan.rows)
 
 
-def row(n_rows: int, recompute: str, gigabytes: float, seconds: float | None = None) -> Row:
+def row(
+    n_rows: int, activation_checkpointing: str, gigabytes: float, seconds: float | None = None
+) -> Row:
     memory = Memory(0, 0, 0, int(gigabytes * 1e9), 0, 0, 0)
-    return Row(n_rows, 512, recompute, memory, None, {} if seconds is None else {512: seconds})
+    return Row(
+        n_rows,
+        512,
+        activation_checkpointing,
+        memory,
+        None,
+        {} if seconds is None else {512: seconds},
+    )
 
 
 def plan_with(*rows: Row) -> Plan:
@@ -137,7 +159,7 @@ def test_on_a_cpu_no_clock_has_a_say_in_the_choice() -> None:
     small, large, huge = row(1, "none", 2, 1.0), row(2, "none", 4, 9.0), row(4, "none", 12, 0.1)
     assert plan_with(small, large, huge, row(4, "all", 3, 0.1)).choose(None, CPU) is large
     # nothing fits: the smallest
-    assert plan_with(huge, row(1, "all", 11)).choose(None, CPU).recompute == "all"
+    assert plan_with(huge, row(1, "all", 11)).choose(None, CPU).activation_checkpointing == "all"
 
 
 def test_the_whole_runs_time_counts_each_stage_and_every_update() -> None:
@@ -182,4 +204,7 @@ def test_on_a_card_the_largest_model_is_planned_within_a_tenth() -> None:
     few = [row for row in plan.rows if row.n_rows in (1, 4)]
     measure(plan, few, model, optimizers, seconds=120)
     for row in few:
-        assert row.peak == pytest.approx(row.memory.peak, rel=0.1), (row.n_rows, row.recompute)
+        assert row.peak == pytest.approx(row.memory.peak, rel=0.1), (
+            row.n_rows,
+            row.activation_checkpointing,
+        )
