@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -215,10 +215,24 @@ class ModelConfig:
     token_shift: bool = True  # mix into each token's embedding a learnt share of the one before
     # the reasoning head; None is the plain dense model
     hrm: HRMConfig | None = field(default_factory=HRMConfig)
+    # portable is a Qwen3, which transformers, llama.cpp and vLLM know: see `portable`
+    shape: Literal["hearth", "portable"] = "hearth"
 
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_head
+
+    def beyond_qwen3(self) -> list[str]:
+        """What this shape has that a Qwen3 has not, each with the setting that takes it away."""
+        parts = {
+            "the HRM head (model.hrm None)": self.hrm is not None,
+            "token shift (model.token_shift False)": self.token_shift,
+            "value embeddings (model.n_value_embeddings 0)": self.n_value_embeddings > 0,
+            "an MLP of squared ReLU (model.gated_mlp True)": not self.gated_mlp,
+            "sliding windows (model.window None)": self.window is not None,
+            "a QK gain per head (model.shape portable)": self.shape != "portable",
+        }
+        return [part for part, is_there in parts.items() if is_there]
 
     def problems(self) -> list[str]:
         found = []
@@ -251,7 +265,27 @@ class ModelConfig:
                 f"model.n_value_embeddings is {self.n_value_embeddings}, must lie between 0 and "
                 f"n_layer {self.n_layer}"
             )
+        if self.shape == "portable":
+            found += [f"model.shape portable has no place for {p}" for p in self.beyond_qwen3()]
         return found + (self.hrm.problems() if self.hrm else [])
+
+
+def portable(model: ModelConfig) -> ModelConfig:
+    """The same size as a Qwen3: whole attention, a QK gain per channel, none of our additions. The
+    head's blocks join the trunk.
+    """
+    hrm = model.hrm
+    head_blocks = hrm.h_layer + (hrm.l_layer if hrm.l_cycles else 0) if hrm else 0
+    return replace(
+        model,
+        n_layer=model.n_layer + head_blocks,
+        gated_mlp=True,
+        window=None,
+        n_value_embeddings=0,
+        token_shift=False,
+        hrm=None,
+        shape="portable",
+    )
 
 
 # ----------------------------------------------------------------------------------------- training

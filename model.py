@@ -401,8 +401,11 @@ class Block(nn.Module):
         self.k = nn.Parameter(torch.empty(config.n_kv_head * E, D))
         self.v = nn.Parameter(torch.empty(config.n_kv_head * E, D))
         self.o = nn.Parameter(torch.empty(D, config.n_head * E))
-        # how sharply each head attends, learnt
-        self.qk_gain = nn.Parameter(torch.empty(config.n_head))
+        # how sharply each head attends, learnt; a portable shape learns it a channel for all heads
+        portable = config.shape == "portable"
+        self.qk_gain = None if portable else nn.Parameter(torch.empty(config.n_head))
+        self.q_gain = nn.Parameter(torch.empty(E)) if portable else None
+        self.k_gain = nn.Parameter(torch.empty(E)) if portable else None
         self.gate = nn.Parameter(torch.empty(config.d_ff, D)) if config.gated_mlp else None
         self.up = nn.Parameter(torch.empty(config.d_ff, D))
         self.down = nn.Parameter(torch.empty(D, config.d_ff))
@@ -425,13 +428,26 @@ class Block(nn.Module):
         H, G, E = self.n_head, self.n_kv_head, self.head_dim
         x = rms_norm(x)
         heads = self.project(x, self.q, self.k, self.v).view(-1, H + 2 * G, E)  # (N, H + 2G, E)
-        qk, v = rotate(rms_norm(heads[:, : H + G]), rotary), heads[:, H + G :]
+        qk, v = rms_norm(heads[:, : H + G]), heads[:, H + G :]
+        if self.qk_gain is None:
+            qk = qk * self.channel_gains().to(x.dtype)
+        qk = rotate(qk, rotary)
         if value is not None:
             of_token, gate = value
             # (N, G), 1 at the start
             opened = 2 * torch.sigmoid(F.linear(x[:, : gate.shape[1]], gate.to(x.dtype)))
             v = v + opened[:, :, None] * of_token.view(-1, G, E)
-        return qk[:, :H] * self.qk_gain[:, None].to(x.dtype), qk[:, H:], v
+        q, k = qk[:, :H], qk[:, H:]
+        return q if self.qk_gain is None else q * self.qk_gain[:, None].to(x.dtype), k, v
+
+    def channel_gains(self) -> Tensor:
+        """What the normed queries and keys (N, H + G, E) are multiplied with, (H + G, E): as well
+        before the rotation as after it where a head has one gain.
+        """
+        H, G, E = self.n_head, self.n_kv_head, self.head_dim
+        if self.qk_gain is None:
+            return torch.cat([self.q_gain.expand(H, E), self.k_gain.expand(G, E)])
+        return torch.cat([self.qk_gain, self.qk_gain.new_ones(G)])[:, None].expand(H + G, E)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """The block's output (N, D) for its input x and what attention made of it, y (N, H, E)."""
@@ -568,8 +584,9 @@ def initialise(model: Model, seed: int) -> Model:
             weight.zero_()
         elif kind in ("output_gain", "gains"):
             weight.fill_(1.0)
-        elif kind == "qk_gain":
-            weight.fill_(LARGEST_SCORE / math.sqrt(model.config.head_dim))
+        elif kind in ("qk_gain", "q_gain", "k_gain"):
+            gain = LARGEST_SCORE / math.sqrt(model.config.head_dim)
+            weight.fill_(gain if kind == "qk_gain" else math.sqrt(gain))
         else:
             scale = {"embedding": 2 / math.sqrt(D), "fast_start": 1.0}.get(
                 kind, 1 / math.sqrt(weight.shape[-1])

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from config import PRESETS, Config, UserError
+from config import PRESETS, Config, UserError, portable
 
 
 def to_json(config: Any) -> str:
@@ -88,6 +88,11 @@ def parse_cli_with(
                 "--model.hrm.FIELD."
             )
         base = replace(base, model=replace(base.model, hrm=None))
+    shape = _take_option(words, "--model.shape")
+    if shape not in (None, base.model.shape, "portable"):
+        fail(f"--model.shape is {shape!r}, must be hearth or portable.")
+    if shape == "portable":
+        base = replace(base, model=portable(base.model))
     settings = {"description": description, "args": words, "use_underscores": True}
     settings["config"] = (tyro.conf.AvoidSubcommands,)
     try:

@@ -372,7 +372,7 @@ static void attend(float *restrict y, const float *q, int64_t q_stride, const ca
 
 typedef struct {
   matrix qkv, o, up, down; /* up has twice as many rows as down has columns where the MLP is gated, the gate first */
-  const float *qk_gain; /* (H): each query head is multiplied with its own */
+  const float *qk_gain; /* (H + G, E): normed queries and keys are multiplied with it before they are turned */
   int64_t H, G, E;
 } block;
 
@@ -391,11 +391,11 @@ void run_block(float *restrict y, const block *b, const float *restrict x, const
     const float *cosines = cos + r * E / 2, *sines = sin + r * E / 2;
     for (int64_t h = 0; h < H + G; h++) {
       float *head = heads + r * all + h * E, unturned[E];
-      float qk_gain = h < H ? b->qk_gain[h] : 1;
       rms_norm(unturned, head, E);
+      for (int64_t i = 0; i < E; i++) unturned[i] *= b->qk_gain[h * E + i];
       for (int64_t i = 0; i < E / 2; i++) {
-        head[i] = qk_gain * (unturned[i] * cosines[i] - unturned[i + E / 2] * sines[i]);
-        head[i + E / 2] = qk_gain * (unturned[i + E / 2] * cosines[i] + unturned[i] * sines[i]);
+        head[i] = unturned[i] * cosines[i] - unturned[i + E / 2] * sines[i];
+        head[i + E / 2] = unturned[i + E / 2] * cosines[i] + unturned[i] * sines[i];
       }
     }
     for (int64_t g = 0; g < G; g++) {
