@@ -26,6 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("checkpoint", "loop"),
     ),
     "evaluation": ("tasks", "lm_eval_adapter"),
+    "export": ("modeling_hearth", "qwen3", "card", "huggingface", "gguf"),
     "serving": ("terminal",),
 }
 PLACE = {
