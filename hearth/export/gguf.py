@@ -1,12 +1,16 @@
 """A portable checkpoint as GGUF files for llama.cpp, and a Modelfile for ollama.
 
 In: a checkpoint's folder and what was loaded from it, of the portable shape. Out: a folder with the
-model in F16 and in Q8_0, each with tokenizer and chat template inside. Needs the `gguf` package.
+model in F16 and Q8_0, and in Q4_K_M where llama.cpp is at hand, each with tokenizer and chat
+template inside. Needs the `gguf` package.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +27,8 @@ from hearth.training.checkpoint import Loaded
 
 FORMATS = ("F16", "Q8_0")
 # Of the names that llama.cpp knows for how a text is cut into words, the one whose regular
-# expression is `tokenizer.PATTERN`; tests hold the ids of both against each other.
+# expression is `tokenizer.PATTERN`; tests hold the ids of both against each other. They differ at
+# letters that one side's table of Unicode is too old to know, such as the hieroglyphs of 16.0.
 PRE_TOKENIZER = "qwen2"
 
 
@@ -43,6 +48,7 @@ def write(checkpoint: Path, loaded: Loaded, out: Path) -> None:
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
             writer.close()
+        write_q4(folder)
         (folder / "Modelfile").write_text(modelfile(loaded), encoding="utf-8")
         (folder / "README.md").write_text(card.text(checkpoint, loaded), encoding="utf-8")
 
@@ -138,6 +144,30 @@ def add_weights(writer: Any, library: ModuleType, weights: dict[str, Tensor], st
             writer.add_tensor(short, data.astype(np.float16))
         else:
             writer.add_tensor(short, library.quants.quantize(data, kind), raw_dtype=kind)
+
+
+def write_q4(folder: Path) -> None:
+    """Make Q4_K_M of the file in F16 with llama.cpp's own quantizer, where llama-cpp-python is
+    installed (`uv sync --group llama`).
+    """
+    if find_spec("llama_cpp") is None:
+        return
+    import llama_cpp
+
+    llama_cpp.llama_log_set(silence(), ctypes.c_void_p(0))
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    paths = (str(folder / f"model-{store}.gguf").encode() for store in ("F16", "Q4_K_M"))
+    if llama_cpp.llama_model_quantize(*paths, ctypes.byref(settings)):
+        raise UserError("llama.cpp could not quantize the model to Q4_K_M: see the other formats.")
+
+
+@cache
+def silence() -> Any:
+    """A log for llama.cpp that keeps nothing; it calls it for as long as the process lives."""
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda *_: None)
 
 
 def modelfile(loaded: Loaded) -> str:
