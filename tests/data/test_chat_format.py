@@ -206,3 +206,13 @@ def test_the_jinja_template_writes_the_same_text(tokenizer: Tokenizer) -> None:
         for turns, answer in ((messages, False), (messages[:-1], True)):
             text = template.render(messages=turns, add_generation_prompt=answer)
             assert text == tokenizer.decode(render(turns, tokenizer, answer=answer).ids)
+
+
+@pytest.mark.parametrize("given", [{"thinking": "so"}, {"reasoning_content": "so"}])
+def test_the_jinja_template_reads_what_other_programs_write(given: dict) -> None:
+    """Reasoning under either name, once where both are there; no content beside tool calls."""
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(CHAT_TEMPLATE)
+    for message in (given, given | {"reasoning_content": "so"}):
+        turn = message | {"role": "assistant", "content": None}
+        text = "<|bos|><|assistant|><think>so</think><|end|>"
+        assert template.render(messages=[turn], add_generation_prompt=False) == text
