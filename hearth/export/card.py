@@ -13,14 +13,16 @@ from hearth import log
 from hearth.training.checkpoint import Loaded
 
 
-def text(checkpoint: Path, loaded: Loaded) -> str:
-    """The model card of `loaded`, which came from the folder `checkpoint`."""
+def text(checkpoint: Path, loaded: Loaded, library: str, usage: str) -> str:
+    """The model card of `loaded`, which came from the folder `checkpoint`, for the library that
+    loads it; `usage` says how.
+    """
     run = checkpoint.resolve().parent.parent
     report = run / "report" / "report.md"
     parts = [
-        HEADER.format(title=run.name),
+        HEADER.format(title=run.name, library=library),
         facts(loaded),
-        usage(loaded),
+        f"## Use\n\n{usage}\n\n{advice(loaded)}",
         licence(loaded.config),
         LIMITS,
     ]
@@ -31,7 +33,7 @@ def text(checkpoint: Path, loaded: Loaded) -> str:
 
 
 HEADER = """---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 tags: [hearth]
 ---
@@ -55,31 +57,18 @@ def facts(loaded: Loaded) -> str:
     return "\n".join(lines)
 
 
-def usage(loaded: Loaded) -> str:
-    own_code = "" if loaded.config.model.shape == "portable" else ", trust_remote_code=True"
-    lines = [
-        "## Use\n",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n",
-        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{own_code})',
-        f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{own_code})',
-        "```\n",
-    ]
-    if own_code:
-        lines.append(
-            "`trust_remote_code` runs `modeling_hearth.py` of this folder, and no other code."
-        )
-    if loaded.state["stage"] != "base":
-        lines.append(f"With the system prompt `{REASONING_PROMPT}` it reasons in `<think>` first.")
-    lines.append("A text that spells a special token is read as that token: filter what users say.")
-    return "\n".join(lines)
+def advice(loaded: Loaded) -> str:
+    said = "A text that spells a special token is read as that token: filter what users say."
+    if loaded.state["stage"] == "base":
+        return said
+    return f"With the system prompt `{REASONING_PROMPT}` it reasons in `<think>` first.\n{said}"
 
 
 def licence(config: Config) -> str:
     """What it was trained on, from which its licence must follow."""
     sources: list[TextSource | ChatSource] = [*config.data.corpora()]
     sources += [*config.sft1.sets(), *config.sft2.sets()]
-    named = [f"- {source.name}: {origin(source)}" for source in sources]
+    named = dict.fromkeys(f"- {source.name}: {origin(source)}" for source in sources)
     return (
         "## Data and licence\n\nNo licence is stated: it is yours to choose, within what the "
         "licences of the data allow.\n\n" + "\n".join(named)

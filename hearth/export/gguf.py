@@ -30,6 +30,10 @@ FORMATS = ("F16", "Q8_0")
 # expression is `tokenizer.PATTERN`; tests hold the ids of both against each other. They differ at
 # letters that one side's table of Unicode is too old to know, such as the hieroglyphs of 16.0.
 PRE_TOKENIZER = "qwen2"
+USAGE = """```
+llama-server -m model-Q8_0.gguf --jinja
+ollama create NAME -f Modelfile && ollama run NAME
+```"""
 
 
 def write(checkpoint: Path, loaded: Loaded, out: Path) -> None:
@@ -50,7 +54,8 @@ def write(checkpoint: Path, loaded: Loaded, out: Path) -> None:
             writer.close()
         write_q4(folder)
         (folder / "Modelfile").write_text(modelfile(loaded), encoding="utf-8")
-        (folder / "README.md").write_text(card.text(checkpoint, loaded), encoding="utf-8")
+        text = card.text(checkpoint, loaded, "gguf", USAGE)
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def gguf_package() -> ModuleType:

@@ -50,7 +50,8 @@ def write(checkpoint: Path, loaded: Loaded, out: Path) -> None:
             (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
         if not plain:
             shutil.copyfile(CODE, folder / CODE.name)
-        (folder / "README.md").write_text(card.text(checkpoint, loaded), encoding="utf-8")
+        text = card.text(checkpoint, loaded, "transformers", usage(plain))
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -178,6 +179,20 @@ def tokenizer_config(model: ModelConfig) -> dict[str, Any]:
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
+
+
+def usage(plain: bool) -> str:
+    """How the folder is loaded, for the model card."""
+    trust = "" if plain else ", trust_remote_code=True"
+    code = f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
+model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
+```"""
+    if plain:
+        return code + "\n\nIt is a Qwen3: `vllm serve FOLDER` knows it too."
+    return f"{code}\n\n`trust_remote_code` runs `{CODE.name}` of this folder, and no other code."
 
 
 def write_json(path: Path, value: Any) -> None:

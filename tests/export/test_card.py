@@ -10,7 +10,7 @@ import pytest
 
 from config import REASONING_PROMPT, DataConfig, TextSource
 from hearth.data.tokenizer import Tokenizer
-from hearth.export import card
+from hearth.export import card, gguf, huggingface
 
 
 def card_of(tokenizer: Tokenizer, folder: Path, shape: str = "whole", **settings: object) -> str:
@@ -18,7 +18,8 @@ def card_of(tokenizer: Tokenizer, folder: Path, shape: str = "whole", **settings
     report = checkpoint.parent.parent / "report" / "report.md"
     report.parent.mkdir()
     report.write_text("# demo\n\n## Scores\n\n| a | 94% |\n\n## Machine\n\n0.2 kWh\n")
-    return card.text(checkpoint, exported.loaded_in_float32(checkpoint))
+    usage = huggingface.usage(shape == "portable")
+    return card.text(checkpoint, exported.loaded_in_float32(checkpoint), "transformers", usage)
 
 
 def test_it_holds_the_run_s_report(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -51,6 +52,6 @@ def test_it_asks_for_trust_where_code_runs(
 def test_a_base_model_s_card_promises_no_chat(tokenizer: Tokenizer, tmp_path: Path) -> None:
     base = exported.save(tmp_path / "a", exported.SHAPES["plain"], tokenizer, stage="base")
     loaded = exported.loaded_in_float32(base)
-    assert REASONING_PROMPT not in card.text(base, loaded)
+    assert REASONING_PROMPT not in card.text(base, loaded, "gguf", gguf.USAGE)
     chat = replace(loaded, state=loaded.state | {"stage": "sft1"})
-    assert REASONING_PROMPT in card.text(base, chat)
+    assert REASONING_PROMPT in card.text(base, chat, "gguf", gguf.USAGE)

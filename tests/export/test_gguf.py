@@ -59,6 +59,7 @@ def field(reader: Any, name: str) -> Any:
 def test_the_folder_holds_these_files(files: Files) -> None:
     names = {"model-F16.gguf", "model-Q8_0.gguf", "Modelfile", "README.md"}
     assert {p.name for p in files[1].iterdir()} - {"model-Q4_K_M.gguf"} == names
+    assert all(p.read_bytes().startswith(b"GGUF") for p in files[1].glob("*.gguf"))
 
 
 @pytest.mark.parametrize(("store", "tolerance"), [("F16", 1e-3), ("Q8_0", 1e-2)])
