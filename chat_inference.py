@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from config import PRESETS, REASONING_PROMPT, ChatConfig, Config, UserError
-from hearth import cli, hardware
+from hearth import cli, hardware, run
 from hearth.data.chat_format import (
     AnswerReader,
     Message,
@@ -76,12 +76,15 @@ class Options:
     json: bool = False  # one JSON object an answer: ids, text, timings
 
 
+SCRIPT = cli.Script(__doc__, Options(), ("device", "chat"))
+
+
 def main(config: Config, options: Options) -> None:
     """Open the chat; or answer the prompt given, the lines of the pipe, or the preset's sample
     questions.
     """
     tolerate_any_text()
-    folder = Path(options.checkpoint) if options.checkpoint else find_checkpoint(config)
+    folder = run.find_checkpoint(options.checkpoint, config)
     chat = Chat.load(folder, config, options)
     if options.prompt is not None:
         answer_each([options.prompt], chat, options, alone=True)
@@ -91,17 +94,6 @@ def main(config: Config, options: Options) -> None:
         answer_each(questions, chat, options, alone=False)
     else:
         Terminal(chat, config, options).run()
-
-
-def find_checkpoint(config: Config) -> Path:
-    """The newest checkpoint of the furthest stage of this run; `UserError` says how to make one."""
-    for stage in STAGES:
-        if (found := checkpoint.newest(config.run_dir / stage)) is not None:
-            return found
-    raise UserError(
-        f"No checkpoint in {config.run_dir}: looked for {', '.join(STAGES)}. "
-        f"Make one with `{config.command('run_pipeline.py')}`."
-    )
 
 
 def answer_each(questions: Iterable[str], chat: Chat, options: Options, *, alone: bool) -> None:
@@ -212,10 +204,9 @@ class Chat:
     @classmethod
     def load(cls, folder: Path, config: Config, options: Options) -> Chat:
         loaded = checkpoint.load_for_inference(folder, hardware.pick_device(config.device))
-        last = checkpoint.newest(folder) or folder
         untouched = config.chat == PRESETS[config.preset].chat
         chat = loaded.config.chat if options.checkpoint and untouched else config.chat
-        return cls(loaded, last, chat, options)
+        return cls(loaded, folder, chat, options)
 
     @property
     def is_base(self) -> bool:
@@ -725,13 +716,11 @@ class Terminal:
         """CHECKPOINT: let another checkpoint answer the last question: a folder, or base, sft1,
         sft2 of this run
         """
-        path = _path(argument, "/compare CHECKPOINT")
-        path = self.run_config.run_dir / argument if argument in STAGES else path
-        questions = [
-            n for n, message in enumerate(self.chat.messages()) if message["role"] == "user"
-        ]
+        _path(argument, "/compare CHECKPOINT")  # refuses what is none
+        questions = [n for n, m in enumerate(self.chat.messages()) if m["role"] == "user"]
         if not questions:
             raise UserError("There is no question yet.")
+        path = run.find_checkpoint(argument, self.run_config)
         if path not in self.others:
             plain = replace(
                 self.options, checkpoint=str(path), cycles=None, early_exit=None, guidance=None
@@ -772,10 +761,10 @@ def _path(text: str, usage: str) -> Path:
     return Path(text).expanduser()
 
 
-def run() -> None:
+def run_chat() -> None:
     """`main`, for a person or a pipe."""
     try:
-        main(*cli.parse_cli_with(Options(), __doc__))
+        main(*run.parse(SCRIPT))
     except UserError as error:
         raise UserError(neutral(str(error))) from error
     except BrokenPipeError:  # the reader of the pipe has gone: nothing is left to say
@@ -783,4 +772,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    cli.run_script(run, "stopped.")
+    cli.run_script(run_chat, "stopped.")

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from config import REASONING_PROMPT, Config, UserError
-from hearth import cli, hardware, log
+from hearth import cli, hardware, log, run
 from hearth.data import demo_world
 from hearth.data.chat_format import Answer, parse_answer, render
 from hearth.data.token_shards import TokenShards
@@ -86,41 +86,24 @@ class Score:
     headline: bool = False  # whether it belongs at the top of the report
 
 
+SCRIPT = cli.Script(__doc__, Options(), ("device", "report"))
+
+
 def main(config: Config, options: Options) -> None:
     """Score every checkpoint asked for, print the scores side by side, keep them, draw
     the report.
     """
     wanted = options.compare or options.checkpoint
-    folders = [find(name, config) for name in wanted] if wanted else [checkpoint.furthest(config)]
+    folders = [run.find_checkpoint(name, config) for name in wanted or (None,)]
     columns = [score_checkpoint(folder, config, options) for folder in folders]
     print_table(folders, columns)
     runs = list(dict.fromkeys(run_folder(folder, config) for folder in folders))
-    for run in runs:
-        page = report.write(of_run(run, config)) if config.report.draw else None
+    for folder in runs:
+        page = report.write(of_run(folder, config)) if config.report.draw else None
     if options.compare and len(runs) > 1:
         page = report.compare(runs, config)
     if page:
         log.say(f"report: {page}")
-
-
-def find(name: str, config: Config) -> Path:
-    """The checkpoint that `name` means: a stage of this run, or a folder of a checkpoint, a stage
-    or a run.
-    """
-    if name in report.STAGES and (found := checkpoint.newest(config.run_dir / name)):
-        return found
-    folder = Path(name)
-    if (folder / "state.json").is_file():
-        return folder
-    if found := checkpoint.newest(folder):
-        return found
-    if any((folder / stage).is_dir() for stage in report.STAGES):
-        return checkpoint.furthest(of_run(folder, config))
-    raise UserError(
-        f"{name!r} is no checkpoint: neither a stage of {config.run_dir} "
-        f"({', '.join(report.STAGES)}) with one, nor a "
-        f"folder of a checkpoint, a stage or a run."
-    )
 
 
 def of_run(folder: Path, config: Config) -> Config:
@@ -143,7 +126,7 @@ class Bench:
     """
 
     loaded: Loaded
-    run: Path
+    run_dir: Path
     options: Options
     store: Path  # where fetched files are kept
     left_out: dict[str, list[str]] = field(default_factory=dict)
@@ -171,9 +154,9 @@ class Bench:
 def score_checkpoint(folder: Path, config: Config, options: Options) -> list[Score]:
     """All scores asked for of one checkpoint; they join the score.json of its run."""
     loaded = checkpoint.load_for_inference(folder, hardware.pick_device(config.device))
-    run = run_folder(folder, config)
-    book = ScoreBook(run / "report" / "score.json", folder, loaded.state)
-    bench = Bench(loaded, run, options, Path(config.runs) / "tasks")
+    run_dir = run_folder(folder, config)
+    book = ScoreBook(run_dir / "report" / "score.json", folder, loaded.state)
+    bench = Bench(loaded, run_dir, options, Path(config.runs) / "tasks")
     log.say(f"score of {folder}")
     scores: list[Score] = []
     for name in tasks_wanted(loaded, options):
@@ -337,9 +320,9 @@ def bits_per_byte_scores(bench: Bench) -> list[Score]:
     loaded, found = bench.loaded, []
     for source in loaded.config.data.corpora():
         shards = TokenShards(
-            bench.run / "tokens" / source.name,
+            bench.run_dir / "tokens" / source.name,
             "validation",
-            loaded.config.command("train_tokenizer.py"),
+            run.command(loaded.config, "train_tokenizer.py"),
         )
         if shards.tokenizer_hash != loaded.tokenizer.hash:
             raise UserError(
@@ -689,4 +672,4 @@ def lm_eval_scores(bench: Bench) -> list[Score]:
 
 
 if __name__ == "__main__":
-    cli.run_script(lambda: main(*cli.parse_cli_with(Options(), __doc__)), "stopped.")
+    cli.run_script(lambda: main(*run.parse(SCRIPT)), "stopped.")

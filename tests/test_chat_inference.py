@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save_file
 
 import chat_inference
-from chat_inference import Chat, Options, Terminal, find_checkpoint
+from chat_inference import Chat, Options, Terminal
 from config import PRESETS, REASONING_PROMPT, Config, HRMConfig, ModelConfig, UserError
-from hearth import cli
 from hearth.cli import to_json
 from hearth.data.chat_format import render
 from hearth.data.tokenizer import Tokenizer
+from hearth.run import find_checkpoint
 from hearth.training.checkpoint import load_for_inference
 from model import build_model
 
@@ -276,11 +276,11 @@ def test_a_thinking_budget_closes_the_thought(chat: Chat) -> None:
 
 def test_the_newest_checkpoint_of_the_furthest_stage_is_taken(tmp_path: Path) -> None:
     config = replace(CONFIG, runs=str(tmp_path))
-    with pytest.raises(UserError, match=r"No checkpoint in .*run_pipeline.py --preset demo"):
-        find_checkpoint(config)
+    with pytest.raises(UserError, match=r"no run .*run_pipeline.py --preset demo"):
+        find_checkpoint(None, config)
     for stage, step in (("base", 900), ("sft1", 20), ("sft1", 100), ("sft2", 3)):
         expected = write_checkpoint(tmp_path / "demo" / stage, stage, step)
-        assert find_checkpoint(config) == expected
+        assert find_checkpoint(None, config) == expected
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_the_newest_checkpoint_of_the_furthest_stage_is_taken(tmp_path: Path) ->
         (Options(cycles=0), "0 cycles"),
         (Options(early_exit=float("nan")), "at least 0"),
         (Options(guidance=-1.0), "give 0 to 100"),
-        (Options(checkpoint="/nonexistent"), "holds no checkpoint"),
+        (Options(checkpoint="/nonexistent"), "is no checkpoint"),
         (Options(prompt="  "), "prompt is empty"),
     ],
 )
@@ -391,9 +391,9 @@ def test_json_counts_the_cycles_of_the_head(checkpoints: Path, capsys, piped) ->
 
 def test_the_options_of_the_head_can_be_typed() -> None:
     words = ["--preset", "demo", "--think-cycles", "3", "--early-exit", "0.01", "--guidance", "1.5"]
-    _, options = cli.parse_cli_with(Options(), "", words)
+    _, options = chat_inference.SCRIPT.parse(words)
     assert (options.cycles, options.early_exit, options.guidance) == (3, 0.01, 1.5)
-    assert cli.parse_cli_with(Options(), "", ["--preset", "demo", "--cycles", "2"])[1].cycles == 2
+    assert chat_inference.SCRIPT.parse(["--preset", "demo", "--cycles", "2"])[1].cycles == 2
 
 
 def test_as_a_program_it_ends_with_codes_that_mean_something(
@@ -408,7 +408,7 @@ def test_as_a_program_it_ends_with_codes_that_mean_something(
     assert (fine.returncode, b"Traceback" in fine.stderr) == (0, False)
     wrong = start("--runs", str(tmp_path))
     assert (wrong.returncode, b"Traceback" in wrong.stderr) == (2, False)
-    assert wrong.stderr.startswith(b"error: No checkpoint in")
+    assert wrong.stderr.startswith(b"error: There is no run")
 
 
 # ----------------------------------------------------------------------------------------- commands

@@ -111,7 +111,7 @@ def made(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def copy(made: Path, to: Path) -> Path:
     """A finished run under `to` as its runs folder."""
-    shutil.copytree(made, to / "demo" / "text")
+    stages.copy_run(made.parent, to / "demo", "text")
     return to / "demo" / "text"
 
 
@@ -291,9 +291,7 @@ def test_other_settings_are_refused_with_old_new_and_remedy(
     files: Path, made: Path, tmp_path: Path
 ) -> None:
     copy(made, tmp_path)
-    with pytest.raises(
-        UserError, match=r"min_chars: made with 8, asked for 99[\s\S]*Remove that folder.*--name"
-    ):
+    with pytest.raises(UserError, match=r"min_chars was 8, is 99[\s\S]*--redo text.*--name"):
         make(configured(tmp_path, files, min_chars=99))
 
 

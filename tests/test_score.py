@@ -366,20 +366,6 @@ def test_a_new_checkpoint_of_a_stage_takes_the_old_ones_place(tmp_path: Path) ->
     }
 
 
-@pytest.mark.parametrize("name", ["nothing", "sft1", "."])
-def test_a_checkpoint_that_is_none_is_named(name: str, run: Config) -> None:
-    with pytest.raises(UserError, match="is no checkpoint"):
-        score.find(name, run)
-
-
-def test_any_checkpoint_of_any_run_is_found(run: Config) -> None:
-    whole = checkpoint.newest(run.run_dir / "base")
-    other = replace(run, name="another")
-    for name, config in (("base", run), (str(run.run_dir / "base"), other), (str(whole), other)):
-        assert score.find(name, config) == whole
-    assert score.find(str(run.run_dir), other) == checkpoint.newest(run.run_dir / "sft2")
-
-
 def test_a_task_that_is_none_is_answered_with_those_there_are(loaded: Loaded) -> None:
     with pytest.raises(UserError, match=r"no task piqua.*arc_easy"):
         score.tasks_wanted(loaded, Options(tasks=("piqua",)))

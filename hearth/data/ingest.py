@@ -136,9 +136,11 @@ def write_chat_shards(
     *,
     retry_minutes: float = 30.0,
     verify: bool = False,
+    remake: bool = False,
 ) -> dict[str, Any]:
-    """Bring one set of conversations into `folder`, go on with it, or mend it; returns the
-    manifest.
+    """Bring one set of conversations into `folder`, continue it, or mend it; returns the manifest.
+
+    remake: make it again, instead of raising `InputsChanged`, where its source has changed.
     """
     opened = Source(source, retry_minutes)
     settings = {
@@ -149,7 +151,7 @@ def write_chat_shards(
     }
     return Ingest(
         opened,
-        ShardFolder(folder, "chat", settings, verify=verify),
+        ShardFolder(folder, "chat", settings, verify=verify, remake=remake),
         whole_rows,
         chat_filter(source),
         share=validation_share,

@@ -20,12 +20,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from config import UserError
 from hearth import log
+from hearth.run import InputsChanged, differences
 from hearth.storage import checksum, sync_folder, write_json, writing
 
 SCHEMA = 1  # version of the manifest
@@ -47,13 +49,35 @@ class ShardFolder:
     more.
 
     damaged: what is wrong with which file, by size, and with `verify` by checksum. Raises
-    `UserError` where the folder was made with other settings than `settings`, or cannot be written.
+    `InputsChanged` where the folder was made with other settings than `settings` (with `remake` it
+    is made again), `UserError` where it cannot be written.
     """
 
     def __init__(
-        self, folder: Path, kind: str, settings: dict[str, Any], *, verify: bool = False
+        self,
+        folder: Path,
+        kind: str,
+        settings: dict[str, Any],
+        *,
+        verify: bool = False,
+        remake: bool = False,
     ) -> None:
         self.folder, self.kind = Path(folder), kind
+        try:
+            self._open(settings)
+        except InputsChanged:
+            if not remake:
+                raise
+            shutil.rmtree(self.folder)
+            self._open(settings)
+        self.damaged = damaged_files(self.folder, self.manifest, full=verify)
+        for name, what in self.damaged.items():
+            log.say(f"{self.folder / name} {what}: making it again")
+        with writing(self.folder):
+            for leftover in self.folder.glob("*.part"):
+                leftover.unlink()
+
+    def _open(self, settings: dict[str, Any]) -> None:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.finished = is_finished(self.folder)
@@ -61,12 +85,6 @@ class ShardFolder:
             self.folder / (MANIFEST if self.finished else DRAFT)
         ) or self._fresh(settings)
         self._require(settings)
-        self.damaged = damaged_files(self.folder, self.manifest, full=verify)
-        for name, what in self.damaged.items():
-            log.say(f"{self.folder / name} {what}: making it again")
-        with writing(self.folder):
-            for leftover in self.folder.glob("*.part"):
-                leftover.unlink()
 
     def _fresh(self, settings: dict[str, Any]) -> dict[str, Any]:
         return {"schema": SCHEMA, "kind": self.kind, "settings": settings, "units": []}
@@ -77,18 +95,8 @@ class ShardFolder:
                 f"{self.folder} was made by another version of this program: remove it and start "
                 "again."
             )
-        old = self.manifest["settings"]
-        differing = [
-            f"  {name}: made with {_short(old.get(name))}, asked for {_short(settings.get(name))}"
-            for name in {**old, **settings}
-            if old.get(name) != settings.get(name)
-        ]
-        if differing:
-            raise UserError(
-                f"{self.folder} was made with other settings:\n"
-                + "\n".join(differing)
-                + "\nRemove that folder to make it again, or choose another --name to keep both."
-            )
+        if differing := differences(self.manifest["settings"], settings):
+            raise InputsChanged(self.folder, differing)
 
     @property
     def units(self) -> list[dict[str, Any]]:
@@ -193,9 +201,16 @@ def load_json(path: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 120 else text[:117] + "..."
+def content_fingerprint(manifest: dict[str, Any]) -> str:
+    """A hash of what all shards of a folder hold."""
+    return fingerprint(
+        [[f["sha256"] for f in unit["files"].values()] for unit in manifest["units"]]
+    )
+
+
+def inputs_of_tokens(manifests: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What the tokenizer stage uses, for the run's record: the text of each corpus, by its name."""
+    return {f"text of {name}": content_fingerprint(m) for name, m in manifests.items()}
 
 
 def read_manifest(folder: Path, command: str) -> dict[str, Any]:
