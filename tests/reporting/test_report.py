@@ -422,7 +422,7 @@ def test_the_page_loads_nothing_and_runs_nothing(config: Config) -> None:
 def test_text_of_a_model_or_a_file_stays_text(config: Config) -> None:
     html, markdown = shown(config)
     assert "<script>" not in html
-    assert "&lt;script&gt;alert(&quot;&amp;amp;&quot;)&lt;/script&gt; **bold**" in html
+    assert "&lt;script&gt;alert(&#34;&amp;amp;&#34;)&lt;/script&gt; **bold**" in html
     assert "\\<script\\>" in markdown
     assert "\\*\\*bold\\*\\* \\| \\`code\\`" in markdown
 
