@@ -411,7 +411,7 @@ def paint_bars(figure: Any, bars: Bars) -> None:
         y += 1.9
         axes.text(0, y - 0.35, label, color=INK)
         for bar in (bar for bar in bars.bars if bar.label == label):
-            error = bar.stderr if math.isfinite(bar.stderr) else None
+            error = bar.stderr if bar.stderr >= 0 else None  # NaN where it has none
             looks = {"color": COLOURS[bars.groups.index(bar.group) % len(COLOURS)], "ecolor": INK}
             axes.barh(y + 0.45, bar.value, 0.85, xerr=error, error_kw={"elinewidth": 0.7}, **looks)
             if math.isfinite(bar.chance):

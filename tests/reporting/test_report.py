@@ -239,9 +239,9 @@ def test_evaluations_stand_at_the_tokens_and_hours_of_their_step(config: Config)
 
 
 def test_skipped_steps_are_marked_at_their_gradient(config: Config) -> None:
-    chart = report.gradient_chart(
-        Trace(config.run_dir / "base"), report.XAxis("tokens", np.arange(1.0, 21.0))
-    )
+    (norm,) = [figure for figure in report.RUNNING if figure[0] == "Gradient norm"]
+    tokens = report.XAxis("tokens", np.arange(1.0, 21.0))
+    chart = report.curve(Trace(config.run_dir / "base"), *norm, x=tokens)
     assert [(s.name, s.x) for s in chart.series if s.style == "points"] == [
         ("skipped step", (16.0,))
     ]
