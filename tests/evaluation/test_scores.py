@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -82,3 +83,29 @@ def test_a_new_checkpoint_of_a_stage_takes_the_old_ones_place(tmp_path: Path) ->
         ("sft1", 1),
         ("base", 2),
     }
+
+
+BAD = ["", "[]", '{"scores": 5}', '{"scores": [1, {}, {"task": 5, "value": 1}]}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_a_damaged_book_begins_again(text: str, tmp_path: Path) -> None:
+    path, state = tmp_path / "score.json", {"stage": "base", "step": 1, "tokens": 1}
+    path.write_text(text)
+    book = ScoreBook(path, Path("base/step-1"), state, None)
+    assert book.known("copa") is None
+    book.keep("copa", [Score("copa", "accuracy", 0.5)])
+    assert book.known("copa") == [Score("copa", "accuracy", 0.5)]
+
+
+@pytest.mark.parametrize("wrong", ["x", [], {}])
+@pytest.mark.parametrize("name", ["value", "stderr", "chance", "n", "shots", "cut", "seconds"])
+def test_a_score_with_a_field_of_the_wrong_type_is_scored_again(
+    name: str, wrong: object, tmp_path: Path
+) -> None:
+    path, state = tmp_path / "score.json", {"stage": "base", "step": 1, "tokens": 1}
+    ScoreBook(path, Path("a"), state, None).keep("copa", [Score("copa", "accuracy", 0.5)])
+    book = report.read_json(path)
+    book["scores"][0][name] = wrong
+    path.write_text(json.dumps(book))
+    assert ScoreBook(path, Path("a"), state, None).known("copa") is None
