@@ -128,12 +128,12 @@ def score_checkpoint(folder: Path, config: Config, options: Options) -> list[Sco
     for reason, names in left_out.items():
         log.say(f"left out: {', '.join(names)}. {reason}")
     core = core_score(scores)
-    others = lm_eval_scores(bench, options) if options.lm_eval else []
-    for score in (*core, *others):
-        log.say(score.line())
     book.keep("core", core)
+    others = lm_eval_scores(bench, options) if options.lm_eval else []
     if others:
         book.keep("lm-eval", others)
+    for score in (*core, *others):
+        log.say(score.line())
     return [*core, *scores, *others]
 
 

@@ -189,8 +189,8 @@ def alone_model(loaded: Loaded) -> Any:
 
 @torch.inference_mode()
 def alone(loaded: Loaded, before: Sequence[int], ending: Sequence[int]) -> tuple[float, bool]:
-    """Log-likelihood of an ending behind `<|bos|>` and its beginning, and whether each of its tokens
-    is the likeliest.
+    """Log-likelihood of an ending behind `<|bos|>` and its beginning, and whether each of its
+    tokens is the likeliest.
     """
     ids = torch.tensor([loaded.tokenizer.bos, *before, *ending], device=loaded.model.device)
     hidden = loaded.model(ids, PackedSequences(torch.zeros_like(ids, dtype=torch.bool), len(ids)))

@@ -1,6 +1,6 @@
 """What a person and a program see of a run: the console line, `metrics.jsonl`, progress bars.
 
-In: a step's figures. Out: one fixed-width line a step on the terminal, the same values as JSON in
+In: a step's figures. Out: one fixed-width line per step on the terminal, the same values as JSON in
 the run's folder. Knows nothing of models or data.
 """
 

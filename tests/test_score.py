@@ -100,7 +100,7 @@ def test_beside_chat_models_a_base_model_is_not_asked_to_chat(loaded: Loaded) ->
     )
     assert score.tasks_wanted(base, several) == ["copa"]
     assert score.tasks_wanted(chat, several) == ["copa", "gsm8k_chat"]
-    assert score.tasks_wanted(base, one) == ["gsm8k_chat"]  # and is told why not
+    assert score.tasks_wanted(base, one) == ["gsm8k_chat"]  # and refuses, with the reason
 
 
 @pytest.mark.parametrize("name", ["nothing", "sft1", "."])

@@ -14,6 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from config import UserError
 from hearth.decoding.engine import Engine
 from hearth.evaluation import tasks
 from hearth.evaluation.scores import Score
@@ -104,15 +105,26 @@ class HearthLM(TemplateLM):
 def lm_eval_scores(
     loaded: Loaded, names: Sequence[str], *, limit: int | None, own_tasks: str | None = None
 ) -> list[Score]:
-    """Tasks of lm-eval, run by lm-eval itself; `own_tasks` is a folder with further task files."""
-    results = simple_evaluate(
-        model=HearthLM(loaded),
-        tasks=list(names),
-        limit=limit,
-        bootstrap_iters=100,
-        log_samples=False,
-        task_manager=TaskManager(include_path=own_tasks),
-    )
+    """Tasks of lm-eval, run by lm-eval itself; `own_tasks` is a folder with further task files.
+
+    Raises `UserError` for a task that lm-eval does not know, or whose data cannot be fetched.
+    """
+    manager = TaskManager(include_path=own_tasks)
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise UserError(
+            f"lm-eval has no task {', '.join(unknown)}. `uv run lm_eval ls tasks` lists its tasks."
+        )
+    try:
+        results = simple_evaluate(
+            model=HearthLM(loaded),
+            tasks=list(names),
+            limit=limit,
+            bootstrap_iters=100,
+            log_samples=False,
+            task_manager=manager,
+        )
+    except OSError as error:
+        raise UserError(f"lm-eval cannot fetch the data of {', '.join(names)}: {error}") from error
     scores = []
     for task, figures in results["results"].items():
         n = results["n-samples"].get(task, {}).get("effective", 0)

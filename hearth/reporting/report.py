@@ -676,7 +676,7 @@ def corpus_row(
 
 
 def tokenizer_blocks(run: Run) -> list[Any]:
-    """How large the vocabulary is, and how much text a token stands for in each corpus."""
+    """How large the vocabulary is, and how many bytes a token stands for in each corpus."""
     path = run.folder / "tokenizer" / "tokenizer.json"
     if not path.is_file():
         return []

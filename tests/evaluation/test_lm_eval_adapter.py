@@ -9,7 +9,7 @@ import torch
 from scored import WORDS, make_run, write_files
 
 from benchmarks import agreement
-from config import Config
+from config import Config, UserError
 from hearth.training import checkpoint
 from hearth.training.checkpoint import Loaded
 
@@ -70,3 +70,21 @@ def test_lm_eval_generates_and_reads_whole_texts(loaded: Loaded) -> None:
     assert said == whole.split(stop)[0] != whole
     (likelihood,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
     assert -1e5 < likelihood < -len(WORDS)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_task_that_lm_eval_lacks_or_cannot_fetch_is_named(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is an extra: uv sync --extra lm-eval")
+    from hearth.evaluation import lm_eval_adapter
+
+    with pytest.raises(UserError, match="no task arc_eazy"):
+        lm_eval_adapter.lm_eval_scores(loaded, ["arc_eazy"], limit=1)
+
+    def offline(**given: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(lm_eval_adapter, "simple_evaluate", offline)
+    with pytest.raises(UserError, match=r"cannot fetch the data of arc_easy: no route"):
+        lm_eval_adapter.lm_eval_scores(loaded, ["arc_easy"], limit=1)

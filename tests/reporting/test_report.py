@@ -1,4 +1,4 @@
-"""The report: what it says of a run, whole or in the making, and that it can be read anywhere."""
+"""The report: what it says of a run, whole or while it trains, and that it can be read anywhere."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def test_corpora_share_the_tokens_by_their_weights_in_each_stage(config: Config)
     assert report.training_shares(run, ["sea", "land"]) == {"sea": 0.375, "land": 0.625}
 
 
-# ----------------------------------------------------------------------- runs in the making, damage
+# ----------------------------------------------------------------------- runs that train, damage
 
 
 def remove(*path: str) -> Callable[[Path], None]:
@@ -413,7 +413,7 @@ def test_charts_of_wrong_figures_are_drawn(wrong: str, config: Config) -> None:
     assert "At a glance" in shown(config)[0]
 
 
-def test_a_page_of_a_run_in_the_making_loads_itself_again(config: Config) -> None:
+def test_the_page_of_a_run_that_trains_reloads_itself(config: Config) -> None:
     assert 'http-equiv="refresh"' not in shown(config)[0]
     write_jsonl(config.run_dir / "sft1" / "metrics.jsonl", metrics(10)[:5])
     html = shown(config)[0]
