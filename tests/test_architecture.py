@@ -25,7 +25,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("batches", "distributed", "optim", "eight_bit", "gradients", "planning"),
         *("checkpoint", "loop"),
     ),
-    "evaluation": ("tasks", "lm_eval_adapter"),
+    "evaluation": ("tasks", "scores", "chat_tasks", "lm_eval_adapter"),
     "serving": ("terminal",),
 }
 PLACE = {
