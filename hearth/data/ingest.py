@@ -265,10 +265,10 @@ class Ingest:
         new.
         """
         manifest = self.target.manifest
-        self.source.revision = manifest.get("revision")
+        self.source.revision = field(manifest, "revision", str | None, self.target.folder / DRAFT)
+        manifest |= {"name": self.name, "source": self.source.origin(self.target.folder)}
         if "licence" not in manifest:
-            origin = self.source.origin(self.target.folder)
-            manifest |= {"name": self.name, "source": origin, **self.source.facts()}
+            manifest |= self.source.facts()
             self.target.save_draft()
 
     # ------------------------------------------------------------------------------------ one unit
@@ -581,7 +581,8 @@ class Tally:
         for example in facts["examples"]:
             self.examples.append({**example, "row": int(example["row"])})
             told(example)
-        self.samples = sorted([*self.samples, *facts["samples"]])[:SAMPLES]
+        samples = [[int(rank), str(begin)] for rank, begin in facts["samples"]]
+        self.samples = sorted(self.samples + samples)[:SAMPLES]
         self.lowest = min(self.lowest, int(facts["lowest"]))
         self.highest = max(self.highest, int(facts["highest"]))
         for number, (name, kept, lost, read_as) in facts["files"].items():

@@ -241,33 +241,31 @@ def _foreign(folder: Path) -> UserError:
 
 
 def _check(manifest: dict[str, Any], path: Path) -> None:
-    """Every field that this module, and whoever sums up units, relies on."""
+    """Every field that a reader relies on is there, and the numbers belong together."""
     kind = field(manifest, "kind", str, path)
     field(manifest, "settings", dict, path)
     totals = {split: dict.fromkeys(TOTALS, 0) for split in SPLITS}
+    cursor = [0, 0]
     for number, unit in enumerate(field(manifest, "units", list, path)):
         at = f"units[{number}]"
         if not isinstance(unit, dict):
-            raise UserError(f"{path}: {at} should be an object.")
+            raise UserError(f"{path}: {at} should be an object, but is {shown(unit)}.")
         for name, wanted in UNIT_FIELDS.get(kind, {}).items():
-            value = field(unit, name, wanted, path, at=at)
-            if wanted is list and [type(item) for item in value] != [int, int]:
-                raise UserError(f"{path}: {at}.{name} should be a file and a row.")
+            field(unit, name, wanted, path, at=at)
+        if kind == "tokens":
+            split = _one_of(SPLITS, unit, "split", path, at)
+            _same(unit["first_document"], totals[split]["documents"], path, f"{at}.first_document")
+        if kind in ("text", "chat"):
+            _same(unit["from"], cursor, path, f"{at}.from")
+            cursor = unit["to"]
+            if [type(item) for item in cursor] != [int, int]:
+                raise UserError(f"{path}: {at}.to should be a file and a row.")
+        before = sum(total["documents"] for total in totals.values())
         for name, facts in field(unit, "files", dict, path, at=at).items():
-            here = f"{at}.files[{shown(name)}]"
-            if not FILE_NAME.fullmatch(name) or not isinstance(facts, dict):
-                raise UserError(f"{path}: {here} is no shard with its facts.")
-            split = field(facts, "split", str, path, at=here)
-            if split not in SPLITS:
-                raise UserError(f"{path}: {here}.split is {shown(split)}.")
-            field(facts, "sha256", str, path, at=here)
-            amounts = {n: field(facts, n, int | None, path, at=here) or 0 for n in TOTALS}
-            amounts["size"] = field(facts, "size", int, path, at=here)
-            for name_, amount in amounts.items():
-                if amount < 0:
-                    raise UserError(f"{path}: {here}.{name_} is {amount}.")
-            for name_ in TOTALS:
-                totals[split][name_] += amounts[name_]
+            _check_file(kind, name, facts, totals, path, f"{at}.files[{shown(name)}]")
+        if kind == "tokens":
+            found = sum(total["documents"] for total in totals.values()) - before
+            _same(unit["documents"], found, path, f"{at}.documents")
     if path.name != MANIFEST:
         return
     for name, wanted in FACTS.get(kind, {}).items():
@@ -279,9 +277,39 @@ def _check(manifest: dict[str, Any], path: Path) -> None:
         for sample in facts if name == "samples" else ():
             if not isinstance(sample, list) or [type(item) for item in sample] != [int, str]:
                 raise UserError(f"{path}: samples should hold pairs of a rank and a text.")
-    if (found := field(manifest, "splits", dict, path)) != totals:
+    _same(field(manifest, "splits", dict, path), totals, path, "splits")
+
+
+def _check_file(
+    kind: str, name: str, facts: Any, totals: dict[str, dict[str, int]], path: Path, at: str
+) -> None:
+    """The facts of one shard; adds its amounts to those of its split."""
+    if not FILE_NAME.fullmatch(name) or not isinstance(facts, dict):
+        raise UserError(f"{path}: {at} is no shard with its facts.")
+    split = _one_of(SPLITS, facts, "split", path, at)
+    field(facts, "sha256", str, path, at=at)
+    counted = {"text": TOTALS[:2], "chat": TOTALS[:2], "tokens": TOTALS}.get(kind, ())
+    if name.count(".") > 1:  # what lies beside the tokens counts nothing of its own
+        counted = ()
+    for amount in {"size", *counted, *set(TOTALS).intersection(facts)}:
+        if field(facts, amount, int, path, at=at) < 0:
+            raise UserError(f"{path}: {at}.{amount} is {facts[amount]}.")
+    for amount in TOTALS:
+        totals[split][amount] += facts.get(amount, 0)
+
+
+def _one_of(values: tuple[str, ...], record: dict[str, Any], name: str, path: Path, at: str) -> str:
+    value = field(record, name, str, path, at=at)
+    if value not in values:
+        raise UserError(f"{path}: {at}.{name} is {shown(value)}, not {' or '.join(values)}.")
+    return value
+
+
+def _same(found: Any, expected: Any, path: Path, name: str) -> None:
+    if found != expected:
         raise UserError(
-            f"{path}: splits says {shown(found)}, but the units together hold {shown(totals)}."
+            f"{path}: {name} is {shown(found)}, which does not go with the units: "
+            f"{shown(expected)}."
         )
 
 

@@ -213,7 +213,7 @@ def data_sheet(manifest: dict[str, Any]) -> str:
         "source": ", ".join(
             f"{name} {value}" for name, value in source.items() if value is not None
         ),
-        "revision": manifest["revision"] or "none",
+        "revision": manifest.get("revision") or "none",
         "licence": manifest["licence"],
         "documents": f"{documents:,}, of which {splits['validation']['documents']:,} held out",
         "text": f"{n_bytes:,} bytes, {n_bytes / max(1, documents):,.0f} a document",
