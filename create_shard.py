@@ -123,7 +123,7 @@ def report(title: str, manifest: dict[str, Any]) -> None:
     dropped = ", ".join(f"{n} × {reason}" for reason, n in manifest["dropped"].items()) or "nothing"
     log.say(
         f"{title}: {train['documents']} documents, {log.size(train['text_bytes'])}; "
-        f"held out {held_out['documents']}; dropped {dropped}"
+        f"held out {held_out['documents']}, {log.size(held_out['text_bytes'])}; dropped {dropped}"
     )
 
 
