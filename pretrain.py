@@ -29,10 +29,11 @@ from hearth.reporting.report import Reporter, Trace, learning_charts, refresh, x
 from hearth.training import checkpoint, distributed
 from hearth.training.batches import PretrainingBatches, validation_batches
 from hearth.training.eight_bit import linear_that_pays
-from hearth.training.loop import Job, Progress, evaluate_loss, fit, resume
+from hearth.training.held_out import evaluate_loss, probe_head
+from hearth.training.loop import Job, Progress, fit, resume
 from hearth.training.optim import Optimizers, build_optimizers
 from hearth.training.planning import GIB, make_plan, measure, table, time_update
-from model import Model, PackedSequences, build_model, compute_dtype, probe_head
+from model import Model, PackedSequences, build_model, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,6 @@ def main(config: Config, options: Options) -> None:
         optimizers=optimizers,
         batches=batches,
         loop=loop,
-        seed=config.seed,
         folder=folder,
         context=config.model.context,
         save=save,

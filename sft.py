@@ -27,7 +27,8 @@ from hearth.decoding.engine import Engine, Sampling
 from hearth.reporting.report import Reporter, refresh
 from hearth.training import checkpoint, distributed
 from hearth.training.batches import ConversationBatches, held_out_conversations
-from hearth.training.loop import Job, Progress, evaluate_loss, fit, resume
+from hearth.training.held_out import evaluate_loss
+from hearth.training.loop import Job, Progress, fit, resume
 from hearth.training.optim import build_optimizers
 from model import Model, build_model, compute_dtype
 
@@ -106,7 +107,6 @@ def train_stage(config: Config, stage: int, start: Path | None) -> None:
         optimizers=optimizers,
         batches=batches,
         loop=loop,
-        seed=config.seed,
         folder=folder,
         context=loop.context,
         save=save,

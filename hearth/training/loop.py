@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,10 +21,10 @@ from hearth import hardware, log
 from hearth.reporting.trackers import open_trackers
 from hearth.training import checkpoint, distributed
 from hearth.training.batches import Batch
-from hearth.training.gradients import HeadPlan, accumulate, head_schedule
+from hearth.training.gradients import accumulate
 from hearth.training.optim import Optimizers, learning_rate_factor
 from hearth.training.planning import ACTIVATION_CHECKPOINTING, GIB, make_plan, measure
-from model import Model, PackedSequences
+from model import Model
 
 # ------------------------------------------------------------------------------------ spiking steps
 
@@ -62,27 +62,6 @@ class SpikeGuard:
         self.skipped += 1
         self.in_a_row += 1
         return False
-
-
-# --------------------------------------------------------------------------------------- evaluation
-
-
-@torch.no_grad()
-def evaluate_loss(
-    model: Model, batches: Iterable[Batch], h_cycles: int | None = None
-) -> tuple[float, int]:
-    """Summed cross-entropy in nats, and the number of tokens that it sums over."""
-    total, count = 0.0, 0
-    for batch in batches:
-        batch = batch.to(model.device)
-        hidden = model(
-            batch.ids,
-            PackedSequences(batch.starts, batch.row_length, model.device),
-            h_cycles=h_cycles,
-        )
-        total += float(model.loss(hidden, batch.targets, batch.weights))
-        count += int(batch.weights.sum())
-    return total, count
 
 
 # --------------------------------------------------------------------------------------------- loop
@@ -148,7 +127,6 @@ class Job:
     optimizers: Optimizers
     batches: Batches
     loop: LoopConfig
-    seed: int
     folder: Path  # of the stage: metrics.jsonl and checkpoints
     context: int  # longest segment, for the FLOPs of a token
     save: Callable[[dict[str, Any]], Path]  # state -> checkpoint folder
@@ -256,10 +234,8 @@ def train_step(job: Job, progress: Progress, micro_tokens: int) -> tuple[dict[st
     batch = job.batches.batch(step)
     factor = learning_rate_factor(step, steps, loop)
     job.optimizers.schedule(step, factor)
-    hrm = model.head.hrm if model.head else None
-    plan = head_schedule(hrm, job.seed, step, steps)
     mine = share_of(batch)
-    loss, micro_tokens = accumulate_within_memory(job, mine, micro_tokens, plan)
+    loss, micro_tokens = accumulate_within_memory(job, mine, micro_tokens)
     if distributed.n_ranks() > 1:
         weight = float(mine.weights.sum()) / max(1.0, float(batch.weights.sum()))
         distributed.sum_gradients(model.parameters(), weight)
@@ -298,15 +274,13 @@ def share_of(batch: Batch) -> Batch:
     )
 
 
-def accumulate_within_memory(
-    job: Job, batch: Batch, micro_tokens: int, plan: HeadPlan
-) -> tuple[float, int]:
+def accumulate_within_memory(job: Job, batch: Batch, micro_tokens: int) -> tuple[float, int]:
     """`accumulate`; when memory runs out, the same batch again in micro-batches of half the size,
     and when there is but one row in them, with more of its activations recomputed.
     """
     while True:
         try:
-            return accumulate(job.model, batch, micro_tokens, plan), micro_tokens
+            return accumulate(job.model, batch, micro_tokens), micro_tokens
         except torch.OutOfMemoryError as error:
             if (
                 micro_tokens <= batch.row_length

@@ -217,7 +217,7 @@ def build_optimizers(
     vectors = [p for p in model.parameters() if id(p) not in chosen]
     rest = [
         {"params": embedding, "lr": lr * config.embedding_lr_ratio, "weight_decay": 0.0},
-        {"params": vectors, "lr": lr * config.scalar_lr_ratio, "weight_decay": 0.0},
+        {"params": vectors, "lr": lr, "weight_decay": 0.0},
     ]
     dense = {"params": matrices, "lr": lr, "weight_decay": config.weight_decay}
     betas = (config.beta1, config.beta2)

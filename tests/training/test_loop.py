@@ -111,7 +111,6 @@ def make_job(
         optimizers=optimizers,
         batches=RandomBatches(),
         loop=pretrain,
-        seed=0,
         folder=folder,
         context=32,
         save=save,
