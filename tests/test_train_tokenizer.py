@@ -19,7 +19,6 @@ from test_create_shard import (  # noqa: F401
     files,
     kill_and_compare,
     make_texts,
-    small_disk,
     texts_of,
 )
 
@@ -335,7 +334,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
 
 def test_full_disk_is_said_and_the_run_goes_on_after_making_room(
     one_corpus: tuple[Config, list[str]],
-    small_disk: Path,  # noqa: F811
+    small_disk: Path,
 ) -> None:
     config, _ = one_corpus
     again = copy_of(config, small_disk)
