@@ -150,7 +150,9 @@ class Model(nn.Module):
         """Sum of `weights` (N,) times the cross-entropy of `targets` (N,), in nats, never holding
         all logits.
         """
-        return ChunkedCrossEntropy.apply(self.output(hidden), self.embedding, targets, weights)
+        # a Function is told that a parameter wants its gradient also where none is taken
+        matrix = self.embedding if torch.is_grad_enabled() else self.embedding.detach()
+        return ChunkedCrossEntropy.apply(self.output(hidden), matrix, targets, weights)
 
     @property
     def device(self) -> torch.device:

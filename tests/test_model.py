@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import PRESETS, ModelConfig, UserError
 from hearth.decoding.kv_cache import KVCache, Thought, decode_early_exit
@@ -326,6 +327,27 @@ def test_chunked_loss_equals_the_whole_and_its_gradients(tiny: ModelConfig, monk
     torch.testing.assert_close(loss, reference, check_dtype=False, atol=1e-4, rtol=1e-5)
     for a, b in zip(got, torch.autograd.grad(reference, (hidden, embedding)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+class CountsProducts(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_loss_without_gradients_multiplies_once(tiny: ModelConfig) -> None:
+    model = awake(tiny)
+    hidden, targets = torch.randn(16, tiny.d_model), random_ids(16, tiny)
+    with torch.no_grad(), CountsProducts() as counted:
+        quick = model.loss(hidden, targets, torch.ones(16))
+    assert counted.n == 1
+    with CountsProducts() as counted:
+        assert torch.equal(model.loss(hidden, targets, torch.ones(16)), quick)
+    assert counted.n == 3  # and the two gradients
 
 
 @pytest.mark.slow
