@@ -75,9 +75,7 @@ def train_stage(config: Config, stage: int, start: Path | None) -> None:
         model.compile_blocks()
     model.load_state_dict(before.model.state_dict())
     model.dtype = compute_dtype(device)
-    optimizers = build_optimizers(
-        model, config.optim, loop.lr, round(batches.n_steps * loop.warmup_share)
-    )
+    optimizers = build_optimizers(model, config.optim, loop.lr)
     data = {shards.folder.name: shards.fingerprint for shards in train}
     progress = resume(folder, model, optimizers, config, name, data)
 

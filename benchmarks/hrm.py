@@ -50,7 +50,7 @@ from hearth.cli import run_script
 from hearth.data.tokenizer import Tokenizer
 from hearth.training.batches import Batch
 from hearth.training.gradients import accumulate
-from hearth.training.optim import build_optimizers, learning_rate_factor
+from hearth.training.optim import build_optimizers
 from model import Model, PackedSequences, build_model
 
 # ----------------------------------------------------------------------------------- what is varied
@@ -386,7 +386,7 @@ def run(row: Row, lr: float, subject: Reasoning | Text) -> dict[str, Any]:
 
 
 def train_step(model: Model, optimizers: Any, batch: Batch, step: int, steps: int) -> None:
-    optimizers.schedule(step, learning_rate_factor(step, steps, LOOP))
+    optimizers.schedule(step, steps, LOOP)
     accumulate(model, batch, len(batch.ids))
     torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip)
     optimizers.step()
