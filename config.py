@@ -161,34 +161,16 @@ class HRMConfig:
     h_layer: int = 2  # blocks in H, the last one sees the whole context
     h_cycles: int = 1  # times H is called
     l_cycles: int = 1  # times L is called before each call of H; 0 is no L: H alone is looped
-    # how far back through the module calls gradients flow
-    gradient: Literal["full", "truncated", "one_step"] = "full"
-    horizon: int = 5  # truncated: module calls that keep their gradient, once warmed up from 2
-    horizon_warmup: float = 0.2  # truncated: share of training over which the horizon grows
     deep_supervision: bool = False  # a loss after every H cycle, one cycle's graph alive at a time
-    # deep supervision: cycles before the last read one token of this many, shifting each step
-    supervise_every: int = 1
-    # a step trains with 1 to this many H cycles, drawn; None is always h_cycles
-    random_cycles: int | None = None
 
     def problems(self) -> list[str]:
-        names = ("l_layer", "h_layer", "h_cycles", "horizon", "supervise_every")
         found = [
             f"model.hrm.{n} is {getattr(self, n)}, must be at least 1"
-            for n in names
+            for n in ("l_layer", "h_layer", "h_cycles")
             if getattr(self, n) < 1
         ]
         if self.l_cycles < 0:
             found.append(f"model.hrm.l_cycles is {self.l_cycles}, must be at least 0")
-        if self.deep_supervision and self.gradient != "full":
-            found.append(
-                "model.hrm.deep_supervision cuts the graph at every cycle itself: set gradient to "
-                "full"
-            )
-        if self.random_cycles is not None and self.random_cycles < 1:
-            found.append(
-                f"model.hrm.random_cycles is {self.random_cycles}, must be at least 1 or None"
-            )
         return found
 
 
@@ -264,7 +246,6 @@ class OptimConfig:
     # muon: Muon for matrices, AdamW for the rest
     name: Literal["muon", "adamw", "schedulefree"] = "muon"
     embedding_lr_ratio: float = 3.0  # learning rate of the embedding, relative to lr
-    scalar_lr_ratio: float = 1.0  # learning rate of norms, gains and other vectors, relative to lr
     weight_decay: float = 0.1  # of matrices only, decoupled, multiplied by the learning rate
     momentum: float = 0.95  # of Muon
     momentum_warmup_steps: int = 200  # Muon's momentum climbs from 0.85 over this many steps

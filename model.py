@@ -8,7 +8,6 @@ Knows no optimizer, file, tokenizer or chat format.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from inspect import signature
@@ -57,14 +56,11 @@ class Model(nn.Module):
         attn_ctx: AttentionContext,
         *,
         h_cycles: int | None = None,
-        horizon: int | None = None,
     ) -> Tensor:
-        """Hidden states (N, D) that `logits` and `loss` read.
-
-        `h_cycles` is how often the head's slow module is called (default: as configured); `horizon`
-        is how many of the last module calls keep their gradient (default: all).
+        """Hidden states (N, D) that `logits` and `loss` read; `h_cycles` is how often the head's
+        slow module is called (default: as configured).
         """
-        for hidden in self.cycles(ids, attn_ctx, h_cycles=h_cycles, horizon=horizon):
+        for hidden in self.cycles(ids, attn_ctx, h_cycles=h_cycles):
             last = hidden
         return last
 
@@ -74,7 +70,6 @@ class Model(nn.Module):
         attn_ctx: AttentionContext,
         *,
         h_cycles: int | None = None,
-        horizon: int | None = None,
     ) -> Iterator[Tensor]:
         """Hidden states (N, D) after the trunk, then after each of the head's cycles; every one can
         be read out.
@@ -89,7 +84,6 @@ class Model(nn.Module):
                 x,
                 attn_ctx,
                 h_cycles=h_cycles,
-                horizon=horizon,
                 activation_checkpointing=self.activation_checkpointing,
             )
 
@@ -156,7 +150,9 @@ class Model(nn.Module):
         """Sum of `weights` (N,) times the cross-entropy of `targets` (N,), in nats, never holding
         all logits.
         """
-        return ChunkedCrossEntropy.apply(self.output(hidden), self.embedding, targets, weights)
+        # a Function is told that a parameter wants its gradient also where none is taken
+        matrix = self.embedding if torch.is_grad_enabled() else self.embedding.detach()
+        return ChunkedCrossEntropy.apply(self.output(hidden), matrix, targets, weights)
 
     @property
     def device(self) -> torch.device:
@@ -188,33 +184,20 @@ class Model(nn.Module):
         passes = list(self.trunk)
         return passes + (self.head.block_passes(h_cycles) if self.head else [])
 
-    def flops_per_token(
-        self, context: int, h_cycles: int | None = None, horizon: int | None = None
-    ) -> float:
+    def flops_per_token(self, context: int) -> float:
         """Training FLOPs per token: 6 a weight and pass, and 12·H·E a token attended to (PaLM,
         appendix B), the attended tokens averaged over a segment of `context` tokens under each
-        pass's window; a third of both in the module calls before the last `horizon`, which have no
-        backward pass.
+        pass's window.
         """
-        c = self.config
-        hrm = c.hrm or HRMConfig(h_cycles=1)
-        # losses before the last one
-        n_earlier = (h_cycles or hrm.h_cycles) - 1 if hrm.deep_supervision else 0
-        weights = (1 + n_earlier / hrm.supervise_every) * c.vocab_size * c.d_model
-        weights += (1 + n_earlier) * (self.head.out.numel() if self.head else 0)
+        c, hrm = self.config, self.config.hrm
+        n_losses = hrm.h_cycles if hrm and hrm.deep_supervision else 1
+        weights = n_losses * (self.embedding.numel() + (self.head.out.numel() if self.head else 0))
         attended = 0.0
-        passes = self.block_passes(h_cycles)
-        kept = (
-            len(passes)
-            if horizon is None
-            else sum(len(m.blocks) for m in self.head.calls(h_cycles)[-horizon:])
-        )
-        for place, block in enumerate(passes):
-            share = 1.0 if place < len(self.trunk) or place >= len(passes) - kept else 1 / 3
-            weights += share * sum(p.numel() for p in block.parameters())
+        for block in self.block_passes():
+            weights += sum(p.numel() for p in block.parameters())
             reach = min(block.window or context, context)
             # a token at position t sees min(t + 1, reach)
-            attended += share * (reach - reach * (reach - 1) / (2 * context))
+            attended += reach - reach * (reach - 1) / (2 * context)
         return 6 * weights + 12 * c.n_head * c.head_dim * attended
 
 
@@ -257,9 +240,8 @@ class HRMHead(nn.Module):
         self.gains = nn.Parameter(torch.empty(5 if hrm.l_cycles else 2, config.d_model))  # g0 … g4
         # z_L before any call
         self.fast_start = nn.Parameter(torch.empty(config.d_model)) if hrm.l_cycles else None
-        trained_cycles = max(hrm.h_cycles, hrm.random_cycles or 1)
         self.call_embedding = nn.Parameter(
-            torch.empty(trained_cycles, hrm.l_cycles + 1, config.d_model)
+            torch.empty(hrm.h_cycles, hrm.l_cycles + 1, config.d_model)
         )
         self.out = nn.Parameter(torch.empty(config.d_model, config.d_model))
 
@@ -269,40 +251,27 @@ class HRMHead(nn.Module):
         attn_ctx: AttentionContext,
         *,
         h_cycles: int | None = None,
-        horizon: int | None = None,
         detach: bool = False,
         activation_checkpointing: str = "none",
     ) -> Iterator[Tensor]:
         """Yield y (N, D) after each H cycle, for the trunk's output x (N, D).
 
-        Only the last `horizon` module calls keep their gradient. `detach` cuts the states' graph
-        after each cycle. Cycles beyond the trained number reuse the last one's call embeddings.
+        `detach` cuts the states' graph after each cycle. Cycles beyond the trained number reuse the
+        last one's call embeddings.
         """
-        h_cycles = h_cycles or self.hrm.h_cycles
-        n_calls = h_cycles * (self.hrm.l_cycles + 1)
-        first_kept = 0 if horizon is None else max(0, n_calls - horizon)
         gain = self.gains.to(x.dtype)
         call_embedding = self.call_embedding.to(x.dtype)
         e = rms_norm(x)
         z_slow, z_fast = e, self.fast_start.to(x.dtype).expand_as(x) if self.fast else e
-        call = 0
-        for h in range(h_cycles):
+        for h in range(h_cycles or self.hrm.h_cycles):
             if detach and h > 0:
                 e = rms_norm(x)  # the graph of the first one is gone with its cycle's backward pass
             embedding = call_embedding[min(h, len(call_embedding) - 1)]
-            for step in range(self.hrm.l_cycles + 1):
-                with torch.set_grad_enabled(torch.is_grad_enabled() and call >= first_kept):
-                    if step < self.hrm.l_cycles:
-                        mixed = gain[0] * z_fast + gain[1] * z_slow + gain[2] * e + embedding[step]
-                        z_fast = self._call(self.fast, mixed, attn_ctx, activation_checkpointing)
-                    else:
-                        mixed = (
-                            gain[-2] * z_slow
-                            + gain[-1] * (z_fast if self.fast else e)
-                            + embedding[step]
-                        )
-                        z_slow = self._call(self.slow, mixed, attn_ctx, activation_checkpointing)
-                call += 1
+            for step in range(self.hrm.l_cycles):
+                mixed = gain[0] * z_fast + gain[1] * z_slow + gain[2] * e + embedding[step]
+                z_fast = self._call(self.fast, mixed, attn_ctx, activation_checkpointing)
+            mixed = gain[-2] * z_slow + gain[-1] * (z_fast if self.fast else e) + embedding[-1]
+            z_slow = self._call(self.slow, mixed, attn_ctx, activation_checkpointing)
             yield e + project(z_slow, self.out)
             if detach:
                 z_slow, z_fast = z_slow.detach(), z_fast.detach()
@@ -316,11 +285,11 @@ class HRMHead(nn.Module):
         return checkpoint(module, z, attn_ctx, use_reentrant=False)
 
     def block_passes(self, h_cycles: int | None = None) -> list[Block]:
-        return [block for module in self.calls(h_cycles) for block in module.blocks]
-
-    def calls(self, h_cycles: int | None = None) -> list[HRMModule]:
-        """The modules in the order in which they are called."""
-        return ([self.fast] * self.hrm.l_cycles + [self.slow]) * (h_cycles or self.hrm.h_cycles)
+        """The blocks of the modules in the order in which they are called."""
+        calls = [self.fast] * self.hrm.l_cycles + [self.slow]
+        return [
+            block for module in calls * (h_cycles or self.hrm.h_cycles) for block in module.blocks
+        ]
 
 
 class HRMModule(nn.Module):
@@ -334,47 +303,6 @@ class HRMModule(nn.Module):
         for block in self.blocks:
             z = block(z, attn_ctx)
         return rms_norm(z)
-
-
-@torch.no_grad()
-def probe_head(
-    model: Model, ids: Tensor, targets: Tensor, weights: Tensor, attn_ctx: AttentionContext
-) -> dict[str, float]:
-    """What the head does to a batch of held-out tokens (N,); nothing for a dense model.
-
-    loss cycle c: cross-entropy in nats after c cycles, 0 the trunk alone. head last change: KL
-    divergence in nats of the last two distributions. head L size, head H size: root mean square of
-    each module's residual stream at its last call, before the norm that caps it. head time share:
-    of the seconds of a forward pass without the loss.
-    """
-    if model.head is None:
-        return {}
-    stream: dict[str, Tensor] = {}
-    modules = {"head L size": model.head.fast, "head H size": model.head.slow}
-    hooks = [
-        module.blocks[-1].register_forward_hook(
-            lambda _, __, z, name=name: stream.update({name: z})
-        )
-        for name, module in modules.items()
-        if module is not None
-    ]
-    seconds, hidden, started = [], [], time.perf_counter()
-    for state in model.cycles(ids, attn_ctx):
-        float(state[0, 0])  # waits for the device
-        hidden.append(state)
-        seconds.append(time.perf_counter() - started)
-    for hook in hooks:
-        hook.remove()
-    counts = max(1.0, float(weights.sum()))
-    figures = {
-        f"loss cycle {c}": float(model.loss(y, targets, weights)) / counts
-        for c, y in enumerate(hidden)
-    }
-    some = weights.nonzero().squeeze(1)[:1024]
-    now, before = (model.logits(y[some]).log_softmax(dim=-1) for y in (hidden[-1], hidden[-2]))
-    figures["head last change"] = float((now.exp() * (now - before)).sum(dim=-1).mean())
-    figures |= {name: float(z.float().square().mean().sqrt()) for name, z in stream.items()}
-    return figures | {"head time share": 1 - seconds[0] / seconds[-1]}
 
 
 # ------------------------------------------------------------------------------------------- blocks

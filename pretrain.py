@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +25,12 @@ from hearth.data.shard_folder import inputs_of_tokens, is_finished, read_manifes
 from hearth.data.token_shards import TokenShards
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Engine, Sampling
-from hearth.reporting.report import Reporter, Trace, learning_charts, refresh, x_axes
+from hearth.reporting.report import Reporter, refresh
 from hearth.training import checkpoint, distributed
 from hearth.training.batches import PretrainingBatches, validation_batches
 from hearth.training.eight_bit import linear_that_pays
-from hearth.training.loop import Job, Progress, evaluate_loss, fit, resume
+from hearth.training.held_out import evaluate_loss, probe_head
+from hearth.training.loop import Job, Progress, fit, resume
 from hearth.training.optim import Optimizers, build_optimizers
 from hearth.training.planning import (
     GIB,
@@ -40,7 +40,7 @@ from hearth.training.planning import (
     table,
     time_update,
 )
-from model import Model, PackedSequences, build_model, compute_dtype, probe_head
+from model import Model, PackedSequences, build_model, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,13 @@ def train_base(
         optimizers=optimizers,
         batches=batches,
         loop=loop,
-        seed=config.seed,
         folder=folder,
         context=config.model.context,
         save=save,
         evaluate=evaluate,
         sample=sample,
         command=distributed.command(run.command(config, "pretrain.py")),
-        after_evaluation=partial(draw, config, Reporter(config)),
+        after_evaluation=Reporter(config).refresh,
     )
     fit(job, progress)
     if log.is_first():
@@ -137,7 +136,6 @@ def train_base(
 
 def build(config: Config, device: torch.device) -> tuple[Model, Optimizers]:
     """The untrained model and its optimizers."""
-    loop = config.pretrain
     model = build_model(config.model, seed=config.seed, device=device)
     model.dtype = compute_dtype(device)
     compiled = hardware.compiles(config.compile, device)
@@ -147,9 +145,7 @@ def build(config: Config, device: torch.device) -> tuple[Model, Optimizers]:
         model.multiply_with(
             linear_that_pays(config.eight_bit, config.model, device, model.dtype, compiled)
         )
-    return model, build_optimizers(
-        model, config.optim, loop.lr, round(loop.steps * loop.warmup_share)
-    )
+    return model, build_optimizers(model, config.optim, config.pretrain.lr)
 
 
 def show_plan(config: Config, seconds: float = 50) -> None:
@@ -268,34 +264,6 @@ def continue_texts(
     )
     written = (tokenizer.decode(id for id in answer if id != tokenizer.bos) for answer in answers)
     return list(zip(prompts, written, strict=True))
-
-
-def draw(config: Config, reporter: Reporter) -> None:
-    """Refresh the report, and loss.png beside it: the training loss and the held-out figures over
-    the tokens seen.
-    """
-    reporter.refresh()
-    if not config.report.draw:
-        return
-    from matplotlib.figure import Figure
-
-    trace = Trace(config.run_dir / "base")
-    charts = learning_charts(trace, x_axes(trace)[0])
-    figure = Figure((6 * len(charts), 4), layout="constrained")
-    for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
-        for series in chart.series:
-            axes.plot(
-                series.x,
-                series.y,
-                label=series.name,
-                marker="o" if series.style == "marked" else None,
-            )
-        axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    folder = config.run_dir / "report"
-    folder.mkdir(exist_ok=True)
-    figure.savefig(folder / "loss.png", dpi=120)
 
 
 def announce(

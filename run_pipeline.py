@@ -69,7 +69,8 @@ def run_stage(script: str, config: Config) -> tuple[int, bool]:
     """One stage in a process of its own, which gives back its memory; its exit code, and whether a
     signal came.
 
-    The stage answers Ctrl-C itself (the terminal sends it to both); SIGTERM is handed on to it.
+    The stage answers Ctrl-C itself (the terminal sends it to both); SIGTERM and SIGHUP are handed
+    on to it.
     """
     came: list[int] = []
     command = [sys.executable, str(HERE / script), *run.words_for(config)]
@@ -77,10 +78,13 @@ def run_stage(script: str, config: Config) -> tuple[int, bool]:
 
         def note(number: int, frame: object) -> None:
             came.append(number)
-            if number == signal.SIGTERM:
-                stage.terminate()
+            if number != signal.SIGINT:
+                stage.send_signal(number)
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        # SIGHUP: not on Windows, and not where nohup has it ignored
+        asking = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+        asking = {number for number in asking if signal.getsignal(number) != signal.SIG_IGN}
+        before = {number: signal.signal(number, note) for number in asking}
         code = stage.wait()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -29,7 +29,8 @@ from hearth.reporting.report import Reporter, refresh
 from hearth.storage import checksum
 from hearth.training import checkpoint, distributed
 from hearth.training.batches import ConversationBatches, held_out_conversations
-from hearth.training.loop import Job, Progress, evaluate_loss, fit, resume
+from hearth.training.held_out import evaluate_loss
+from hearth.training.loop import Job, Progress, fit, resume
 from hearth.training.optim import build_optimizers
 from model import Model, build_model, compute_dtype
 
@@ -95,9 +96,7 @@ def train_stage(config: Config, name: str, start: Path | None, work: run.Run) ->
         model.compile_blocks()
     model.load_state_dict(before.model.state_dict())
     model.dtype = compute_dtype(device)
-    optimizers = build_optimizers(
-        model, config.optim, loop.lr, round(batches.n_steps * loop.warmup_share)
-    )
+    optimizers = build_optimizers(model, config.optim, loop.lr)
     progress = resume(folder, model, optimizers)
 
     def save(figures: dict[str, Any]) -> Path:
@@ -126,7 +125,6 @@ def train_stage(config: Config, name: str, start: Path | None, work: run.Run) ->
         optimizers=optimizers,
         batches=batches,
         loop=loop,
-        seed=config.seed,
         folder=folder,
         context=loop.context,
         save=save,

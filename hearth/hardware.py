@@ -170,8 +170,16 @@ def memory_limit(device: torch.device) -> int:
     return int(min(free + torch.cuda.memory_reserved(device), allowed))
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peak that `memory_in_use` gives begin again."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def memory_in_use(device: torch.device) -> float:
-    """Peak memory of this process: the card's, or resident memory on the CPU; in 10^9 bytes."""
+    """Memory of this process in 10^9 bytes: a card's peak since the last `reset_peak_memory`, or
+    what is resident on the CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return psutil.Process().memory_info().rss / 1e9

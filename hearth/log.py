@@ -6,6 +6,7 @@ the run's folder. Knows nothing of models or data.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hearth.storage import write_text
+from hearth.storage import write_text, writing
 
 
 def is_first() -> bool:
@@ -27,8 +28,15 @@ def say(text: str = "") -> None:
     """Print a line without breaking a progress bar that is on screen."""
     if not is_first():
         return
-    with tqdm.external_write_mode(file=sys.stdout):
-        print(text, flush=True)
+    try:
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(text, flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        # the terminal was closed: nobody reads, but a run has still to save
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def progress(total: float | None, unit: str, title: str, start: float = 0) -> tqdm:
@@ -121,7 +129,7 @@ class RunLog:
             return
         for tracker in self.trackers:
             tracker(kind, step, figures)
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path.parent), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
 
 

@@ -22,7 +22,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "decoding": ("matrices", "kv_cache", "engine"),
     "training": (
-        *("batches", "distributed", "optim", "eight_bit", "gradients", "planning"),
+        *("batches", "distributed", "optim", "eight_bit", "gradients", "held_out", "planning"),
         *("checkpoint", "loop"),
     ),
     "evaluation": ("tasks", "scores", "chat_tasks", "lm_eval_adapter"),

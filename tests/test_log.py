@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from hearth import log
@@ -35,6 +37,15 @@ def test_step_line_has_fixed_width_columns() -> None:
         lines[0] == "step    1/9600 | loss 10.400 | lr 5.0e-04 | grad  0.80 |"
         "   118k tok/s | mfu  41% | 14.2 GB | eta  3h12m"
     )
+
+
+def test_a_terminal_that_was_closed_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, inside = os.openpty()
+    os.close(terminal)
+    with open(inside, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        log.say("nobody reads this")
+        log.say("nor this")
 
 
 def test_a_resumed_log_holds_each_step_once(tmp_path) -> None:

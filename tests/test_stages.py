@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import stages
+
+import run_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +100,32 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
         time.sleep(0.05)
     process.terminate()
     process.join()
-    assert process.exitcode == 0
+    assert process.exitcode == 143
     assert "Continue with: uv run pretrain.py --preset demo" in output.read_text()
+
+
+def test_the_whole_road_hands_a_closed_terminal_on_to_its_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stage.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))\n"
+        "time.sleep(0.2)\n"
+        "pathlib.Path(sys.argv[1]).touch()\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(run_pipeline, "HERE", tmp_path)
+    started = tmp_path / "started"
+
+    def close_terminal() -> None:
+        while not started.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    closing = threading.Thread(target=close_terminal)
+    closing.start()
+    assert run_pipeline.run("stage.py", [str(started)]) == (129, True)
+    closing.join()
 
 
 # ----------------------------------------------------------------------------- what users get wrong

@@ -94,6 +94,7 @@ class Reporter:
             return
         try:
             write(self.config)
+            write_losses(self.config)
         except Exception as error:
             log.say(
                 f"The report could not be drawn: {type(error).__name__}: {error}. The run "
@@ -101,6 +102,29 @@ class Reporter:
             )
         now = time.monotonic()
         self._next = now + (now - started) / BUSY_SHARE
+
+
+def write_losses(config: Config) -> None:
+    """Draw report/loss.png: pretraining's loss and held-out figures over the tokens seen."""
+    metrics = config.run_dir / "base" / "metrics.jsonl"
+    picture = config.run_dir / "report" / "loss.png"
+    if not metrics.exists():
+        return
+    if picture.exists() and picture.stat().st_mtime > metrics.stat().st_mtime:
+        return
+    from matplotlib.figure import Figure
+
+    trace = Trace(metrics.parent)
+    charts = learning_charts(trace, x_axes(trace)[0])
+    figure = Figure((6 * len(charts), 4), layout="constrained")
+    for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+        for series in chart.series:
+            marker = "o" if series.style == "marked" else None
+            axes.plot(series.x, series.y, label=series.name, marker=marker)
+        axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(picture, dpi=120)
 
 
 def refresh(config: Config) -> None:

@@ -78,11 +78,20 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], weight: float) -> No
 
 
 def total(value: float, device: torch.device) -> float:
-    """The sum of `value` over all processes."""
+    """The sum of `value` over all processes; every one of them must ask."""
+    return _reduced(value, device, dist.ReduceOp.SUM)
+
+
+def largest(value: float, device: torch.device) -> float:
+    """The largest `value` of all processes; every one of them must ask."""
+    return _reduced(value, device, dist.ReduceOp.MAX)
+
+
+def _reduced(value: float, device: torch.device, operation: dist.ReduceOp) -> float:
     if n_ranks() == 1:
         return value
-    summed = torch.tensor(
+    held = torch.tensor(
         value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
     )
-    dist.all_reduce(summed)
-    return float(summed)
+    dist.all_reduce(held, operation)
+    return float(held)

@@ -12,14 +12,14 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from config import Config, LoopConfig, UserError
 from hearth import hardware, log
 from hearth.training.batches import Batch
-from hearth.training.gradients import backward, head_schedule
+from hearth.training.gradients import backward
 from hearth.training.optim import Muon, Optimizers
 from model import (
     LOGITS_PER_CHUNK,
@@ -180,12 +180,8 @@ def kept_calls(model: Model) -> list[HRMModule]:
     if model.head is None:
         return []
     hrm = model.head.hrm
-    cycles = max(hrm.h_cycles, hrm.random_cycles or 1)
-    calls = ([model.head.fast] * hrm.l_cycles + [model.head.slow]) * (
-        1 if hrm.deep_supervision else cycles
-    )
-    horizon = head_schedule(hrm, 0, 1, 1).horizon
-    return calls if horizon is None else calls[-horizon:]
+    a_cycle = [model.head.fast] * hrm.l_cycles + [model.head.slow]
+    return a_cycle * (1 if hrm.deep_supervision else hrm.h_cycles)
 
 
 def muon_bytes(muon: Muon) -> int:
@@ -243,13 +239,10 @@ def random_batch(model: Model, n_tokens: int, row_length: int) -> Batch:
 
 
 def run_pass(model: Model, batch: Batch) -> float:
-    """One micro-batch there and back, the HRM head at its longest; gives the seconds it took."""
-    hrm = model.head.hrm if model.head else None
-    cycles = max(hrm.h_cycles, hrm.random_cycles or 1) if hrm else None
-    longest = replace(head_schedule(hrm, 0, 1, 1), h_cycles=cycles)
+    """One micro-batch there and back; gives the seconds it took."""
     started = time.perf_counter()
     # reading it waits for a card
-    float(backward(model, batch.to(model.device), 1 / len(batch.ids), longest))
+    float(backward(model, batch.to(model.device), 1 / len(batch.ids)))
     return time.perf_counter() - started
 
 

@@ -433,6 +433,21 @@ def test_what_goes_wrong_in_drawing_never_stops_a_run(
     )
 
 
+def test_the_losses_are_drawn_beside_the_report_and_a_fault_there_stops_nothing(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = config.run_dir / "report" / "loss.png"
+    Reporter(replace(config, report=ReportConfig(draw=False))).refresh(due=True)
+    assert not picture.exists()
+    monkeypatch.setattr(report, "learning_charts", lambda *given: 1 / 0)
+    monkeypatch.setattr(report, "write", lambda config: None)
+    Reporter(config).refresh(due=True)
+    assert "ZeroDivisionError" in capsys.readouterr().out
+    monkeypatch.undo()
+    Reporter(config).refresh(due=True)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_folder_that_cannot_be_written_never_stops_a_run(
     config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:

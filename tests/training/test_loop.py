@@ -52,6 +52,54 @@ def test_spikes_and_nan_are_skipped_and_counted() -> None:
     assert guard.skipped == 3
 
 
+def calm(guard: SpikeGuard, level: float, steps: int, seed: int = 0) -> int:
+    """Steps with norms about `level`; how many of them were skipped."""
+    rng = torch.Generator().manual_seed(seed)
+    norms = [level * float(torch.randn((), generator=rng).mul(0.1).exp()) for _ in range(steps)]
+    return sum(not guard.allows(2.0, norm) for norm in norms)
+
+
+@pytest.mark.parametrize("rise", [3.0, 30.0, 1e4])
+def test_a_lasting_rise_costs_a_few_steps_and_single_spikes_stay_spikes(rise: float) -> None:
+    guard = SpikeGuard()
+    calm(guard, 1.0, 200)
+    assert calm(guard, rise, 100, seed=1) <= 10
+    assert guard.in_a_row == 0
+    assert not guard.allows(2.0, 3 * rise)
+    assert calm(guard, rise, 20) == 0
+    for _ in range(30):  # one step in three is a spike, again and again: never a new level
+        assert not guard.allows(2.0, 50 * rise)
+        assert calm(guard, rise, 2) == 0
+
+
+def test_norms_that_rise_again_at_once_are_a_divergence_and_not_followed() -> None:
+    guard = SpikeGuard()
+    calm(guard, 1.0, 200)
+    calm(guard, 50.0, 20)
+    calm(guard, 2500.0, 20)
+    assert guard.in_a_row == 20
+    assert not guard.allows(2.0, 1e6)
+
+
+def test_non_finite_steps_never_become_a_level() -> None:
+    guard = SpikeGuard()
+    calm(guard, 1.0, 200)
+    for _ in range(30):
+        assert not guard.allows(math.nan, math.nan)
+    assert guard.in_a_row == 30
+    assert calm(guard, 1.0, 5) == 0
+
+
+def test_a_guard_that_is_saved_goes_on_as_it_was() -> None:
+    guard = SpikeGuard()
+    calm(guard, 1.0, 200)
+    calm(guard, 50.0, 5)  # on the way to a new level
+    state = json.loads(json.dumps(loop.state_of(Progress(guard=guard), 10)))
+    twin = Progress.of(state).guard
+    assert calm(guard, 50.0, 20) == calm(twin, 50.0, 20) == 3
+    assert twin == guard
+
+
 # ----------------------------------------------------------------------------------------- the loop
 
 
@@ -65,6 +113,9 @@ class RandomBatches:
 
     def stage(self, step: int) -> int:
         return 0
+
+    def context_of(self, stage: int) -> int:
+        return 32
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +163,6 @@ def make_job(
         optimizers=optimizers,
         batches=RandomBatches(),
         loop=pretrain,
-        seed=0,
         folder=folder,
         context=32,
         save=save,
@@ -144,8 +194,7 @@ def test_resumed_run_matches_unbroken_run(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", dies_at_7)
         with pytest.raises(KeyboardInterrupt):
-            loop.fit(job, progress)
-    job, progress = make_job(tmp_path / "broken", tiny, words, optim)
+            signal.raise_signal(signal.SIGTERM)
     assert progress.step == 4
     loop.fit(job, progress)
     assert weights_of(tmp_path / "broken") == weights_of(tmp_path / "unbroken")
@@ -156,25 +205,74 @@ def test_resumed_run_matches_unbroken_run(
     assert [r["step"] for r in steps if r["kind"] == "step"] == list(range(1, 13))
 
 
-def test_a_signal_finishes_the_step_saves_and_exits_with_0(
-    tmp_path: Path, tiny, words, capsys
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_finishes_the_step_saves_and_exits_with_its_number(
+    number: int, tmp_path: Path, tiny, words, capsys
 ) -> None:
+    before = signal.getsignal(number)
     job, progress = make_job(tmp_path, tiny, words)
     real_batch = RandomBatches.batch
 
     def asks_to_stop(self, step: int) -> Batch:
         if step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return real_batch(self, step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RandomBatches, "batch", asks_to_stop)
         with pytest.raises(SystemExit) as caught:
             loop.fit(job, progress)
-    assert caught.value.code == 0
+    assert caught.value.code == 128 + number
     assert checkpoint.read_state(run.newest(tmp_path))["step"] == 6
     assert "uv run pretrain.py" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_signal_is_obeyed_but_a_terminal_may_close_twice() -> None:
+    with loop.StopSignal() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.number == signal.SIGHUP
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with loop.StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_speed_and_memory_are_those_of_the_stage_at_hand(
+    tmp_path: Path, tiny, words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, progress = make_job(tmp_path, tiny, words)
+    calls: list[str] = []
+    monkeypatch.setattr(RandomBatches, "stage", lambda self, step: int(step >= 6))
+    monkeypatch.setattr(RandomBatches, "context_of", lambda self, stage: (16, 32)[stage])
+    for module, name in (
+        (loop, "fit_micro_batch"),
+        (loop, "train_step"),
+        (loop.hardware, "reset_peak_memory"),
+    ):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *given, real=real, name=name: calls.append(name) or real(*given)
+        )
+    loop.fit(job, progress)
+    steps = ["train_step"] * 6
+    reset = "reset_peak_memory"  # after the trials that fit the micro-batch, and a stage
+    assert calls == ["fit_micro_batch", reset, *steps, reset, *steps]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    peak = next(r["peak_flops"] for r in records if r["kind"] == "start")
+    for record in (r for r in records if r["kind"] == "step"):
+        flops = job.model.flops_per_token(16 if record["step"] <= 6 else 32)
+        assert record["mfu"] == pytest.approx(record["tokens_per_second"] * flops / peak)
 
 
 def test_running_out_of_memory_halves_the_micro_batch_and_loses_nothing(
