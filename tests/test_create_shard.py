@@ -390,8 +390,8 @@ def test_each_file_has_a_line_with_its_column_and_what_was_lost_is_named(
     source = config.data.corpora()[0]
     manifest = ingest.write_text_shards(source, tmp_path / "out", config.data)
     out = capsys.readouterr().out
-    assert f"own: {mine}/a.jsonl: column 'story', 20 documents, 1 lost" in out
-    assert f"own: {mine}/b.txt: text, not UTF-8: read as Latin-1, 1 documents, 0 lost" in out
+    assert f"own: {mine}/a.jsonl: column 'story'; 20 kept, 1 lost" in out
+    assert f"own: {mine}/b.txt: text, read as Latin-1, for it is not UTF-8; 1 kept, 0 lost" in out
     assert "skipped, not of a kind that can be read: e.docx" in out
     lost = [line for line in out.splitlines() if "own: lost" in line]
     assert f"own: lost {mine}/c.parquet: unreadable file (ArrowInvalid: " in lost[0]
@@ -411,8 +411,8 @@ def test_the_line_of_conversations_names_the_layout(
     files = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
     ingest.write_chat_shards(ChatSource(name="talks", files=files), tmp_path / "talks", 0.1)
     out = capsys.readouterr().out
-    assert "a.jsonl: instruction + output, 300 conversations, 0 lost" in out
-    assert "b.jsonl: 3 × question + answer, 2 × prompt + response, 5 conversations, 1 lost" in out
+    assert "a.jsonl: instruction + output; 300 kept, 0 lost" in out
+    assert "b.jsonl: 3 × question + answer, 2 × prompt + response; 5 kept, 1 lost" in out
     assert "lost " + str(tmp_path / "b.jsonl") + ", row 5: unknown layout (columns what)" in out
 
 
@@ -424,8 +424,8 @@ def test_lines_and_examples_stay_few_however_much_is_lost(
     config = configured(tmp_path / "runs", files, text_files=(str(tmp_path / "*.txt"),))
     text = make(config) / "own"
     out = capsys.readouterr().out.splitlines()
-    assert sum("documents, " in line and ".txt: " in line for line in out) == ingest.FILES_SHOWN
-    assert "own: all other files: text, 30 documents, 30 lost" in out
+    assert sum(" kept, " in line and ".txt: " in line for line in out) == ingest.FILES_SHOWN
+    assert "own: all other files: text; 30 kept, 30 lost" in out
     assert sum("own: lost" in line for line in out) == 3
     assert len((text / "dropped.jsonl").read_text().splitlines()) == ingest.EXAMPLES
 

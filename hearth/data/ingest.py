@@ -427,8 +427,6 @@ class Ingest:
         if tally.reasoning:
             facts["reasoning"] = dict(tally.reasoning.most_common())
         facts["lengths"] = {bits: tally.lengths[bits] for bits in sorted(tally.lengths, key=int)}
-        if self.deduplicate and self.seen.n_forgotten:
-            facts["not_remembered"] = self.seen.n_forgotten
         facts["samples"] = tally.samples
         for unit in target.units:
             del unit["tally"]
@@ -465,13 +463,14 @@ class Ingest:
         """A line for each file, then what was lost: the first few, and where to look for more."""
         if self.source.source.demo:
             return
-        noun = "documents" if self.target.kind == "text" else "conversations"
         for number in sorted(tally.files, key=int):
             name, kept, lost, read_as = tally.files[number]
             if int(number) == FILES_SHOWN:
                 name = "all other files"
             ways = "; ".join(read_as) if len(read_as) < 2 else counted(read_as)
-            log.say(f"{self.name}: {name}: {ways or 'no layout'}, {kept} {noun}, {lost} lost")
+            log.say(f"{self.name}: {name}: {ways or 'nothing of use'}; {kept} kept, {lost} lost")
+        if self.seen.n_forgotten:
+            log.say(f"{self.name}: duplicates of {self.seen.n_forgotten} documents were not sought")
         n_lost = tally.dropped.total()
         for example in worst_first(tally.examples):
             log.say(f"{self.name}: lost {told(example)}")

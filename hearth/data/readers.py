@@ -35,7 +35,7 @@ Pick = Callable[[dict[str, Any]], str | None]
 Cursor = tuple[int, int]  # file and row to read next
 START: Cursor = (0, 0)
 # what is said of a file's encoding, by its name in Python
-ENCODINGS = {"utf-8-sig": "", "utf-16": "UTF-16", "cp1252": "not UTF-8: read as Latin-1"}
+ENCODINGS = {"utf-8-sig": "", "utf-16": "UTF-16", "cp1252": "read as Latin-1, for it is not UTF-8"}
 
 
 @dataclass(frozen=True)

@@ -300,7 +300,7 @@ ACCENTS = "Été à Noël: “ça va”, dit le garçon — 20 €.\n"
         ("utf-8", ""),
         ("utf-8-sig", ""),
         ("utf-16", "UTF-16"),
-        ("cp1252", "not UTF-8: read as Latin-1"),
+        ("cp1252", "read as Latin-1, for it is not UTF-8"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".txt", ".md", ".csv"])
