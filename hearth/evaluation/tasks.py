@@ -128,16 +128,6 @@ CORE = (
 )
 MMLU = Task("mmlu", "world_knowledge/mmlu.jsonl", "choice", 5, 0.25, ANSWER, by_category=True)
 TASKS = {task.name: task for task in (*CORE, MMLU)}
-# on their own
-READ_OUT = (
-    "hellaswag",
-    "arc_easy",
-    "arc_challenge",
-    "piqa",
-    "winogrande",
-    "mmlu",
-    "lambada_openai",
-)
 FILE_NAMES = {  # other names under which a task's file is found
     "hellaswag.jsonl": ("hellaswag_val.jsonl",),
     "mmlu.jsonl": ("mmlu/test.jsonl",),

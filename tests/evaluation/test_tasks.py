@@ -298,7 +298,6 @@ def test_centred_scores_are_zero_at_chance_and_one_when_all_is_right() -> None:
 
 def test_core_is_the_22_tasks_of_dclm() -> None:
     assert len({task.name for task in tasks.CORE}) == 22
-    assert {name for name in tasks.READ_OUT if name not in tasks.TASKS} == set()
 
 
 # -------------------------------------------------------------------------------------------- files
