@@ -39,7 +39,6 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     n_left: int = 1  # columns of words; the others hold numbers
     bars: int | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -572,7 +572,7 @@ def data_blocks(run: Run) -> list[Any]:
         rows = tuple(corpus_row(run, m, number(tokens.get(m["name"])), shares) for m in texts)
         note = "Share: of the training tokens. Epochs: how often the whole run reads the corpus."
         head = ("Corpus", "Source", "Share", "Epochs", "Tokens", *common)
-        blocks.append(Table(head, rows, n_left=2, bars=2, note=note))
+        blocks += [Table(head, rows, n_left=2, bars=2), Note(note)]
     if chats := run.manifests("text/chat"):
         counts = [number(part(m, "splits", "train").get("documents")) for m in chats]
         total = max(1.0, float(np.nansum(counts)))
@@ -687,7 +687,7 @@ def machine_blocks(run: Run) -> list[Any]:
         else " The power was not measured: give it as --report.watts to see energy and cost."
     )
     head = ("Stage", "Tokens", "Time", "Tokens per second", "kWh", "Cost")
-    return [*([Facts(tuple(facts))] if facts else []), Table(head, tuple(rows), note=note)]
+    return [*([Facts(tuple(facts))] if facts else []), Table(head, tuple(rows)), Note(note)]
 
 
 # ---- two runs
