@@ -27,16 +27,8 @@ from pathlib import Path
 
 from config import Config, UserError
 from hearth import cli, hardware, log, run
-from hearth.evaluation import chat_tasks, tasks
-from hearth.evaluation.scores import (
-    NAMES,
-    Bench,
-    Score,
-    ScoreBook,
-    bits_per_byte_scores,
-    core_score,
-    task_score,
-)
+from hearth.evaluation import chat_tasks, scores, tasks
+from hearth.evaluation.scores import NAMES, Bench, Score, ScoreBook
 from hearth.reporting import report
 from hearth.training import checkpoint
 from hearth.training.checkpoint import Loaded
@@ -64,9 +56,7 @@ SCRIPT = cli.Script(__doc__, Options(), ("device", "report"))
 
 
 def main(config: Config, options: Options) -> None:
-    """Score every checkpoint asked for, print the scores side by side, keep them, draw the
-    report.
-    """
+    """Score every checkpoint asked for, print them side by side, keep them, draw the report."""
     wanted = options.compare or options.checkpoint
     folders = [run.find_checkpoint(name, config) for name in wanted or (None,)]
     columns = [score_checkpoint(folder, config, options) for folder in folders]
@@ -98,26 +88,20 @@ def score_checkpoint(folder: Path, config: Config, options: Options) -> list[Sco
     store = Path(config.runs) / "tasks"
     bench = Bench(loaded, run_dir, Path(files) if files else None, store, options.limit)
     log.say(f"score of {folder}")
-    scores: list[Score] = []
+    found: list[Score] = []
     left_out: dict[str, list[str]] = {}  # reason → tasks
     for name in tasks_wanted(loaded, options):
         known = book.known(name) if options.compare else None
         try:
-            scores += scored(name, bench, book, options) if known is None else known
+            found += scored(name, bench, book, options) if known is None else known
         except UserError as error:
             if name in options.tasks:
                 raise
             left_out.setdefault(str(error), []).append(name)
     for reason, names in left_out.items():
         log.say(f"left out: {', '.join(names)}. {reason}")
-    core = core_score(scores)
-    book.keep("core", core)
-    others = lm_eval_scores(bench, options) if options.lm_eval else []
-    if others:
-        book.keep("lm-eval", others)
-    for score in (*core, *others):
-        log.say(score.line())
-    return [*core, *scores, *others]
+    core = kept("core", scores.core_score(found), book)
+    return [*core, *found, *(scored("lm-eval", bench, book, options) if options.lm_eval else [])]
 
 
 def tasks_wanted(loaded: Loaded, options: Options) -> list[str]:
@@ -146,20 +130,27 @@ def scored(name: str, bench: Bench, book: ScoreBook, options: Options) -> list[S
     """One task's scores, printed and kept. Raises `UserError` where its files are missing."""
     started = time.monotonic()
     if name == "bpb":
-        found = bits_per_byte_scores(bench)
+        found = scores.bits_per_byte_scores(bench)
     elif name == "world":
         found, book.book["asked"] = chat_tasks.world_scores(bench, options.n_questions)
         wrong = [answer for answer in book.book["asked"] if not answer["right"]]
         for answer in wrong[: options.show_wrong]:
             log.say(chat_tasks.wrong_line(answer))
+    elif name == "lm-eval":
+        found = lm_eval_scores(bench, options)
     elif name in chat_tasks.CHAT:
         found = chat_tasks.chat_scores(name, bench)
     else:
-        found = [task_score(tasks.TASKS[name], bench)]
-    found = [replace(score, seconds=time.monotonic() - started) for score in found]
+        found = [scores.task_score(tasks.TASKS[name], bench)]
+    seconds = time.monotonic() - started
+    return kept(name, [replace(score, seconds=seconds) for score in found], book)
+
+
+def kept(source: str, found: list[Score], book: ScoreBook) -> list[Score]:
+    """Scores printed and noted in the run's book."""
     for score in found:
         log.say(score.line())
-    book.keep(name, found)
+    book.keep(source, found)
     return found
 
 
@@ -168,9 +159,7 @@ def lm_eval_scores(bench: Bench, options: Options) -> list[Score]:
     try:
         from hearth.evaluation import lm_eval_adapter
     except ImportError as error:
-        raise UserError(
-            "lm-eval is not installed: get it with `uv sync --extra lm-eval`."
-        ) from error
+        raise UserError("lm-eval is not installed: `uv sync --extra lm-eval` gets it.") from error
     looks = {"limit": options.limit, "own_tasks": options.lm_eval_files}
     return lm_eval_adapter.lm_eval_scores(bench.loaded, options.lm_eval, **looks)
 
@@ -179,17 +168,15 @@ def print_table(folders: Sequence[Path], columns: Sequence[Sequence[Score]]) -> 
     """Several checkpoints' scores side by side."""
     if len(folders) < 2:
         return
-    of_stage = [folder.parent.name in run.TRAINED for folder in folders]
     heads = [
-        "/".join(folder.parts[-3:-1]) if known else str(folder)
-        for folder, known in zip(folders, of_stage, strict=True)
+        "/".join(folder.parts[-3:-1]) if folder.parent.name in report.STAGES else str(folder)
+        for folder in folders
     ]
     width = max(18, *(len(head) + 2 for head in heads))
-    rows = dict.fromkeys(score.task for column in columns for score in column)
     cells = [{score.task: str(score) for score in column} for column in columns]
     log.say()
     log.say(f"{'':<{NAMES}}" + "".join(f"{head:>{width}}" for head in heads))
-    for name in rows:
+    for name in dict.fromkeys(score.task for column in columns for score in column):
         log.say(f"{name:<{NAMES}}" + "".join(f"{c.get(name, '–'):>{width}}" for c in cells))
 
 

@@ -101,7 +101,7 @@ def load(options: argparse.Namespace) -> Loaded:
 
 def choice(outcome: tasks.Outcome) -> int:
     """What lm-eval's `acc` goes by: the likeliest text as a whole."""
-    return outcome.choice("text")
+    return outcome.nats.index(min(outcome.nats))
 
 
 def is_right(outcome: tasks.Outcome) -> bool:
@@ -143,7 +143,7 @@ def outcome_of(responses: Any) -> tasks.Outcome:
     """
     pairs = responses if isinstance(responses[0], list | tuple) else [responses]
     return tasks.Outcome(
-        [-float(pair[0]) for pair in pairs], [], [], [bool(pair[1]) for pair in pairs], 0
+        [-float(pair[0]) for pair in pairs], [], [bool(pair[1]) for pair in pairs], 0
     )
 
 

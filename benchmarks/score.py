@@ -41,9 +41,7 @@ def one_by_one(loaded: Loaded, asked: list[tasks.Prompt]) -> list[tasks.Outcome]
         pairs = [alone(loaded, row[1:start], row[start:]) for row, start in texts]
         n_tokens = [len(row) - start for row, start in zip(prompt.rows, prompt.starts, strict=True)]
         nats, greedy = [-likelihood for likelihood, _ in pairs], [is_top for _, is_top in pairs]
-        found.append(
-            tasks.Outcome(nats, n_tokens, prompt.n_bytes, greedy, prompt.gold, prompt.category)
-        )
+        found.append(tasks.Outcome(nats, n_tokens, greedy, prompt.gold, prompt.category))
     return found
 
 

@@ -48,13 +48,11 @@ class HearthLM(TemplateLM):
         asked: list[tasks.Prompt] = []
         for before, ending in pairs:
             before = before[1:] if before[:1] == [self.tokenizer.bos] else before
-            alone = tasks.prompt_of(
-                [("", "", "")], [([], before, ending)], 0, "", self.tokenizer.bos, self.context
-            )
+            alone = tasks.prompt_of([([], before, ending)], self.tokenizer.bos, self.context)
             last = asked[-1] if asked else None
             start = alone.starts[0]
             if last and last.starts[0] == start and last.rows[0][:start] == alone.rows[0][:start]:
-                asked[-1] = tasks.Prompt(last.rows + alone.rows, last.starts + alone.starts, [], 0)
+                asked[-1] = tasks.Prompt(last.rows + alone.rows, last.starts + alone.starts)
             else:
                 asked.append(alone)
         found = tasks.outcomes(self.net, asked)

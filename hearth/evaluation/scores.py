@@ -98,8 +98,8 @@ class ScoreBook:
 
     def __init__(self, path: Path, folder: Path, state: dict[str, Any], limit: int | None) -> None:
         self.path, self.limit = path, limit
-        self.place = {"checkpoint": str(folder)}
-        self.place |= {name: state[name] for name in ("stage", "step", "tokens")}
+        facts = ((name, state[name]) for name in ("stage", "step", "tokens"))
+        self.place = {"checkpoint": str(folder), **dict(facts)}
         self.book = read_json(path)
         self.book["scores"] = [
             record

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     n_left: int = 1  # columns of words; the others hold numbers
     bars: int | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,16 +163,12 @@ def template(name: str) -> Any:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    kinds = (Facts, Table, Samples, Code, Folded)
-    engine.tests |= {kind.__name__.lower(): partial(is_kind, kind) for kind in kinds}
-    engine.tests["drawn"] = partial(is_kind, Chart | Bars)
+    kinds = {kind.__name__.lower(): kind for kind in (Facts, Table, Samples, Code, Folded)}
+    for name_of_kind, kind in (*kinds.items(), ("drawn", Chart | Bars)):
+        engine.tests[name_of_kind] = lambda block, kind=kind: isinstance(block, kind)
     engine.filters |= {"describe": describe, "draw": lambda block: draw(block), "aligned": aligned}
     engine.filters |= {"neighbours": neighbours, "unfolded": unfolded}
     return engine.get_template(name)
-
-
-def is_kind(kind: Any, block: Any) -> bool:
-    return isinstance(block, kind)
 
 
 def neighbours(blocks: Iterable[Any]) -> Iterable[tuple[bool, Iterable[Any]]]:
@@ -303,10 +298,13 @@ def in_page_colours(svg: str) -> str:
     colours and letters of the page.
     """
     svg = svg[svg.index("<svg ") + 5 :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'^([^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    svg = re.sub(r"\s*\n\s*", " ", svg)
+    for pattern, text in (
+        (r"<metadata>(?s:.*?)</metadata>", ""),
+        (r'^([^>]*?) width="[^"]*" height="[^"]*"', r"\1"),
+        (r"font-family: [^;\"]*", "font-family: inherit"),
+        (r"\s*\n\s*", " "),
+    ):
+        svg = re.sub(pattern, text, svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return svg
@@ -344,12 +342,10 @@ def paint_chart(figure: Any, chart: Chart) -> None:
     if not chart.log_y:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    if chart.x == "tokens":
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: log.count(value)))
-    if chart.y == "tokens per second":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: log.count(value)))
-    axes.set_xlabel(chart.x)
-    axes.set_ylabel(chart.y)
+    for axis, unit in ((axes.xaxis, chart.x), (axes.yaxis, chart.y)):
+        if unit.startswith("tokens"):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: log.count(value)))
+    axes.set(xlabel=chart.x, ylabel=chart.y)
     axes.yaxis.set_label_coords(-0.14, 0.5)  # at the figure's edge, whatever stands at the ticks
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)

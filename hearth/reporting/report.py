@@ -183,35 +183,29 @@ class Trace:
     """What one stage of training noted of itself."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.name = folder, folder.name
+        self.name, self.title = folder.name, STAGES.get(folder.name, folder.name)
         self.kinds: dict[str, list[Record]] = {}
         for record in log.read_metrics(folder / "metrics.jsonl"):
             self.kinds.setdefault(str(record.get("kind")), []).append(record)
-        self.steps = self.kinds.get("step", [])
-        checkpoints = sorted(folder.glob("step-*"))
-        self.state = read_json(checkpoints[-1] / "state.json") if checkpoints else {}
-        self.config = read_json(checkpoints[-1] / "config.json") if checkpoints else {}
         self._columns: dict[tuple[str, str], np.ndarray] = {}
-
-    @property
-    def title(self) -> str:
-        return STAGES.get(self.name, self.name)
-
-    @property
-    def start(self) -> Record:
-        """What the latest start noted."""
-        return self.kinds.get("start", [{}])[-1]
+        self.start = self.kinds.get("start", [{}])[-1]  # what the latest start noted
+        self.steps, self.tokens = self.kinds.get("step", []), self.column("tokens")
+        self.step = self.steps[-1]["step"] if self.steps else 0
+        n_steps = number(self.start.get("steps"))
+        self.n_steps = int(n_steps) if n_steps >= 1 else None  # that it takes in all
+        self.done = self.n_steps is not None and self.step >= self.n_steps
+        checkpoints = sorted(folder.glob("step-*"))
+        self.config = read_json(checkpoints[-1] / "config.json") if checkpoints else {}
 
     def column(self, name: str, kind: str = "step") -> np.ndarray:
         """A figure of every record of a kind, NaN where it was not noted."""
         if (name, kind) not in self._columns:
-            found = [number(record.get(name)) for record in self.kinds.get(kind, [])]
-            self._columns[name, kind] = np.array(found)
+            values = (record.get(name) for record in self.kinds.get(kind, []))
+            self._columns[name, kind] = np.array(
+                # nearly all are plain floats: asking `number` for each would take twice as long
+                [v if type(v) is float and -1e30 < v < 1e30 else number(v) for v in values]
+            )
         return self._columns[name, kind]
-
-    @property
-    def tokens(self) -> np.ndarray:
-        return self.column("tokens")
 
     @cached_property
     def hours(self) -> np.ndarray:
@@ -221,20 +215,6 @@ class Trace:
         with np.errstate(divide="ignore", invalid="ignore"):
             taken = np.diff(self.tokens, prepend=0) / self.column("tokens_per_second")
         return np.cumsum(np.nan_to_num(taken, posinf=0, neginf=0)) / 3600
-
-    @property
-    def step(self) -> int:
-        return self.steps[-1]["step"] if self.steps else 0
-
-    @property
-    def n_steps(self) -> int | None:
-        """Steps that the stage takes in all."""
-        found = [number(facts.get("steps")) for facts in (self.start, self.state)]
-        return next((int(n) for n in found if n >= 1), None)
-
-    @property
-    def done(self) -> bool:
-        return self.n_steps is not None and self.step >= self.n_steps
 
     def kwh(self, report: ReportConfig) -> float:
         """Energy of the stage in kilowatt-hours: as noted, or from the configured power; NaN where
@@ -258,12 +238,12 @@ class Run:
         self.traces = [Trace(stage) for stage in stages if (stage / "metrics.jsonl").is_file()]
         saved = [trace.config for trace in self.traces if trace.config]
         self.config = saved[-1] if saved else json.loads(json.dumps(asdict(config)))
-        self.report = config.report
-        self.scores = read_scores(self.folder / "report" / "score.json")
-
-    @property
-    def going(self) -> bool:
-        return any(not trace.done for trace in self.traces)
+        self.report, self.scores = config.report, read_scores(self.folder / "report" / "score.json")
+        self.going = any(not trace.done for trace in self.traces)
+        self.hours = float(sum(trace.hours[-1] for trace in self.traces if trace.steps))
+        self.tokens = float(sum(trace.tokens[-1] for trace in self.traces if trace.steps))
+        kwh = [trace.kwh(self.report) for trace in self.traces]
+        self.kwh = float(sum(kwh)) if kwh else math.nan
 
     def manifests(self, place: str) -> list[Record]:
         """The finished manifests below one of the run's folders, each with its folder's name as
@@ -273,19 +253,6 @@ class Run:
         found = [{**read_json(path), "name": path.parent.name} for path in paths]
         return [manifest for manifest in found if len(manifest) > 1]
 
-    @property
-    def hours(self) -> float:
-        return float(sum(trace.hours[-1] for trace in self.traces if trace.steps))
-
-    @property
-    def kwh(self) -> float:
-        found = [trace.kwh(self.report) for trace in self.traces]
-        return float(sum(found)) if found else math.nan
-
-    @property
-    def tokens(self) -> float:
-        return float(sum(trace.tokens[-1] for trace in self.traces if trace.steps))
-
 
 # ------------------------------------------------------------------------------ what the page shows
 
@@ -293,6 +260,7 @@ class Run:
 def sections_of(run: Run) -> list[Section]:
     """The page of one run, top to bottom; sections with nothing to show are left out."""
     trained = [Section(trace.title, training_blocks(trace)) for trace in run.traces]
+    settings = [f"{name} = {value}" for name, value in flattened(run.config).items()]
     sections = [
         Section("At a glance", [headline(run)]),
         *trained,
@@ -304,9 +272,7 @@ def sections_of(run: Run) -> list[Section]:
         Section("Data", data_blocks(run)),
         Section("Tokenizer", tokenizer_blocks(run)),
         Section("Machine, time and cost", machine_blocks(run)),
-        Section(
-            "Configuration", [Folded("Everything that was set", (Code(config_text(run.config)),))]
-        ),
+        Section("Configuration", [Folded("Everything that was set", (Code("\n".join(settings)),))]),
     ]
     return [section for section in sections if section.blocks]
 
@@ -363,10 +329,6 @@ CYCLES, PROBES = "loss by cycle of the reasoning head", "probes"
 HEAD = "reasoning head: size of its states, change by its last cycle in nats, share of the time"
 
 
-def is_figure(name: str) -> bool:
-    return name not in ("kind", "step", "tokens", "seconds")
-
-
 def group_of(name: str) -> str:
     """The chart that an evaluation's figure belongs to: a unit that its first word names, cycles,
     or probes.
@@ -384,10 +346,10 @@ def cost(kwh: float, report: ReportConfig) -> str:
 # ---- training
 
 
-# how training ran: title, unit, name in words, figure of a step, whether the axis starts at zero
+# how training ran: title, unit if it has one, name in words, figure of a step, axis from zero
 RUNNING = (
-    ("Learning rate", "learning rate", "learning rate", "lr", True),
-    ("Gradient norm", "gradient norm", "gradient norm", "grad_norm", False),
+    ("Learning rate", "", "learning rate", "lr", True),
+    ("Gradient norm", "", "gradient norm", "grad_norm", False),
     ("Speed", "tokens per second", "tokens per second", "tokens_per_second", True),
     ("Model FLOPs utilisation", "share of the peak", "MFU", "mfu", True),
     ("Memory", "GB", "memory", "memory_gb", True),
@@ -464,7 +426,8 @@ def figure_names(trace: Trace, kind: str) -> list[str]:
     appearance.
     """
     noted = (figure for record in trace.kinds.get(kind, []) for figure in record.items())
-    return list({name: 0 for name, value in noted if is_figure(name) and is_known(value)})
+    names = dict.fromkeys(name for name, value in noted if is_known(value))
+    return [name for name in names if name not in ("step", "tokens", "seconds")]
 
 
 def short_name(name: str) -> str:
@@ -631,14 +594,16 @@ def data_blocks(run: Run) -> list[Any]:
     blocks: list[Any] = []
     common = ("Documents", "Text", "Held out", "Dropped")
     if texts := [m for m in run.manifests("text") if m.get("kind") != "chat"]:
-        tokens = {m["name"]: split(m, "train").get("tokens") for m in run.manifests("tokens")}
+        tokens = {
+            m["name"]: part(m, "splits", "train").get("tokens") for m in run.manifests("tokens")
+        }
         shares = training_shares(run, [m["name"] for m in texts])
         rows = tuple(corpus_row(run, m, number(tokens.get(m["name"])), shares) for m in texts)
         note = "Share: of the training tokens. Epochs: how often the whole run reads the corpus."
         head = ("Corpus", "Source", "Share", "Epochs", "Tokens", *common)
-        blocks.append(Table(head, rows, n_left=2, bars=2, note=note))
+        blocks += [Table(head, rows, n_left=2, bars=2), Note(note)]
     if chats := run.manifests("text/chat"):
-        counts = [number(split(m, "train").get("documents")) for m in chats]
+        counts = [number(part(m, "splits", "train").get("documents")) for m in chats]
         total = max(1.0, float(np.nansum(counts)))
         rows = tuple(
             (m["name"], source_text(m), percent(n / total), *manifest_cells(m))
@@ -648,13 +613,9 @@ def data_blocks(run: Run) -> list[Any]:
     return blocks
 
 
-def split(manifest: Record, name: str) -> Record:
-    return part(manifest, "splits", name)
-
-
 def manifest_cells(manifest: Record) -> tuple[str, ...]:
     """Documents, bytes of text, held-out documents, what was dropped."""
-    train, held_out = split(manifest, "train"), split(manifest, "validation")
+    train, held_out = part(manifest, "splits", "train"), part(manifest, "splits", "validation")
     return (
         shown(log.count, train.get("documents")),
         shown(log.size, train.get("text_bytes")),
@@ -706,35 +667,27 @@ def tokenizer_blocks(run: Run) -> list[Any]:
     path = run.folder / "tokenizer" / "tokenizer.json"
     if not path.is_file():
         return []
-    size, unused, longest = vocabulary(path, path.stat().st_mtime_ns)
-    facts = [
-        ("Vocabulary", f"{size:,}"),
-        ("Learned entries", f"{size - unused:,}"),
-        ("Longest entry", longest),
-    ]
+    size, unused = vocabulary(path, path.stat().st_mtime_ns)
+    facts = (("Vocabulary", f"{size:,}"), ("Learned entries", f"{size - unused:,}"))
     rows = []
     for manifest in run.manifests("tokens"):
         cells = []
         for part_name in ("train", "validation"):
-            counts = split(manifest, part_name)
+            counts = part(manifest, "splits", part_name)
             n_bytes, n = number(counts.get("text_bytes")), number(counts.get("tokens"))
             cells.append(shown("{:.2f}".format, n_bytes / n if n > 0 else None))
         rows.append((manifest["name"], *cells))
     head = ("Bytes of text per token", "training text", "held-out text")
-    return [Facts(tuple(facts)), *([Table(head, tuple(rows))] if rows else [])]
+    return [Facts(facts), *([Table(head, tuple(rows))] if rows else [])]
 
 
 @lru_cache(maxsize=4)
-def vocabulary(path: Path, changed: int) -> tuple[int, int, str]:
-    """Entries of a tokenizer.json, how many of them are unused, and the longest as it is spelt
-    there.
-    """
+def vocabulary(path: Path, changed: int) -> tuple[int, int]:
+    """Entries of a tokenizer.json, and how many of them are unused."""
     tokenizer = read_json(path)
-    added = {str(entry.get("content")) for entry in records(tokenizer.get("added_tokens"))}
-    learned = set(part(tokenizer, "model", "vocab")) - added
-    unused = sum(word.startswith("<|unused_") for word in added | learned)
-    longest = max(learned, key=lambda word: (len(word), word), default="–")
-    return len(added | learned), unused, longest.replace("Ġ", " ").strip()
+    words = {str(entry.get("content")) for entry in records(tokenizer.get("added_tokens"))}
+    words |= set(part(tokenizer, "model", "vocab"))
+    return len(words), sum(word.startswith("<|unused_") for word in words)
 
 
 def machine_blocks(run: Run) -> list[Any]:
@@ -763,7 +716,7 @@ def machine_blocks(run: Run) -> list[Any]:
         else " The power was not measured: give it as --report.watts to see energy and cost."
     )
     head = ("Stage", "Tokens", "Time", "Tokens per second", "kWh", "Cost")
-    return [*([Facts(tuple(facts))] if facts else []), Table(head, tuple(rows), note=note)]
+    return [*([Facts(tuple(facts))] if facts else []), Table(head, tuple(rows)), Note(note)]
 
 
 # ---- two runs
@@ -834,11 +787,6 @@ def difference_table(runs: list[Run]) -> Table | Note:
     if not rows:
         return Note("Nothing: the configurations are the same.")
     return Table(("Field", *(run.name for run in runs)), tuple(rows), n_left=len(runs) + 1)
-
-
-def config_text(config: Record) -> str:
-    """The configuration, a field a line."""
-    return "\n".join(f"{name} = {value}" for name, value in flattened(config).items())
 
 
 def flattened(value: Any, name: str = "") -> dict[str, str]:

@@ -348,7 +348,6 @@ def with_one_wrong(value: Any, wrong: Any) -> Iterator[Any]:
 
 
 FILES = [
-    ("base", "step-00000020", "state.json"),
     ("base", "step-00000020", "config.json"),
     ("text", "world", "manifest.json"),
     ("text", "chat", "alpaca", "manifest.json"),
@@ -612,6 +611,23 @@ def test_words_beside_an_axis_stay_on_the_picture_and_off_its_numbers(
     assert all(
         words.x1 <= tick.label1.get_window_extent().x0 for tick in axes.yaxis.get_major_ticks()
     )
+
+
+def test_no_figure_of_a_step_runs_into_its_axis(config: Config) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    write_jsonl(config.run_dir / "base" / "metrics.jsonl", metrics(20, lr=lambda n: 1e-3 - n / 3e4))
+    trace = Trace(config.run_dir / "base")
+    for figure in report.RUNNING:
+        canvas = FigureCanvasAgg(Figure())
+        with matplotlib.rc_context({"font.size": 7.5}):
+            page.paint_chart(canvas.figure, report.curve(trace, *figure, x=report.x_axes(trace)[0]))
+            canvas.draw()
+        (axes,) = canvas.figure.axes
+        words, ticks = axes.yaxis.label.get_window_extent(), axes.yaxis.get_major_ticks()
+        for tick in (tick.label1 for tick in ticks if tick.label1.get_text()):
+            assert not axes.yaxis.label.get_text() or words.x1 <= tick.get_window_extent().x0
 
 
 def test_marks_that_would_run_into_each_other_say_less() -> None:
