@@ -68,8 +68,6 @@ class Options:
     cycles: Annotated[int | None, tyro.conf.arg(aliases=["--think_cycles"])] = None
     # leave the head's cycles once the prediction moves by less, in nats (KL)
     early_exit: float | None = None
-    # push the prediction on, away from that of a cycle earlier, by this factor
-    guidance: float | None = None
     think: bool = False  # ask for reasoning before the answer
     think_tokens: int | None = None  # longest reasoning, in tokens; None is as long as it likes
     stop: tuple[str, ...] = ()  # texts that end an answer
@@ -194,7 +192,6 @@ class Chat:
         self.engine = Engine(loaded.model, weights=store)
         self.set_cycles(options.cycles)
         self.set_early_exit(options.early_exit)
-        self.set_guidance(options.guidance)
         self.config = chat
         self.set_sampling()
         if chat.max_tokens < 1:
@@ -251,15 +248,6 @@ class Chat:
             raise UserError(f"Cycles are left early at {nats:g} nats; give at least 0.")
         self.engine.exit_kl_threshold = nats
 
-    def set_guidance(self, factor: float | None) -> None:
-        """How far the prediction is pushed on from that of a cycle earlier; UserError for what
-        cannot be.
-        """
-        self._check_head(factor)
-        if factor is not None and not 0 <= factor <= 100:
-            raise UserError(f"The guidance is {factor:g}; give 0 to 100.")
-        self.engine.guidance = factor
-
     def _check_head(self, wanted: float | None) -> None:
         if wanted is not None and self.engine.model.head is None:
             raise UserError("This model has no reasoning head: it has no cycles to set.")
@@ -274,7 +262,6 @@ class Chat:
                 theirs.h_cycles,
                 theirs.exit_kl_threshold,
             )
-            self.engine.guidance = theirs.guidance
 
     # --------------------------------------------------------------------------------------- asking
 
@@ -627,14 +614,6 @@ class Terminal:
         )
         print(f"cycles: {'as trained' if engine.h_cycles is None else engine.h_cycles}{early}")
 
-    def do_guidance(self, argument: str) -> None:
-        """X: push the prediction on, away from the one a cycle earlier, X times their difference;
-        `none` does not
-        """
-        if argument:
-            self.chat.set_guidance(None if argument == "none" else _number(argument, "/guidance X"))
-        print(f"guidance: {self.chat.engine.guidance or 'none'}")
-
     def do_temp(self, argument: str) -> None:
         """X: set the temperature; 0 takes the likeliest token each time"""
         if argument:
@@ -733,9 +712,7 @@ class Terminal:
         if not questions:
             raise UserError("There is no question yet.")
         if path not in self.others:
-            plain = replace(
-                self.options, checkpoint=str(path), cycles=None, early_exit=None, guidance=None
-            )
+            plain = replace(self.options, checkpoint=str(path), cycles=None, early_exit=None)
             self.others[path] = Chat.load(path, self.run_config, plain)
         other, messages = self.others[path], self.chat.messages()[: questions[-1] + 1]
         other.set_like(self.chat)

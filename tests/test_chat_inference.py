@@ -288,7 +288,6 @@ def test_the_newest_checkpoint_of_the_furthest_stage_is_taken(tmp_path: Path) ->
     [
         (Options(cycles=0), "0 cycles"),
         (Options(early_exit=float("nan")), "at least 0"),
-        (Options(guidance=-1.0), "give 0 to 100"),
         (Options(checkpoint="/nonexistent"), "holds no checkpoint"),
         (Options(prompt="  "), "prompt is empty"),
     ],
@@ -390,9 +389,9 @@ def test_json_counts_the_cycles_of_the_head(checkpoints: Path, capsys, piped) ->
 
 
 def test_the_options_of_the_head_can_be_typed() -> None:
-    words = ["--preset", "demo", "--think-cycles", "3", "--early-exit", "0.01", "--guidance", "1.5"]
+    words = ["--preset", "demo", "--think-cycles", "3", "--early-exit", "0.01"]
     _, options = cli.parse_cli_with(Options(), "", words)
-    assert (options.cycles, options.early_exit, options.guidance) == (3, 0.01, 1.5)
+    assert (options.cycles, options.early_exit) == (3, 0.01)
     assert cli.parse_cli_with(Options(), "", ["--preset", "demo", "--cycles", "2"])[1].cycles == 2
 
 
@@ -484,7 +483,6 @@ def test_a_whole_conversation_in_the_terminal(
         ("/cycles 1.5", "no whole number"),
         ("/cycles early x", "no number"),
         ("/cycles early -1", "at least 0"),
-        ("/guidance 1e9", "give 0 to 100"),
         ("/cycles 0", "0 cycles"),
         ("/cycles 99999999999", "cycles; give"),
         ("/think perhaps", "no whole number"),
@@ -541,7 +539,6 @@ def test_the_head_is_set_and_seen(
     lines = [
         "/cycles 4",
         "/cycles early 1e9",
-        "/guidance 0.5",
         "one",
         "/stats",
         f"/compare {checkpoints / 'sft1'}",
@@ -551,14 +548,9 @@ def test_the_head_is_set_and_seen(
     assert "of 4 cycles per token" in out
     assert "cycles" in " ".join(terminal.chat.status())
     (other,) = terminal.others.values()  # answers with the same settings
-    assert (other.engine.h_cycles, other.engine.exit_kl_threshold, other.engine.guidance) == (
-        4,
-        1e9,
-        0.5,
-    )
-    out = type_in(terminal, monkeypatch, capsys, "/cycles", "/cycles early none", "/guidance none")
+    assert (other.engine.h_cycles, other.engine.exit_kl_threshold) == (4, 1e9)
+    out = type_in(terminal, monkeypatch, capsys, "/cycles", "/cycles early none")
     assert "cycles: as trained\n" in out
-    assert "guidance: none" in out
 
 
 def test_every_command_shows_its_help(terminal: Terminal, monkeypatch, capsys) -> None:
@@ -566,7 +558,6 @@ def test_every_command_shows_its_help(terminal: Terminal, monkeypatch, capsys) -
     wanted = [
         "compare",
         "cycles",
-        "guidance",
         "help",
         "load",
         "quit",
