@@ -19,6 +19,8 @@ table on the console, runs/<run>/report/score.json, and the run's report redrawn
 
 from __future__ import annotations
 
+import hearth  # noqa: F401  # isort: skip (first: it ends Ctrl-C during the imports in a line)
+
 import math
 import os
 import re
