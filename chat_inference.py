@@ -1,6 +1,6 @@
 """Talk with a checkpoint: in the terminal, in a pipe, or one question at a time.
 
-In: a run's newest checkpoint of its furthest stage, or any checkpoint folder; your words. Out:
+In: the checkpoint of a run's furthest stage, or any other; your words. Out:
 answers, streamed. A base model continues your text instead. Exit codes: 0 answered, 2 a mistake
 of yours, 130 stopped by Ctrl-C.
 
@@ -16,15 +16,14 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from config import PRESETS, Config, UserError
-from hearth import cli, hardware
+from hearth import cli, hardware, run
 from hearth.serving.commands import Terminal
-from hearth.serving.conversation import STAGES, Chat
+from hearth.serving.conversation import Chat
 from hearth.serving.terminal import lines_of, neutral, new_screen, show, tolerate_any_text
 from hearth.training import checkpoint
 
@@ -35,7 +34,7 @@ class Options:
 
     # answer this once, then end
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
-    # any checkpoint folder; None takes the newest of the furthest stage
+    # a stage, a run, or the folder of a run, a stage or a checkpoint; None is the furthest stage
     checkpoint: str | None = None
     # how they are stored; auto: bfloat16 if many
     weights: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
@@ -49,19 +48,21 @@ class Options:
     json: bool = False  # one JSON object an answer: ids, text, timings
 
 
+SCRIPT = cli.Script(__doc__, Options(), ("device", "chat"))
+
+
 def main(config: Config, options: Options) -> None:
     """Open the chat; or answer the prompt given, the lines of the pipe, or the preset's sample
     questions.
     """
     tolerate_any_text()
-    folder = Path(options.checkpoint) if options.checkpoint else find_checkpoint(config)
-    chat = load(folder, config, options)
+    chat = load(options.checkpoint, config, options)
     chat.think, chat.think_tokens, chat.stop = options.think, options.think_tokens, options.stop
     chat.set_cycles(options.cycles)
     chat.set_early_exit(options.early_exit)
     if options.prompt is None and not options.json and _is_terminal(sys.stdin, sys.stdout):
         history = config.run_dir / "chat_history" if config.run_dir.is_dir() else None
-        Terminal(chat, lambda name: compared(name, config, options), history).run()
+        Terminal(chat, lambda name: load(name, config, options), history).run()
         return
     if reason := chat.slow():
         print(reason, file=sys.stderr)
@@ -77,30 +78,15 @@ def _is_terminal(*streams: object) -> bool:
     return all(stream is not None and stream.isatty() for stream in streams)
 
 
-def find_checkpoint(config: Config) -> Path:
-    """The newest checkpoint of the furthest stage of this run; `UserError` says how to make one."""
-    for stage in STAGES:
-        if (found := checkpoint.newest(config.run_dir / stage)) is not None:
-            return found
-    raise UserError(
-        f"No checkpoint in {config.run_dir}: looked for {', '.join(STAGES)}. "
-        f"Make one with `{config.command('run_pipeline.py')}`."
-    )
-
-
-def compared(name: str, config: Config, options: Options) -> Chat:
-    """The chat for /compare: `name` is a stage of this run, or a checkpoint folder."""
-    return load(config.run_dir / name if name in STAGES else Path(name), config, options)
-
-
-def load(folder: Path, config: Config, options: Options) -> Chat:
-    """A chat with a checkpoint; it draws as the checkpoint's own config says where that was named
-    and the command line says nothing.
+def load(name: str | None, config: Config, options: Options) -> Chat:
+    """A chat with the checkpoint that `name` means; it draws as that one's own config says where
+    --checkpoint names one and the command line says nothing.
     """
+    folder = run.find_checkpoint(name, config)
     loaded = checkpoint.load_for_inference(folder, hardware.pick_device(config.device))
     untouched = config.chat == PRESETS[config.preset].chat
     drawing = loaded.config.chat if options.checkpoint and untouched else config.chat
-    return Chat(loaded, checkpoint.newest(folder) or folder, drawing, weights=options.weights)
+    return Chat(loaded, folder, drawing, weights=options.weights)
 
 
 def answer_each(questions: Iterable[str], chat: Chat, options: Options) -> None:
@@ -123,10 +109,10 @@ def answer_each(questions: Iterable[str], chat: Chat, options: Options) -> None:
             print(f"note: {note}", file=sys.stderr)
 
 
-def run() -> None:
+def run_chat() -> None:
     """`main`, for a person or a pipe."""
     try:
-        main(*cli.parse_cli_with(Options(), __doc__))
+        main(*run.parse(SCRIPT))
     except UserError as error:
         raise UserError(neutral(str(error))) from error
     except BrokenPipeError:  # the reader of the pipe has gone: nothing is left to say
@@ -134,4 +120,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    cli.run_script(run, "stopped.")
+    cli.run_script(run_chat, "stopped.")

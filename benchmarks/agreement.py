@@ -49,13 +49,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     words.add_argument("--files", type=Path, required=True, help="folder with the tasks' files")
-    words.add_argument("--checkpoint", type=Path, help="checkpoint to score")
-    words.add_argument(
-        "--preset",
-        default="demo",
-        help="preset whose model is built untrained, without --checkpoint",
-    )
-    words.add_argument("--tokenizer", type=Path, help="folder of a tokenizer for --preset")
+    add_model(words)
     words.add_argument("--tasks", nargs="+", default=list(QUESTIONS), choices=QUESTIONS)
     words.add_argument("--limit", type=int, default=200, help="items of each task")
     options = words.parse_args()
@@ -82,6 +76,17 @@ def main() -> None:
             f"{name:<18}{len(ours):>7}{same:>13}{worst:>15.5f} nats{accuracy:>10.1%}{mean:>8.1%}   "
             f"{verdict}"
         )
+
+
+def add_model(words: argparse.ArgumentParser) -> None:
+    """The options that `load` reads."""
+    words.add_argument("--checkpoint", type=Path, help="checkpoint to score")
+    words.add_argument(
+        "--preset",
+        default="demo",
+        help="preset whose model is built untrained, without --checkpoint",
+    )
+    words.add_argument("--tokenizer", type=Path, help="folder of a tokenizer for --preset")
 
 
 def load(options: argparse.Namespace) -> Loaded:
@@ -184,8 +189,8 @@ def alone_model(loaded: Loaded) -> Any:
 
 @torch.inference_mode()
 def alone(loaded: Loaded, before: Sequence[int], ending: Sequence[int]) -> tuple[float, bool]:
-    """Log-likelihood of an ending after its beginning, and whether each of its tokens is the
-    likeliest.
+    """Log-likelihood of an ending behind `<|bos|>` and its beginning, and whether each of its
+    tokens is the likeliest.
     """
     ids = torch.tensor([loaded.tokenizer.bos, *before, *ending], device=loaded.model.device)
     hidden = loaded.model(ids, PackedSequences(torch.zeros_like(ids, dtype=torch.bool), len(ids)))

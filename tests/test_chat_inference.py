@@ -17,9 +17,9 @@ import pytest
 from chats import CONFIG, new_chat, say, script, write_checkpoint, write_run
 
 import chat_inference
-from chat_inference import Options, find_checkpoint
+from chat_inference import Options
 from config import Config, UserError
-from hearth import cli
+from hearth.run import find_checkpoint
 from hearth.serving.terminal import neutral
 from hearth.training.checkpoint import load_for_inference
 
@@ -36,11 +36,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_newest_checkpoint_of_the_furthest_stage_is_taken(tmp_path: Path) -> None:
     config = replace(CONFIG, runs=str(tmp_path))
-    with pytest.raises(UserError, match=r"No checkpoint in .*run_pipeline.py --preset demo"):
-        find_checkpoint(config)
+    with pytest.raises(UserError, match=r"no run .*run_pipeline.py --preset demo"):
+        find_checkpoint(None, config)
     for stage, step in (("base", 900), ("sft1", 20), ("sft1", 100), ("sft2", 3)):
         expected = write_checkpoint(tmp_path / "demo" / stage, stage, step)
-        assert find_checkpoint(config) == expected
+        assert find_checkpoint(None, config) == expected
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_the_newest_checkpoint_of_the_furthest_stage_is_taken(tmp_path: Path) ->
     [
         (Options(cycles=0), "0 cycles"),
         (Options(early_exit=float("nan")), "at least 0"),
-        (Options(checkpoint="/nonexistent"), "holds no checkpoint"),
+        (Options(checkpoint="/nonexistent"), "is no checkpoint"),
         (Options(prompt="  "), "prompt is empty"),
     ],
 )
@@ -137,9 +137,9 @@ def test_json_counts_the_cycles_of_the_head(checkpoints: Path, capsys, piped) ->
 
 def test_the_options_of_the_head_can_be_typed() -> None:
     words = ["--preset", "demo", "--think-cycles", "3", "--early-exit", "0.01"]
-    _, options = cli.parse_cli_with(Options(), "", words)
+    _, options = chat_inference.SCRIPT.parse(words)
     assert (options.cycles, options.early_exit) == (3, 0.01)
-    assert cli.parse_cli_with(Options(), "", ["--preset", "demo", "--cycles", "2"])[1].cycles == 2
+    assert chat_inference.SCRIPT.parse(["--preset", "demo", "--cycles", "2"])[1].cycles == 2
 
 
 def test_as_a_program_it_ends_with_codes_that_mean_something(
@@ -154,7 +154,7 @@ def test_as_a_program_it_ends_with_codes_that_mean_something(
     assert (fine.returncode, b"Traceback" in fine.stderr) == (0, False)
     wrong = start("--runs", str(tmp_path))
     assert (wrong.returncode, b"Traceback" in wrong.stderr) == (2, False)
-    assert wrong.stderr.startswith(b"error: No checkpoint in")
+    assert wrong.stderr.startswith(b"error: There is no run")
 
 
 def test_an_empty_answer_is_said_in_words_and_stays_empty_as_json(

@@ -1,12 +1,12 @@
-"""Tasks with right answers: read them, put them to a base model as texts to go on with, score what
-it finds likely.
+"""Tasks with right answers: read them, put them to a base model as texts to continue, score what it
+finds likely.
 
 In: JSON lines in the layout of llm-foundry's local data, the tasks that CORE draws on (DCLM, arXiv
 2406.11794); a model and its tokenizer. Out: an `Outcome` an item. Prompts, examples and the rule of
 choice are those of llm-foundry 0.9, which CORE is defined by; what differs is that the first token
 is always `<|bos|>`, as in training. Knows nothing of the chat format.
 
-    choice     query | choice A      which choice is likeliest, a token on average?
+    choice     query | choice A      which choice is likeliest, per token on average?
                query | choice B
     schema     context A | ending    after which context is the ending likeliest?
                context B | ending
@@ -479,7 +479,7 @@ def after_shared(
     """Hidden states (B, T, D) of what follows shared beginnings, which are computed once for all
     rows of a prompt.
 
-    columns    . . a b c | d e .     beginnings end in one column, a prompt's rows go on from there
+    columns    . . a b c | d e .     beginnings end in one column, a prompt's rows continue there
                . . a b c | f . .     padding in front is seen by none, padding behind is not scored
                p q r s t | u v w
     """

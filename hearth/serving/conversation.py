@@ -27,10 +27,9 @@ from hearth.data.chat_format import (
 from hearth.decoding.engine import Budget, Engine, Sampling
 from hearth.decoding.matrices import compiler_missing
 from hearth.log import count, size
+from hearth.run import STAGES
 from hearth.training.checkpoint import Loaded
 
-# furthest first
-STAGES = {"sft2": "stage 2 of fine-tuning", "sft1": "stage 1 of fine-tuning", "base": "base model"}
 SMALL = 20_000_000  # parameters up to which float32 is fast enough
 MAX_SEED = 2**60
 
@@ -356,7 +355,7 @@ class Chat:
         engine, trained = self.engine, self.trained_cycles
         device = engine.model.device.type
         lines = [
-            f"{self.folder}: {STAGES.get(self.stage, self.stage)}",
+            f"{self.folder}: {STAGES[self.stage].title}",
             f"{count(self.n_parameters)} parameters, {size(engine.weight_bytes())} in {self.store} "
             f"on {device}; {size(engine.cache_bytes())} for a context of {engine.context}",
         ]

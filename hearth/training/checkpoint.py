@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from config import Config, UserError
-from hearth.cli import from_json, to_json
+from hearth.cli import from_plain, to_json
 from hearth.data.tokenizer import Tokenizer
+from hearth.run import newest
+from hearth.storage import read_json
 from hearth.training.optim import Optimizers
 from model import Model, compute_dtype
 
@@ -34,23 +36,6 @@ class Loaded:
     config: Config
     tokenizer: Tokenizer
     state: dict[str, Any]  # stage, step, steps, tokens and what the stage noted
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint below a stage's folder, or None."""
-    found = sorted(folder.glob("step-*/state.json")) if folder.is_dir() else []
-    return found[-1].parent if found else None
-
-
-def furthest(config: Config) -> Path:
-    """The newest checkpoint of the furthest stage of a run; `UserError` says how to make one."""
-    for stage in ("sft2", "sft1", "base"):
-        if (found := newest(config.run_dir / stage)) is not None:
-            return found
-    raise UserError(
-        f"No checkpoint in {config.run_dir}: looked for sft2, sft1, base. "
-        f"Make one with `{config.command('run_pipeline.py')}`."
-    )
 
 
 def is_finished(folder: Path) -> bool:
@@ -119,62 +104,18 @@ def n_bytes(model: Model, optimizers: Optimizers) -> int:
     )
 
 
-def resume(
-    folder: Path, model: Model, optimizers: Optimizers, config: Config, section: str
-) -> dict[str, Any] | None:
+def resume(folder: Path, model: Model, optimizers: Optimizers) -> dict[str, Any] | None:
     """Load the newest checkpoint below `folder` into model and optimizers; its state, or None if
     there is none.
-
-    Raises `UserError` when the seed, the precision, the model, the optimizer or the stage's own
-    `section` has changed.
     """
     last = newest(folder)
     if last is None:
         return None
-    saved = from_json(Config, (last / "config.json").read_text(encoding="utf-8"))
-    different = [
-        difference
-        for part in ("seed", "eight_bit", "model", "optim", section)
-        for difference in _differences(getattr(saved, part), getattr(config, part), part)
-    ]
-    if different:
-        raise UserError(
-            f"{last} was trained with other settings: {'; '.join(different)}. Give those again to "
-            "go on, or start "
-            f"another run beside it with --name, or remove {folder} to start over."
-        )
     model.load_state_dict(load_file(last / "model.safetensors", device=str(model.device)))
     optimizers.load_state_dict(
         torch.load(last / "optimizer.pt", map_location=model.device, weights_only=True)
     )
     return read_state(last)
-
-
-# what may change between two starts of one run without changing what it computes
-_FREE = {
-    "micro_batch_tokens",
-    "save_every_minutes",
-    "keep_checkpoints",
-    "log_every_steps",
-    "log_to",
-    "prompts",
-    "probe_prompts",
-    "probe_tokens",
-}
-
-
-def _differences(old: Any, new: Any, path: str) -> list[str]:
-    """Fields in which two configs differ, those that do not change the result left out."""
-    if old == new:
-        return []
-    if not (is_dataclass(old) and is_dataclass(new)):
-        return [f"{path} was {old}, is {new}"]
-    names = [name for name in vars(new) if name not in _FREE]
-    return [
-        d
-        for name in names
-        for d in _differences(getattr(old, name), getattr(new, name), f"{path}.{name}")
-    ]
 
 
 def load_for_inference(checkpoint: Path, device: torch.device | str = "cpu") -> Loaded:
@@ -199,7 +140,7 @@ def load_for_inference(checkpoint: Path, device: torch.device | str = "cpu") -> 
             f"{checkpoint} holds no checkpoint: {', '.join(missing)} missing (found: "
             f"{found or 'nothing'})."
         )
-    config = from_json(Config, (checkpoint / "config.json").read_text(encoding="utf-8"))
+    config = from_plain(Config, read_json(checkpoint / "config.json"), checkpoint / "config.json")
     device = torch.device(device)
     with torch.device("meta"):
         model = Model(config.model)

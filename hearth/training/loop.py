@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from config import Config, LoopConfig, UserError
+from config import LoopConfig, UserError
 from hearth import hardware, log
 from hearth.reporting.trackers import open_trackers
 from hearth.training import checkpoint, distributed
@@ -116,28 +116,11 @@ class Progress:
         return Progress(state["step"], state["tokens"], state["seconds"], guard, joules)
 
 
-def resume(
-    folder: Path,
-    model: Model,
-    optimizers: Optimizers,
-    config: Config,
-    section: str,
-    data: dict[str, str],
-) -> Progress:
+def resume(folder: Path, model: Model, optimizers: Optimizers) -> Progress:
     """Bring model and optimizers to the newest checkpoint below `folder`, if there is one; where
     the run then stands.
-
-    Raises `UserError` when settings (see `checkpoint.resume`) or `data`, a fingerprint a set of
-    shards, have changed.
     """
-    state = checkpoint.resume(folder, model, optimizers, config, section)
-    if state and state["data"] != data:
-        raise UserError(
-            f"The token shards have changed since {checkpoint.newest(folder)} was trained. Bring "
-            "them back, or remove "
-            f"{folder} to start over."
-        )
-    return Progress.of(state)
+    return Progress.of(checkpoint.resume(folder, model, optimizers))
 
 
 @dataclass

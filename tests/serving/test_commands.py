@@ -192,8 +192,8 @@ def test_another_checkpoint_answers_the_question(
     # a folder, and a stage of this run
     lines = ["one", f"/compare {checkpoints / 'sft1'}", "/compare base"]
     out = type_in(terminal, monkeypatch, capsys, *lines)
-    assert "stage 1 of fine-tuning" in out
-    assert "base model" in out
+    assert "Fine-tuning, stage 1" in out
+    assert "Pretraining" in out
     assert [m["content"] for m in terminal.chat.messages()] == ["one", "the cat"]
 
 
