@@ -291,7 +291,7 @@ class Keyboard:
     def __init__(
         self, commands: Sequence[str], history: Path | None, status: Callable[[], Sequence[str]]
     ) -> None:
-        self._session = None if is_dumb() else _prompt_session(commands, history, status)
+        self._session = None if is_dumb() else prompt_session(commands, history, status)
 
     def read(self) -> str:
         """What was typed; EOFError where the person is done, KeyboardInterrupt on Ctrl-C."""
@@ -303,7 +303,7 @@ class Keyboard:
         return line
 
 
-def _prompt_session(
+def prompt_session(
     commands: Sequence[str], history: Path | None, status: Callable[[], Sequence[str]]
 ) -> Any:
     from prompt_toolkit import PromptSession

@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import random
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from prompt_toolkit.application import Application, create_app_session
+from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.data_structures import Size
+from prompt_toolkit.document import Document
 from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 from prompt_toolkit.output.vt100 import Vt100_Output
 from rich.console import Console
 
@@ -25,6 +27,7 @@ from hearth.serving.terminal import (
     lines_of,
     markdown,
     neutral,
+    prompt_session,
     say,
     show,
 )
@@ -279,9 +282,8 @@ def typed(keys: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     out = io.StringIO()
     output = Vt100_Output(out, lambda: Size(24, 80), term="xterm", enable_cpr=False)
     with create_pipe_input() as pipe, create_app_session(input=pipe, output=output):
-        keyboard = Keyboard(["/help", "/save", "/seed"], None, lambda: ["status"])
-        pipe.send_text(keys)
-        threading.Timer(0.1, pipe.send_text, ["\r"]).start()
+        keyboard = Keyboard(["/help"], None, lambda: ["status"])
+        pipe.send_text(f"{keys}\r")
         line = keyboard.read()
     return line, out.getvalue()
 
@@ -315,14 +317,15 @@ def test_an_escape_that_means_nothing_is_ignored(
 def test_commands_and_the_paths_behind_them_complete(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     (tmp_path / "conversation.json").touch()
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        completer = prompt_session(["/help", "/save", "/seed"], None, list).completer
     begun = f"{tmp_path}/conv"
-    for keys, line in (
-        ("/he", "/help"),
-        (f"/save {begun}", f"/save {begun}ersation.json"),
-        (f"/seed {begun}", f"/seed {begun}"),
-    ):
-        assert typed(f"{keys}\t", monkeypatch)[0] == line
+    for typed, rest in (("/he", ["/help"]), (f"/save {begun}", ["ersation.json"])):
+        found = completer.get_completions(Document(typed), CompleteEvent())
+        assert [completion.text for completion in found] == rest
+    assert not [*completer.get_completions(Document(f"/seed {begun}"), CompleteEvent())]
 
 
 def test_ctrl_z_suspends_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
