@@ -12,6 +12,8 @@ In: runs/<preset>/tokens/ and tokenizer/. Out: runs/<preset>/base/step-*/, metri
 
 from __future__ import annotations
 
+import hearth  # noqa: F401  # isort: skip (first: it ends Ctrl-C during the imports in a line)
+
 import math
 from dataclasses import dataclass
 from pathlib import Path

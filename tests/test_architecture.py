@@ -26,7 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("checkpoint", "loop"),
     ),
     "evaluation": ("tasks", "scores", "chat_tasks", "lm_eval_adapter"),
-    "serving": ("terminal",),
+    "serving": ("terminal", "conversation", "commands"),
 }
 PLACE = {
     (room, name): (r, n)
