@@ -73,7 +73,7 @@ def train_stage(config: Config, name: str, start: Path | None, work: run.Run) ->
     loop: SFTConfig = getattr(config, name)
     folder = config.run_dir / name
     start = start or stage_before(config, name, work)
-    sets = sets_of(config, name)
+    sets = loop.sets()
     with work.stage(name):
         texts = write_texts(config, sets, loop, remake=work.begun(name) is None)
     used = {"weights": checksum(start / WEIGHTS), **texts}
@@ -139,17 +139,6 @@ def train_stage(config: Config, name: str, start: Path | None, work: run.Run) ->
         f"{run.STAGES[name].title.lower()}: done in {log.duration(progress.seconds)}, "
         f"{run.newest(folder)}"
     )
-
-
-def sets_of(config: Config, stage: str) -> tuple[ChatSource, ...]:
-    """The sets a stage trains on; stage 2 may see a share of stage 1's again."""
-    if stage == "sft1" or not config.sft2.repeat_earlier:
-        return getattr(config, stage).sets()
-    again = [
-        replace(source, weight=source.weight * config.sft2.repeat_earlier)
-        for source in config.sft1.sets()
-    ]
-    return (*config.sft2.sets(), *again)
 
 
 def stage_before(config: Config, stage: str, work: run.Run) -> Path:
