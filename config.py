@@ -309,6 +309,10 @@ class LoopConfig:
         ):
             if getattr(self, name) < 1:
                 found.append(f"{where}.{name} is {getattr(self, name)}, must be at least 1")
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
+            found.append(
+                f"{where}.micro_batch_tokens is {self.micro_batch_tokens}, must be above 0"
+            )
         if self.lr <= 0:
             found.append(f"{where}.lr is {self.lr}, must be above 0")
         if self.micro_batch_tokens and self.tokens_per_step % self.micro_batch_tokens:
@@ -343,7 +347,7 @@ class PretrainConfig(LoopConfig):
                 "must be 1"
             )
         for stage in self.stages:
-            if stage.context > context or context % stage.context:
+            if not 1 <= stage.context <= context or context % stage.context:
                 found.append(
                     f"pretrain.stages: context {stage.context} must divide model.context {context}"
                 )

@@ -205,8 +205,9 @@ def trunk_windows(config: ModelConfig) -> list[int | None]:
     """Attention reach of each trunk block: the pattern repeated, the last block always sees the
     whole context.
     """
-    repeated = (config.pattern * config.n_layer)[: config.n_layer - 1] + "L"
-    return [config.window if letter == "S" else None for letter in repeated]
+    pattern = config.pattern
+    letters = [pattern[i % len(pattern)] for i in range(config.n_layer - 1)] + ["L"]
+    return [config.window if letter == "S" else None for letter in letters]
 
 
 # ----------------------------------------------------------------------------------------- HRM head

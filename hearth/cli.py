@@ -13,7 +13,9 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from config import PRESETS, Config, UserError
 
@@ -24,29 +26,53 @@ def to_json(config: Any) -> str:
 
 
 def from_json(cls: type, text: str) -> Any:
-    """The inverse of `to_json`. Fields that this version does not know are refused by name."""
-    return _build(cls, json.loads(text))
+    """The inverse of `to_json`; refuses what `build` refuses."""
+    return build(cls, json.loads(text))
 
 
-def _build(kind: Any, value: Any) -> Any:
-    options = get_args(kind)
-    if value is None or kind is Any:
-        return value
-    if get_origin(kind) is tuple:
-        return tuple(_build(options[0], item) for item in value)
-    dataclass_kinds = [k for k in (kind, *options) if dataclasses.is_dataclass(k)]
-    if dataclass_kinds:
-        cls = dataclass_kinds[0]
-        hints = get_type_hints(cls)
+def build(cls: type, value: Any, path: Path | None = None) -> Any:
+    """An instance of the dataclass `cls` from JSON, with defaults for fields that are missing.
+
+    Raises `UserError`, in one line that names `path` and the field, for fields that this version
+    does not know, values of another kind, and values that `cls` itself refuses.
+    """
+    try:
+        return _build(cls, value, "")
+    except (UserError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"{path}: {said}" if path else said) from error
+
+
+def _build(kind: Any, value: Any, at: str) -> Any:
+    if get_origin(kind) in (Union, UnionType):
+        if value is None and NoneType in get_args(kind):
+            return None
+        kind = next(k for k in get_args(kind) if k is not NoneType)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
         unknown = sorted(set(value) - set(hints))
         if unknown:
             raise UserError(
-                f"{cls.__name__} has no field {', '.join(unknown)}: the file is from another "
+                f"{kind.__name__} has no field {', '.join(unknown)}: the file is from another "
                 "version."
             )
-        return cls(**{name: _build(hints[name], item) for name, item in value.items()})
-    tuples = [k for k in options if get_origin(k) is tuple]
-    return tuple(value) if tuples and isinstance(value, list) else value
+        dot = f"{at}." if at else ""
+        return kind(**{n: _build(hints[n], item, dot + n) for n, item in value.items()})
+    if get_origin(kind) is tuple and isinstance(value, list):
+        item_kind = get_args(kind)[0]
+        return tuple(_build(item_kind, item, f"{at}.{i}") for i, item in enumerate(value))
+    if get_origin(kind) is Literal:
+        good = value in get_args(kind)
+    else:
+        good = isinstance(value, (int, float) if kind is float else kind if kind in PLAIN else ())
+        good = good and (not isinstance(value, bool) or kind is bool)
+    # NaN is in no order, and no setting needs more than 64 bits
+    if not good or (isinstance(value, int | float) and not -(2**63) <= value < 2**63):
+        raise UserError(f"{at or kind.__name__} is {json.dumps(value):.60}, of the wrong kind.")
+    return value
+
+
+PLAIN = (str, int, bool)
 
 
 def parse_cli(description: str, argv: list[str] | None = None) -> Config:
