@@ -32,7 +32,7 @@ from hearth.training.held_out import evaluate_loss, probe_head
 from hearth.training.loop import Job, Progress, fit, resume
 from hearth.training.optim import Optimizers, build_optimizers
 from hearth.training.planning import GIB, make_plan, measure, table, time_update
-from model import Model, PackedSequences, build_model, compute_dtype
+from model import Model, PackedSequences, build_model
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,6 @@ def main(config: Config, options: Options) -> None:
 def build(config: Config, device: torch.device) -> tuple[Model, Optimizers]:
     """The untrained model and its optimizers."""
     model = build_model(config.model, seed=config.seed, device=device)
-    model.dtype = compute_dtype(device)
     compiled = hardware.compiles(config.compile, device)
     if compiled:
         model.compile_blocks()
