@@ -1,7 +1,7 @@
 """The network, top-down: embedding, blocks, HRM head, loss, initialisation, packed sequences.
 
-In: token ids laid flat, and a `where` that knows each token's position and what it may attend to:
-`PackedSequences` while training, `KVCache` while decoding. Out: hidden states, logits, losses.
+In: token ids laid flat, and an `attn_ctx` that knows each token's position and what it may attend
+to: `PackedSequences` while training, `KVCache` while decoding. Out: hidden states, logits, losses.
 Knows no optimizer, file, tokenizer or chat format.
 """
 
@@ -51,11 +51,7 @@ class Model(nn.Module):
         self.activation_checkpointing = "none"
 
     def forward(
-        self,
-        ids: Tensor,
-        attn_ctx: AttentionContext,
-        *,
-        h_cycles: int | None = None,
+        self, ids: Tensor, attn_ctx: AttentionContext, *, h_cycles: int | None = None
     ) -> Tensor:
         """Hidden states (N, D) that `logits` and `loss` read; `h_cycles` is how often the head's
         slow module is called (default: as configured).
@@ -65,11 +61,7 @@ class Model(nn.Module):
         return last
 
     def cycles(
-        self,
-        ids: Tensor,
-        attn_ctx: AttentionContext,
-        *,
-        h_cycles: int | None = None,
+        self, ids: Tensor, attn_ctx: AttentionContext, *, h_cycles: int | None = None
     ) -> Iterator[Tensor]:
         """Hidden states (N, D) after the trunk, then after each of the head's cycles; every one can
         be read out.
@@ -80,11 +72,9 @@ class Model(nn.Module):
         x = self.run_trunk(ids, attn_ctx)
         yield x
         if self.head is not None:
+            recomputed = self.activation_checkpointing
             yield from self.head.cycles(
-                x,
-                attn_ctx,
-                h_cycles=h_cycles,
-                activation_checkpointing=self.activation_checkpointing,
+                x, attn_ctx, h_cycles=h_cycles, activation_checkpointing=recomputed
             )
 
     def run_trunk(self, ids: Tensor, attn_ctx: AttentionContext) -> Tensor:
@@ -93,12 +83,11 @@ class Model(nn.Module):
         x = self.embed(ids, attn_ctx)
         values = self.token_values(ids)
         for place, block in enumerate(self.trunk):
-            given = (x, attn_ctx, values[place]) if place in values else (x, attn_ctx)
-            x = (
-                checkpoint(block, *given, use_reentrant=False)
-                if self.activation_checkpointing == "all"
-                else block(*given)
-            )
+            given = (x, attn_ctx, values.get(place))
+            if self.activation_checkpointing == "all":
+                x = checkpoint(block, *given, use_reentrant=False)
+            else:
+                x = block(*given)
         return x
 
     def embed(self, ids: Tensor, attn_ctx: AttentionContext) -> Tensor:
@@ -114,11 +103,9 @@ class Model(nn.Module):
             return rms_norm(look_up(ids, self.embedding)).to(self.dtype)
 
         x = normed(ids)
-        return (
-            x
-            if self.shift is None
-            else x + self.shift.to(self.dtype) * attn_ctx.before(x, ids, normed)
-        )
+        if self.shift is None:
+            return x
+        return x + self.shift.to(self.dtype) * attn_ctx.before(x, ids, normed)
 
     def token_values(self, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """A value a token (N, G·E) and its gate (G, channels) for the last trunk block and every
@@ -127,29 +114,23 @@ class Model(nn.Module):
         Value embeddings, from the modded-nanogpt speed runs (after ResFormer, arXiv 2410.17897):
         they add to what a model can remember of each token without adding a product.
         """
-        n = len(self.value_embeddings)
         places = [*range(len(self.trunk) - 1, -1, -2), *range(len(self.trunk) - 2, -1, -2)]
-        rows = (look_up(ids, table).to(self.dtype) for table in self.value_embeddings)
         return {
-            places[i]: (value, self.value_gates[i]) for i, value in zip(range(n), rows, strict=True)
+            places[i]: (look_up(ids, table).to(self.dtype), self.value_gates[i])
+            for i, table in enumerate(self.value_embeddings)
         }
 
     def output(self, hidden: Tensor) -> Tensor:
-        """What the tied embedding is multiplied with: (…, D) normed, with a gain a channel, divided
-        by √D.
-        """
-        return rms_norm(hidden) * (self.output_gain / math.sqrt(self.config.d_model)).to(
-            hidden.dtype
-        )
+        """What the embedding is multiplied with: (…, D) normed, times a gain a channel over √D."""
+        gain = self.output_gain / math.sqrt(self.config.d_model)
+        return rms_norm(hidden) * gain.to(hidden.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits (…, V) for hidden states (…, D)."""
         return project(self.output(hidden), self.embedding).float()
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Sum of `weights` (N,) times the cross-entropy of `targets` (N,), in nats, never holding
-        all logits.
-        """
+        """Sum of `weights` (N,) times the cross-entropy of `targets` (N,) in nats."""
         # a Function is told that a parameter wants its gradient also where none is taken
         matrix = self.embedding if torch.is_grad_enabled() else self.embedding.detach()
         return ChunkedCrossEntropy.apply(self.output(hidden), matrix, targets, weights)
@@ -167,9 +148,7 @@ class Model(nn.Module):
                 module.compiled = True
 
     def multiply_with(self, linear: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Use `linear` instead of F.linear for the products of the blocks while gradients are
-        taken.
-        """
+        """Use `linear`, not F.linear, for the blocks' products while gradients are taken."""
         for module in self.modules():
             if isinstance(module, Block):
                 module.linear = linear
@@ -178,9 +157,7 @@ class Model(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def block_passes(self, h_cycles: int | None = None) -> list[Block]:
-        """Every block in the order in which one forward pass runs it; the head's appear once a
-        call.
-        """
+        """Every block in the order in which a forward pass runs it; the head's once a call."""
         passes = list(self.trunk)
         return passes + (self.head.block_passes(h_cycles) if self.head else [])
 
@@ -202,11 +179,10 @@ class Model(nn.Module):
 
 
 def trunk_windows(config: ModelConfig) -> list[int | None]:
-    """Attention reach of each trunk block: the pattern repeated, the last block always sees the
-    whole context.
-    """
-    repeated = (config.pattern * config.n_layer)[: config.n_layer - 1] + "L"
-    return [config.window if letter == "S" else None for letter in repeated]
+    """Attention reach of each trunk block: the pattern repeated, at last the whole context."""
+    pattern = config.pattern
+    letters = [pattern[i % len(pattern)] for i in range(config.n_layer - 1)] + ["L"]
+    return [config.window if letter == "S" else None for letter in letters]
 
 
 # ----------------------------------------------------------------------------------------- HRM head
@@ -233,10 +209,9 @@ class HRMHead(nn.Module):
 
     def __init__(self, config: ModelConfig, hrm: HRMConfig) -> None:
         super().__init__()
-        self.hrm = hrm
-        short, long = config.window, None
+        self.hrm, short = hrm, config.window
         self.fast = HRMModule(config, [short] * hrm.l_layer) if hrm.l_cycles else None
-        self.slow = HRMModule(config, [short] * (hrm.h_layer - 1) + [long])
+        self.slow = HRMModule(config, [short] * (hrm.h_layer - 1) + [None])
         self.gains = nn.Parameter(torch.empty(5 if hrm.l_cycles else 2, config.d_model))  # g0 … g4
         # z_L before any call
         self.fast_start = nn.Parameter(torch.empty(config.d_model)) if hrm.l_cycles else None
@@ -338,11 +313,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, attn_ctx: AttentionContext, value: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        before, after = (
-            compiled_parts()
-            if self.compiled and torch.is_grad_enabled()
-            else (Block.before, Block.after)
-        )
+        fused = self.compiled and torch.is_grad_enabled()
+        before, after = compiled_parts() if fused else (Block.before, Block.after)
         y = attn_ctx.attend(*before(self, x, attn_ctx.rotary, value), self.window)  # (N, H, E)
         return after(self, x, y)
 
@@ -378,18 +350,14 @@ class Block(nn.Module):
 
 @cache
 def compiled_parts() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What a block does before and after attention, each compiled once for all blocks
-    of a shape.
-    """
+    """What a block does before and after attention, each compiled once for all of a shape."""
     return torch.compile(Block.before, dynamic=False), torch.compile(Block.after, dynamic=False)
 
 
 def project(
     x: Tensor, *weights: Tensor, linear: Callable[[Tensor, Tensor], Tensor] = F.linear
 ) -> Tensor:
-    """x (N, D) times the weights (·, D) laid one under the other, in x's dtype: one product for
-    several matrices.
-    """
+    """x (N, D) times the weights (·, D) laid one under the other, in x's dtype: one product."""
     if not isinstance(weights[0], Tensor):  # see `for_decoding`
         return weights[0](x)
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
@@ -434,10 +402,8 @@ ROWS_PER_CHUNK = 512
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Weighted sum of cross-entropies through the tied embedding, a chunk of tokens at a time.
-
-    The forward pass already computes both gradients, so no logits are kept and none are computed
-    twice.
+    """Weighted sum of cross-entropies through the tied embedding, a chunk of tokens at a time; the
+    forward pass computes both gradients already, so no logits are kept, and none computed twice.
     """
 
     @staticmethod
@@ -459,9 +425,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             z = exponentials.sum(dim=-1, keepdim=True)
             total += ((z.log() + largest - at_target) * weight).sum()
             if wants_grad:
-                d_logits = (
-                    exponentials.mul_(weight / z).scatter_add_(1, target, -weight).to(hidden.dtype)
-                )
+                d_logits = exponentials.mul_(weight / z).scatter_add_(1, target, -weight)
+                d_logits = d_logits.to(hidden.dtype)
                 d_hidden[here] = d_logits @ matrix
                 d_matrix += (d_logits.T @ hidden[here]).float()
         ctx.save_for_backward(d_hidden, d_matrix)
@@ -520,10 +485,9 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     far slower).
     """
     if device.type == "cuda":
-        return (
-            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-        )
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 
 
@@ -626,9 +590,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, window: int
 def attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, window: int | None
 ) -> Tensor:
-    """FlashAttention-2 over the segments as they lie (arXiv 2307.08691): nothing is padded, nothing
-    masked away.
-    """
+    """FlashAttention-2 over the segments as they lie (arXiv 2307.08691), without padding."""
     reach = (-1 if window is None else window - 1, 0)  # tokens seen before and after the query
     longest = packed.row_length
     return varlen_attention()(
@@ -648,16 +610,12 @@ def varlen_attention() -> Callable[..., Tensor]:
     except ImportError as error:
         raise UserError(
             f"flash-attn is installed but cannot be loaded ({error}). Build it again for torch "
-            f"{torch.__version__}, or "
-            "do without it: `uv sync`."
+            f"{torch.__version__}, or do without it: `uv sync`."
         ) from error
     else:
         return partial(flash_attn_varlen_func, causal=True)
-    return (
-        partial(varlen_attn, enable_gqa=True)
-        if "enable_gqa" in signature(varlen_attn).parameters
-        else varlen_attn
-    )
+    told = "enable_gqa" in signature(varlen_attn).parameters
+    return partial(varlen_attn, enable_gqa=True) if told else varlen_attn
 
 
 def attend_in_blocks(
@@ -685,7 +643,5 @@ def attend_in_blocks(
 
 
 def query_block(window: int | None) -> int:
-    """Queries that `attend_in_blocks` takes at once: few, so that little is scored beyond a window
-    or the future.
-    """
+    """Queries taken at once: few, so that little is scored beyond a window or the future."""
     return max(32, min(128, window or 128))

@@ -42,7 +42,7 @@ from hearth.training.planning import (
     table,
     time_update,
 )
-from model import Model, PackedSequences, build_model, compute_dtype
+from model import Model, PackedSequences, build_model
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,6 @@ def train_base(
 def build(config: Config, device: torch.device) -> tuple[Model, Optimizers]:
     """The untrained model and its optimizers."""
     model = build_model(config.model, seed=config.seed, device=device)
-    model.dtype = compute_dtype(device)
     compiled = hardware.compiles(config.compile, device)
     if compiled:
         model.compile_blocks()

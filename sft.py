@@ -32,7 +32,7 @@ from hearth.training.batches import ConversationBatches, held_out_conversations
 from hearth.training.held_out import evaluate_loss
 from hearth.training.loop import Job, Progress, fit, resume
 from hearth.training.optim import build_optimizers
-from model import Model, build_model, compute_dtype
+from model import Model, build_model
 
 WEIGHTS = "model.safetensors"
 
@@ -95,7 +95,6 @@ def train_stage(config: Config, name: str, start: Path | None, work: run.Run) ->
     if hardware.compiles(config.compile, device):
         model.compile_blocks()
     model.load_state_dict(before.model.state_dict())
-    model.dtype = compute_dtype(device)
     optimizers = build_optimizers(model, config.optim, loop.lr)
     progress = resume(folder, model, optimizers)
 

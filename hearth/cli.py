@@ -48,8 +48,9 @@ def from_plain(cls: type, value: Any, where: Path | str) -> Any:
     """
     try:
         return _build(cls, value, "")
-    except TypeError as error:
-        raise UserError(f"{where} cannot be used: {error}.") from error
+    except (UserError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"{where} cannot be used: {said.rstrip('.')}.") from error
 
 
 def to_json(config: Any) -> str:
@@ -81,6 +82,8 @@ def _build(kind: Any, value: Any, path: str) -> Any:
     if origin is Literal:
         _require(value in options, path, value, "one of " + ", ".join(map(str, options)))
         return value
+    if isinstance(value, int | float):  # NaN is in no order, and no setting needs more than 64 bits
+        _require(-(2**63) <= value < 2**63, path, value, "a number of at most 64 bits")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     wanted = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kind]

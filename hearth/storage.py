@@ -43,7 +43,12 @@ KIND_NAMES = {
 
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors writes the errno
 # what torch says where a write failed, for whatever reason; a full disk is by far the commonest
-TORCH_WRITE = ("unexpected pos ", "file write failed", "PytorchStreamWriter failed writing")
+TORCH_WRITE = (
+    "unexpected pos ",
+    "file write failed",
+    "PytorchStreamWriter failed writing",
+    "iostream error",
+)
 
 
 @contextlib.contextmanager

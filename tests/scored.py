@@ -67,7 +67,7 @@ def make_run(folder: Path) -> Config:
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
-    optimizers = build_optimizers(model, config.optim, 1e-3, 10)
+    optimizers = build_optimizers(model, config.optim, 1e-3)
     for stage in ("base", "sft2"):
         state = {"stage": stage, "step": 7, "steps": 7, "tokens": 7000, "seconds": 1.0}
         checkpoint.save(config.run_dir / stage, model, optimizers, config, tokenizer, state, 1)

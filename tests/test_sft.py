@@ -15,8 +15,8 @@ from hearth.data import sources
 from hearth.data.chat_format import render
 from hearth.data.token_shards import TokenShards, TokenShardWriter
 from hearth.data.tokenizer import Tokenizer
-from hearth.training import held_out
 from hearth.training.batches import ConversationBatches
+from hearth.training.held_out import evaluate_loss
 from model import Model, PackedSequences, build_model
 
 
@@ -82,7 +82,7 @@ def test_a_packed_batch_loses_what_its_conversations_lose_alone(
     packed_loss = packed_count = 0.0
     for step in range(batches.n_steps):
         batch = batches.batch(step)
-        nats, count = held_out.evaluate_loss(model, [batch])
+        nats, count = evaluate_loss(model, [batch])
         packed_loss, packed_count = packed_loss + nats, packed_count + count
     alone = []
     for messages in TALKS:

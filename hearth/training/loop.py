@@ -11,7 +11,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,9 @@ import torch
 
 from config import LoopConfig, UserError
 from hearth import hardware, log
+from hearth.cli import from_plain
 from hearth.reporting.trackers import open_trackers
+from hearth.run import newest
 from hearth.training import checkpoint, distributed
 from hearth.training.batches import Batch
 from hearth.training.gradients import accumulate
@@ -50,7 +52,7 @@ class SpikeGuard:
     variance: float = 0.0
     seen: int = 0  # accepted steps
     level_at: int = 0  # of them, those before the last new level
-    high: list[float] = field(default_factory=list)  # the spikes that may become a new level
+    high: tuple[float, ...] = ()  # the spikes that may become a new level
     skipped: int = 0  # in all
     in_a_row: int = 0
 
@@ -60,9 +62,9 @@ class SpikeGuard:
         value = math.log(norm + 1e-12)
         limit = self.mean + SPIKE * math.sqrt(max(self.variance, 1e-2))
         if self.seen >= KNOWN and value > limit:
-            self.high = [*self.high[1 - LASTING :], value]
+            self.high = (*self.high[1 - LASTING :], value)
             if len(self.high) == LASTING and self.seen >= self.level_at + KNOWN:
-                self.mean, self.level_at, self.high = statistics.median(self.high), self.seen, []
+                self.mean, self.level_at, self.high = statistics.median(self.high), self.seen, ()
             return self._skip()
         weight = max(0.02, 1 / (self.seen + 1))
         off = value - self.mean
@@ -105,18 +107,20 @@ class Progress:
     joules: float = 0.0  # drawn over all starts, as far as the hardware tells
 
     @staticmethod
-    def of(state: dict[str, Any] | None) -> Progress:
-        if state is None:
-            return Progress()
-        guard, joules = SpikeGuard(**state["guard"]), state.get("joules", 0.0)
-        return Progress(state["step"], state["tokens"], state["seconds"], guard, joules)
+    def of(state: dict[str, Any], path: Path) -> Progress:
+        """From the state of a checkpoint; `path` is its file, for the error."""
+        own = {f.name: state[f.name] for f in fields(Progress) if f.name in state}
+        return from_plain(Progress, own, path)
 
 
 def resume(folder: Path, model: Model, optimizers: Optimizers) -> Progress:
     """Bring model and optimizers to the newest checkpoint below `folder`, if there is one; where
     the run then stands.
     """
-    return Progress.of(checkpoint.resume(folder, model, optimizers))
+    state = checkpoint.resume(folder, model, optimizers)
+    if state is None:
+        return Progress()
+    return Progress.of(state, newest(folder) / "state.json")
 
 
 @dataclass

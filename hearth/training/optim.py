@@ -171,10 +171,24 @@ class Optimizers:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`; raises an error for a state that is not of these optimizers,
+        also where torch would find out only at the next step.
+        """
+        kinds = [{name: type(v) for name, v in group.items()} for group in self._groups()]
         for part, saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(saved)
-        if "training_weights" in state:
+            check_state(part)
+        if kinds != [{name: type(v) for name, v in group.items()} for group in self._groups()]:
+            raise ValueError("settings of another kind")
+        if self.config.name == "schedulefree":
             self.model.load_state_dict(state["training_weights"])
+            if not all(p.isfinite().all() for p in self.model.parameters()):
+                raise ValueError("weights that are not finite")
+
+    def saved_bytes(self) -> int:
+        """Size in bytes of what `state_dict` holds."""
+        twice = self.config.name == "schedulefree"
+        return self.state_bytes() + (4 * sum(p.numel() for p in self.model.parameters()) * twice)
 
     def state_bytes(self) -> int:
         """Memory of the whole state in bytes, whether or not it is there yet: Muon keeps one
@@ -208,6 +222,32 @@ class Optimizers:
             with torch.no_grad():
                 for p, before in zip(self.model.parameters(), trained, strict=True):
                     p.copy_(before)
+
+
+# what each rule keeps of a parameter, or of a group of equal matrices
+KEPT = {
+    "Muon": {"momentum_buffer", "second_moment"},
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "AdamWScheduleFree": {"z", "exp_avg_sq"},
+}
+
+
+def check_state(part: torch.optim.Optimizer) -> None:
+    """Raises `ValueError` where the state that was loaded is not one of this optimizer."""
+    for group in part.param_groups:
+        for p in group["params"]:
+            state = part.state.get(p, {})
+            if state and set(state) != KEPT[type(part).__name__]:
+                raise ValueError(f"holds {sorted(state)} of a parameter")
+            shape = (len(group["params"]), *p.shape) if isinstance(part, Muon) else p.shape
+            rows = {(*shape[:-1], 1), (*shape[:-2], 1, *shape[-1:])}  # of `normalize_rows`
+            for name, value in state.items():
+                fits = tuple(value.shape) in {
+                    "step": {()},
+                    "second_moment": rows,
+                }.get(name, {tuple(shape)})
+                if not (fits and value.isfinite().all()):
+                    raise ValueError(f"{name} of a parameter {tuple(p.shape)} does not fit it")
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig, lr: float) -> Optimizers:

@@ -26,7 +26,7 @@ from hearth import run
 from hearth.data.tokenizer import Tokenizer
 from hearth.training import checkpoint, gradients, loop
 from hearth.training.batches import Batch
-from hearth.training.loop import Job, Progress, SpikeGuard
+from hearth.training.loop import Job, Progress, SpikeGuard, resume
 from hearth.training.optim import build_optimizers
 from model import build_model
 
@@ -95,7 +95,7 @@ def test_a_guard_that_is_saved_goes_on_as_it_was() -> None:
     calm(guard, 1.0, 200)
     calm(guard, 50.0, 5)  # on the way to a new level
     state = json.loads(json.dumps(loop.state_of(Progress(guard=guard), 10)))
-    twin = Progress.of(state).guard
+    twin = Progress.of(state, Path("state.json")).guard
     assert calm(guard, 50.0, 20) == calm(twin, 50.0, 20) == 3
     assert twin == guard
 
@@ -145,7 +145,7 @@ def make_job(
     model = build_model(tiny, seed=0)
     model.dtype = torch.float32  # whatever this processor is fastest with
     optimizers = build_optimizers(model, config.optim, pretrain.lr)
-    progress = Progress.of(checkpoint.resume(folder, model, optimizers))
+    progress = resume(folder, model, optimizers)
 
     def save(state: dict[str, Any]) -> Path:
         return checkpoint.save(
@@ -194,7 +194,8 @@ def test_resumed_run_matches_unbroken_run(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", dies_at_7)
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
+            loop.fit(job, progress)
+    job, progress = make_job(tmp_path / "broken", tiny, words, optim)
     assert progress.step == 4
     loop.fit(job, progress)
     assert weights_of(tmp_path / "broken") == weights_of(tmp_path / "unbroken")
