@@ -18,7 +18,7 @@ from hearth.reporting import report
 from hearth.training import checkpoint
 from hearth.training.batches import validation_batches
 from hearth.training.checkpoint import Loaded
-from hearth.training.loop import evaluate_loss
+from hearth.training.held_out import evaluate_loss
 from model import PackedSequences
 
 
