@@ -492,12 +492,6 @@ class Config:
         """Folder of everything this run makes; removing it is starting over."""
         return Path(self.runs) / (self.name or self.preset)
 
-    def command(self, script: str) -> str:
-        """The command that runs `script` for this run, for messages to the user."""
-        name = f" --name {self.name}" if self.name else ""
-        runs = f" --runs {self.runs}" if self.runs != "runs" else ""
-        return f"uv run {script} --preset {self.preset}{name}{runs}"
-
 
 # ------------------------------------------------------------------------------------------ presets
 

@@ -12,15 +12,18 @@ In: runs/<preset>/tokens/ and tokenizer/. Out: runs/<preset>/base/step-*/, metri
 
 from __future__ import annotations
 
+import hearth  # noqa: F401  # isort: skip (first: it ends Ctrl-C during the imports in a line)
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from config import Config, UserError
-from hearth import cli, hardware, log
+from hearth import cli, hardware, log, run
+from hearth.data.shard_folder import inputs_of_tokens, is_finished, read_manifest
 from hearth.data.token_shards import TokenShards
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Engine, Sampling
@@ -31,7 +34,14 @@ from hearth.training.eight_bit import linear_that_pays
 from hearth.training.held_out import evaluate_loss, probe_head
 from hearth.training.loop import Job, Progress, fit, resume
 from hearth.training.optim import Optimizers, build_optimizers
-from hearth.training.planning import GIB, make_plan, measure, table, time_update
+from hearth.training.planning import (
+    GIB,
+    make_plan,
+    measure,
+    require_able_machine,
+    table,
+    time_update,
+)
 from model import Model, PackedSequences, build_model
 
 
@@ -41,6 +51,16 @@ class Options:
 
     # measure for about a minute what the run will take, print it, and train nothing
     plan: bool = False
+    redo: Literal["base"] | None = (
+        None  # remove the base model and all that follows, train it again
+    )
+
+
+SCRIPT = cli.Script(
+    __doc__,
+    Options(),
+    ("seed", "device", "compile", "eight_bit", "model", "optim", "pretrain", "report.watts"),
+)
 
 
 def main(config: Config, options: Options) -> None:
@@ -48,12 +68,26 @@ def main(config: Config, options: Options) -> None:
     if options.plan:
         show_plan(config)
         return
-    folder = config.run_dir / "base"
-    if checkpoint.is_finished(folder):
-        log.say(f"pretraining: done, {checkpoint.newest(folder)}")
-        return
+    with run.working_on(config, makes=("base",), redo=options.redo) as work:
+        tokenizer, train, held_out = open_data(config, work)
+        work.begin("base", {f"tokens of {s.folder.name}": s.fingerprint for s in train})
+        folder = config.run_dir / "base"
+        if checkpoint.is_finished(folder):
+            log.say(f"pretraining: done, {run.newest(folder)}")
+            return
+        require_able_machine(config)
+        train_base(config, folder, tokenizer, train, held_out)
+
+
+def train_base(
+    config: Config,
+    folder: Path,
+    tokenizer: Tokenizer,
+    train: list[TokenShards],
+    held_out: list[TokenShards],
+) -> None:
+    """Train to the last step."""
     device = hardware.pick_device(config.device)
-    tokenizer, train, held_out = open_data(config)
     loop, names = config.pretrain, [source.name for source in config.data.corpora()]
     batches = PretrainingBatches(
         train,
@@ -64,11 +98,10 @@ def main(config: Config, options: Options) -> None:
         seed=config.seed,
     )
     model, optimizers = build(config, device)
-    data = {shards.folder.name: shards.fingerprint for shards in train}
-    progress = resume(folder, model, optimizers, config, "pretrain", data)
+    progress = resume(folder, model, optimizers)
 
     def save(figures: dict[str, Any]) -> Path:
-        facts = {"stage": "base", **figures, "data": data}
+        facts = {"stage": "base", **figures}
         return checkpoint.save(
             folder, model, optimizers, config, tokenizer, facts, loop.keep_checkpoints
         )
@@ -94,13 +127,13 @@ def main(config: Config, options: Options) -> None:
         save=save,
         evaluate=evaluate,
         sample=sample,
-        command=distributed.command(config.command("pretrain.py")),
+        command=distributed.command(run.command(config, "pretrain.py")),
         after_evaluation=Reporter(config).refresh,
     )
     fit(job, progress)
     if log.is_first():
         refresh(config)
-    log.say(f"pretraining: done in {log.duration(progress.seconds)}, {checkpoint.newest(folder)}")
+    log.say(f"pretraining: done in {log.duration(progress.seconds)}, {run.newest(folder)}")
 
 
 def build(config: Config, device: torch.device) -> tuple[Model, Optimizers]:
@@ -155,11 +188,18 @@ def show_plan(config: Config, seconds: float = 50) -> None:
         log.say("power       not measured: neither NVML nor RAPL tells it here")
 
 
-def open_data(config: Config) -> tuple[Tokenizer, list[TokenShards], list[TokenShards]]:
+def open_data(
+    config: Config, work: run.Run
+) -> tuple[Tokenizer, list[TokenShards], list[TokenShards]]:
     """The tokenizer, and each corpus' training and held-out shards; `UserError` if they do not
     belong together.
     """
-    command = config.command("train_tokenizer.py")
+    command = run.command(config, "train_tokenizer.py")
+    texts = {source.name: config.run_dir / "text" / source.name for source in config.data.corpora()}
+    if all(map(is_finished, texts.values())):  # they may have been removed to make room
+        maker = run.command(config, "create_shard.py")
+        manifests = {name: read_manifest(folder, maker) for name, folder in texts.items()}
+        work.check("tokenizer", inputs_of_tokens(manifests))
     tokenizer = Tokenizer.load(config.run_dir / "tokenizer", command)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -173,11 +213,7 @@ def open_data(config: Config) -> tuple[Tokenizer, list[TokenShards], list[TokenS
     )
     for shards in train:
         if shards.tokenizer_hash != tokenizer.hash:
-            raise UserError(
-                f"{shards.folder} was made with another tokenizer than "
-                f"{config.run_dir / 'tokenizer'}. Remove "
-                f"{config.run_dir / 'tokens'} and run `{command}`."
-            )
+            raise work.stale("tokenizer", [f"{shards.folder} was made with another tokenizer"])
     return tokenizer, train, held_out
 
 
@@ -264,4 +300,4 @@ def announce(
 
 
 if __name__ == "__main__":
-    cli.run_script(lambda: main(*cli.parse_cli_with(Options(), __doc__)))
+    cli.run_script(lambda: main(*run.parse(SCRIPT)))

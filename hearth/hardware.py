@@ -21,6 +21,7 @@ import torch
 
 from config import UserError
 from hearth import log
+from hearth.storage import disk_free
 
 # Dense bfloat16 tensor-core peaks with float32 accumulation, in TFLOP/s, from NVIDIA's data sheets
 # and white papers.
@@ -278,8 +279,7 @@ def _asked(function: str, *words: Any) -> Any:
 
 def check_disk(folder: Path, n_bytes: int) -> None:
     """Raises `UserError` where the disk that will hold `folder` has no room for `n_bytes` more."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = disk_free(folder)
     if free < n_bytes:
         raise UserError(
             f"The disk of {folder} has {log.size(free)} free; the checkpoints that will be kept, "

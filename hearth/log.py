@@ -1,6 +1,6 @@
 """What a person and a program see of a run: the console line, `metrics.jsonl`, progress bars.
 
-In: a step's figures. Out: one fixed-width line a step on the terminal, the same values as JSON in
+In: a step's figures. Out: one fixed-width line per step on the terminal, the same values as JSON in
 the run's folder. Knows nothing of models or data.
 """
 
@@ -118,7 +118,7 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [record for record in read_metrics(self.path) if record.get("step", 0) <= start]
+            kept = [record for record in read_metrics(self.path) if record["step"] <= start]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def note(self, kind: str, step: int, **figures: Any) -> None:
@@ -134,11 +134,16 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    """The records of a `metrics.jsonl`: JSON objects with a step. A line that is none, such as one
+    cut off by a kill, is left out.
+    """
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        step = record.get("step") if isinstance(record, dict) else None
+        if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**53:
+            records.append(record)
     return records

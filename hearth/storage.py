@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,7 +137,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, kind: type = dict)
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.") from error
     if not isinstance(value, kind):
-        raise UserError(f"{path} should hold {KIND_NAMES[kind]}, but holds {_shown(value)}.")
+        raise UserError(f"{path} should hold {KIND_NAMES[kind]}, but holds {shown(value)}.")
     return value
 
 
@@ -152,20 +153,20 @@ def field(record: dict[str, Any], name: str, kind: Any, path: Path, *, at: str =
     wanted = (*kinds, int) if float in kinds else kinds
     good = isinstance(value, wanted) and (not isinstance(value, bool) or bool in kinds)
     if good and isinstance(value, int | float):
-        good = -(2**63) <= value < 2**63  # NaN is in no order
+        good = -(2**63) <= value < 2**64  # NaN is in no order
     if not good:
         names = " or ".join(KIND_NAMES[k] for k in kinds)
-        found = f"is {_shown(value)}" if name in record else "is missing"
+        found = f"is {shown(value)}" if name in record else "is missing"
         raise UserError(f"{path}: {f'{at}.' if at else ''}{name} should be {names}, but {found}.")
     return value
 
 
-def _shown(value: Any) -> str:
-    """A value of a file for an error: one short line, whatever it is."""
-    if isinstance(value, dict | list):
-        return KIND_NAMES[type(value)]
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def shown(value: Any) -> str:
+    """A value of a file for an error: one short line, however long or deep it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    text = short.repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 # --------------------------------------------------------------------------------------- the disk

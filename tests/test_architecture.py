@@ -14,7 +14,7 @@ HOUSE = ROOT / "hearth"
 # A room imports only rooms before it; inside a room files import each other in one direction.
 ROOMS: dict[str, tuple[str, ...]] = {
     "top": ("config", "model"),
-    "hearth": ("cli", "storage", "log", "hardware"),
+    "hearth": ("cli", "storage", "log", "hardware", "run"),
     "reporting": ("page", "report", "trackers"),
     "data": (
         *("tokenizer", "chat_format", "cleaning", "hub", "readers", "layouts", "demo_world"),
@@ -25,8 +25,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("batches", "distributed", "optim", "eight_bit", "gradients", "held_out", "planning"),
         *("checkpoint", "loop"),
     ),
-    "evaluation": ("tasks", "lm_eval_adapter"),
-    "serving": ("terminal",),
+    "evaluation": ("tasks", "scores", "chat_tasks", "lm_eval_adapter"),
+    "serving": ("terminal", "conversation", "commands"),
 }
 PLACE = {
     (room, name): (r, n)

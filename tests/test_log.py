@@ -70,6 +70,17 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    "line", ["[1]", '"x"', "5", "null", "{}", '{"step": "2"}', '{"step": true}', "[" * 100_000]
+)
+def test_a_line_that_is_no_record_is_left_out(line: str, tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
+    assert log.read_metrics(path) == [{"step": 1}, {"step": 2}]
+    log.RunLog(tmp_path, start=1)
+    assert path.read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"), [(42, "42s"), (425, "7m05s"), (11_520, "3h12m"), (187_200, "2d04h")]
 )
 def test_durations(seconds: float, text: str) -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from config import PRESETS
-from hearth import cli
 from model import Model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,8 +38,7 @@ def test_every_command_names_a_script_and_options_that_exist(command: str) -> No
     assert (ROOT / words[0]).exists(), command
     if not words[0].startswith("benchmarks/"):
         script = importlib.import_module(words[0].removesuffix(".py"))
-        options = script.Options() if hasattr(script, "Options") else None
-        cli.parse_cli_with(options, "", words[1:])
+        script.SCRIPT.parse(words[1:])
 
 
 def test_the_first_screen_holds_the_commands_and_the_presets() -> None:

@@ -180,12 +180,12 @@ def test_several_processes_are_refused_with_the_command_for_one(
 
 def test_stage_2_may_see_a_share_of_stage_1_again() -> None:
     demo = PRESETS["demo"]
-    assert sft.sets_of(demo, 2) == demo.sft2.sets()
+    assert sft.sets_of(demo, "sft2") == demo.sft2.sets()
     again = replace(demo, sft2=replace(demo.sft2, repeat_earlier=0.25))
-    assert {s.name: s.weight for s in sft.sets_of(again, 2)} == {
+    assert {s.name: s.weight for s in sft.sets_of(again, "sft2")} == {
         "messages": 1,
         "math": 1,
         "alpaca": 0.25,
         "dolly": 0.25,
     }
-    assert sft.sets_of(again, 1) == demo.sft1.sets()
+    assert sft.sets_of(again, "sft1") == demo.sft1.sets()

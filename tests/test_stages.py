@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import threading
 import time
@@ -67,8 +66,7 @@ def test_a_stage_killed_at_random_moments_ends_like_an_unbroken_one(
     """
     run, rng = tmp_path / "demo", random.Random(script)
     kept = ("text", "tokenizer", "tokens") + (("base",) if script == "sft.py" else ())
-    for name in kept:
-        shutil.copytree(unbroken / "demo" / name, run / name)
+    stages.copy_run(unbroken / "demo", run, *kept)
     killed = 0
     while killed < 20:
         process = stages.start(script, [*words, "--runs", str(tmp_path)], tmp_path / "output")
@@ -93,8 +91,7 @@ def test_a_stage_killed_at_random_moments_ends_like_an_unbroken_one(
 def test_ctrl_c_saves_and_says_how_to_go_on(
     unbroken: Path, words: list[str], tmp_path: Path
 ) -> None:
-    for name in ("tokenizer", "tokens"):
-        shutil.copytree(unbroken / "demo" / name, tmp_path / "demo" / name)
+    stages.copy_run(unbroken / "demo", tmp_path / "demo", "tokenizer", "tokens")
     longer = [*words, "--runs", str(tmp_path), "--pretrain.steps", "3000"]
     process = stages.start("pretrain.py", longer, tmp_path / "output")
     output = tmp_path / "output"
@@ -154,18 +151,17 @@ def mistake(script: str, words: list[str], tmp_path: Path, code: int = 2) -> str
     ],
 )
 def test_a_stage_without_its_input_names_the_command_that_makes_it(
-    script: str, remedy: str, tmp_path: Path
+    script: str, remedy: str, unbroken: Path, tmp_path: Path
 ) -> None:
-    assert f"uv run {remedy}" in mistake(
-        script, ["--preset", "demo", "--runs", str(tmp_path)], tmp_path
-    )
+    stages.copy_run(unbroken / "demo", tmp_path / "demo")
+    said = mistake(script, ["--preset", "demo", "--runs", str(tmp_path)], tmp_path)
+    assert f"uv run {remedy}" in said
 
 
 def test_a_corpus_smaller_than_one_batch_is_refused(
     unbroken: Path, words: list[str], tmp_path: Path
 ) -> None:
-    for name in ("tokenizer", "tokens"):
-        shutil.copytree(unbroken / "demo" / name, tmp_path / "demo" / name)
+    stages.copy_run(unbroken / "demo", tmp_path / "demo", "tokenizer", "tokens")
     big = [*words, "--runs", str(tmp_path), "--pretrain.tokens_per_step", "1048576"]
     assert "--pretrain.tokens_per_step" in mistake("pretrain.py", big, tmp_path)
 
@@ -173,8 +169,7 @@ def test_a_corpus_smaller_than_one_batch_is_refused(
 def test_shards_of_another_tokenizer_are_refused(
     unbroken: Path, words: list[str], tmp_path: Path
 ) -> None:
-    for name in ("tokenizer", "tokens"):
-        shutil.copytree(unbroken / "demo" / name, tmp_path / "demo" / name)
+    stages.copy_run(unbroken / "demo", tmp_path / "demo", "tokenizer", "tokens")
     path = tmp_path / "demo" / "tokenizer" / "tokenizer.json"
     facts = json.loads(path.read_text())
     facts["model"]["merges"] = facts["model"]["merges"][:-1]
@@ -193,8 +188,7 @@ def test_a_folder_that_cannot_be_written_is_named(words: list[str], tmp_path: Pa
 def test_a_card_that_torch_cannot_use_is_an_error_with_its_remedy(
     unbroken: Path, words: list[str], tmp_path: Path
 ) -> None:
-    for name in ("tokenizer", "tokens"):
-        shutil.copytree(unbroken / "demo" / name, tmp_path / "demo" / name)
+    stages.copy_run(unbroken / "demo", tmp_path / "demo", "tokenizer", "tokens")
     said = mistake("pretrain.py", [*words, "--runs", str(tmp_path), "--device", "cuda"], tmp_path)
     assert "--device cpu" in said
     assert "driver" in said or "CUDA build" in said

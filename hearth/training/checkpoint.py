@@ -13,7 +13,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from config import Config, UserError
 from hearth import storage
-from hearth.cli import build, to_json
+from hearth.cli import from_plain, to_json
 from hearth.data.tokenizer import Tokenizer
+from hearth.run import newest
 from hearth.training.optim import Optimizers
 from model import Model, compute_dtype
 
@@ -38,23 +39,6 @@ class Loaded:
     config: Config
     tokenizer: Tokenizer
     state: dict[str, Any]  # stage, step, steps, tokens and what the stage noted
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint below a stage's folder, or None."""
-    found = sorted(folder.glob("step-*/state.json")) if folder.is_dir() else []
-    return found[-1].parent if found else None
-
-
-def furthest(config: Config) -> Path:
-    """The newest checkpoint of the furthest stage of a run; `UserError` says how to make one."""
-    for stage in ("sft2", "sft1", "base"):
-        if (found := newest(config.run_dir / stage)) is not None:
-            return found
-    raise UserError(
-        f"No checkpoint in {config.run_dir}: looked for sft2, sft1, base. "
-        f"Make one with `{config.command('run_pipeline.py')}`."
-    )
 
 
 def is_finished(folder: Path) -> bool:
@@ -78,7 +62,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def read_config(checkpoint: Path) -> Config:
     path = checkpoint / "config.json"
-    return build(Config, storage.read_json(path), path)
+    return from_plain(Config, storage.read_json(path), path)
 
 
 def read_weights(checkpoint: Path, model: Model, device: torch.device) -> dict[str, Tensor]:
@@ -182,61 +166,17 @@ def n_bytes(model: Model, optimizers: Optimizers) -> int:
     return 4 * model.n_parameters() + optimizers.saved_bytes()
 
 
-def resume(
-    folder: Path, model: Model, optimizers: Optimizers, config: Config, section: str
-) -> dict[str, Any] | None:
+def resume(folder: Path, model: Model, optimizers: Optimizers) -> dict[str, Any] | None:
     """Load the newest checkpoint below `folder` into model and optimizers; its state, or None if
     there is none.
-
-    Raises `UserError` when the seed, the precision, the model, the optimizer or the stage's own
-    `section` has changed.
     """
     last = newest(folder)
     if last is None:
         return None
-    saved = read_config(last)
-    different = [
-        difference
-        for part in ("seed", "eight_bit", "model", "optim", section)
-        for difference in _differences(getattr(saved, part), getattr(config, part), part)
-    ]
-    if different:
-        raise UserError(
-            f"{last} was trained with other settings: {'; '.join(different)}. Give those again to "
-            "go on, or start "
-            f"another run beside it with --name, or remove {folder} to start over."
-        )
     state = read_state(last)
     model.load_state_dict(read_weights(last, model, model.device))
     read_optimizers(last, optimizers, model.device)
     return state
-
-
-# what may change between two starts of one run without changing what it computes
-_FREE = {
-    "micro_batch_tokens",
-    "save_every_minutes",
-    "keep_checkpoints",
-    "log_every_steps",
-    "log_to",
-    "prompts",
-    "probe_prompts",
-    "probe_tokens",
-}
-
-
-def _differences(old: Any, new: Any, path: str) -> list[str]:
-    """Fields in which two configs differ, those that do not change the result left out."""
-    if old == new:
-        return []
-    if not (is_dataclass(old) and is_dataclass(new)):
-        return [f"{path} was {old}, is {new}"]
-    names = [name for name in vars(new) if name not in _FREE]
-    return [
-        d
-        for name in names
-        for d in _differences(getattr(old, name), getattr(new, name), f"{path}.{name}")
-    ]
 
 
 def load_for_inference(checkpoint: Path, device: torch.device | str = "cpu") -> Loaded:

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 import torch
 
-from config import Config, LoopConfig, UserError
+from config import LoopConfig, UserError
 from hearth import hardware, log
-from hearth.cli import build
+from hearth.cli import from_plain
 from hearth.reporting.trackers import open_trackers
+from hearth.run import newest
 from hearth.training import checkpoint, distributed
 from hearth.training.batches import Batch
 from hearth.training.gradients import accumulate
@@ -109,33 +110,15 @@ class Progress:
     def of(state: dict[str, Any], path: Path) -> Progress:
         """From the state of a checkpoint; `path` is its file, for the error."""
         own = {f.name: state[f.name] for f in fields(Progress) if f.name in state}
-        return build(Progress, own, path)
+        return from_plain(Progress, own, path)
 
 
-def resume(
-    folder: Path,
-    model: Model,
-    optimizers: Optimizers,
-    config: Config,
-    section: str,
-    data: dict[str, str],
-) -> Progress:
+def resume(folder: Path, model: Model, optimizers: Optimizers) -> Progress:
     """Bring model and optimizers to the newest checkpoint below `folder`, if there is one; where
     the run then stands.
-
-    Raises `UserError` when settings (see `checkpoint.resume`) or `data`, a fingerprint a set of
-    shards, have changed.
     """
-    state = checkpoint.resume(folder, model, optimizers, config, section)
-    if state is None:
-        return Progress()
-    last = checkpoint.newest(folder)
-    if state.get("data") != data:
-        raise UserError(
-            f"The token shards have changed since {last} was trained. Bring them back, or remove "
-            f"{folder} to start over."
-        )
-    return Progress.of(state, last / "state.json")
+    state = checkpoint.resume(folder, model, optimizers)
+    return Progress.of(state, newest(folder) / "state.json") if state else Progress()
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import time
@@ -58,8 +57,7 @@ def test_two_processes_give_the_loss_curve_of_one(
 ) -> None:
     folder, words = ready
     for name in ("one", "two"):
-        for part in ("tokenizer", "tokens"):
-            shutil.copytree(folder / "demo" / part, tmp_path / name / "demo" / part)
+        stages.copy_run(folder / "demo", tmp_path / name / "demo", "tokenizer", "tokens")
     assert (
         stages.run("pretrain.py", [*words, "--runs", str(tmp_path / "one")], tmp_path / "said") == 0
     )
@@ -77,8 +75,7 @@ def test_a_signal_to_one_process_stops_all_and_saves_once(
     ready: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     folder, words = ready
-    for part in ("tokenizer", "tokens"):
-        shutil.copytree(folder / "demo" / part, tmp_path / "demo" / part)
+    stages.copy_run(folder / "demo", tmp_path / "demo", "tokenizer", "tokens")
     ranks = start_ranks(
         2, [*words, "--runs", str(tmp_path), "--pretrain.steps", "3000"], tmp_path / "said"
     )
