@@ -118,9 +118,7 @@ def resume(folder: Path, model: Model, optimizers: Optimizers) -> Progress:
     the run then stands.
     """
     state = checkpoint.resume(folder, model, optimizers)
-    if state is None:
-        return Progress()
-    return Progress.of(state, newest(folder) / "state.json")
+    return Progress.of(state, newest(folder) / "state.json") if state else Progress()
 
 
 @dataclass
