@@ -74,9 +74,10 @@ def main(config: Config, options: Options) -> None:
         folder = config.run_dir / "base"
         if checkpoint.is_finished(folder):
             log.say(f"pretraining: done, {run.newest(folder)}")
-            return
-        require_able_machine(config)
-        train_base(config, folder, tokenizer, train, held_out)
+        else:
+            require_able_machine(config)
+            train_base(config, folder, tokenizer, train, held_out)
+    log.say(f"Next: {run.command(config, 'sft.py')}")
 
 
 def train_base(

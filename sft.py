@@ -66,6 +66,8 @@ def main(config: Config, options: Options) -> None:
         for stage in (options.stage,) if options.stage else ORDER:
             train_stage(config, stage, start, work)
             start = None
+    script = "chat_inference.py" if stage == ORDER[-1] else "sft.py"
+    log.say(f"Next: {run.command(config, script)}")
 
 
 def train_stage(config: Config, name: str, start: Path | None, work: run.Run) -> None:
