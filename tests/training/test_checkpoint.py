@@ -288,5 +288,7 @@ def test_a_checkpoint_of_another_model_is_not_loaded(
 ) -> None:
     folder = tmp_path / "base"
     shutil.copytree(trained("muon"), folder)
-    with pytest.raises(UserError, match=r"down is F32 \[32, 48\], but config.json asks for F32 \[32, 64\]"):
+    with pytest.raises(
+        UserError, match=r"down is F32 \[32, 48\], but config.json asks for F32 \[32, 64\]"
+    ):
         make_job(folder, replace(TINY, d_ff=64), words)
