@@ -16,8 +16,7 @@ import hearth  # noqa: F401  # isort: skip (first: it ends Ctrl-C during the imp
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -27,13 +26,12 @@ from hearth.data.shard_folder import inputs_of_tokens, is_finished, read_manifes
 from hearth.data.token_shards import TokenShards
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Engine, Sampling
-from hearth.reporting.report import Reporter, refresh
 from hearth.training import checkpoint, distributed
 from hearth.training.batches import PretrainingBatches, validation_batches
 from hearth.training.eight_bit import linear_that_pays
 from hearth.training.held_out import evaluate_loss, probe_head
-from hearth.training.loop import Job, Progress, fit, resume
-from hearth.training.optim import Optimizers, build_optimizers
+from hearth.training.loop import fit_stage
+from hearth.training.optim import build_optimizers
 from hearth.training.planning import (
     GIB,
     make_plan,
@@ -51,9 +49,8 @@ class Options:
 
     # measure for about a minute what the run will take, print it, and train nothing
     plan: bool = False
-    redo: Literal["base"] | None = (
-        None  # remove the base model and all that follows, train it again
-    )
+    # remove the base model and all that follows, train it again
+    redo: Literal["base"] | None = None
 
 
 SCRIPT = cli.Script(
@@ -76,13 +73,12 @@ def main(config: Config, options: Options) -> None:
             log.say(f"pretraining: done, {run.newest(folder)}")
         else:
             require_able_machine(config)
-            train_base(config, folder, tokenizer, train, held_out)
+            train_base(config, tokenizer, train, held_out)
     log.say(f"Next: {run.command(config, 'sft.py')}")
 
 
 def train_base(
     config: Config,
-    folder: Path,
     tokenizer: Tokenizer,
     train: list[TokenShards],
     held_out: list[TokenShards],
@@ -98,14 +94,7 @@ def train_base(
         bos=tokenizer.bos,
         seed=config.seed,
     )
-    model, optimizers = build(config, device)
-    progress = resume(folder, model, optimizers)
-
-    def save(figures: dict[str, Any]) -> Path:
-        facts = {"stage": "base", **figures}
-        return checkpoint.save(
-            folder, model, optimizers, config, tokenizer, facts, loop.keep_checkpoints
-        )
+    model = build(config, device)
 
     def evaluate() -> dict[str, float]:
         figures = {
@@ -117,28 +106,21 @@ def train_base(
     def sample() -> list[tuple[str, str]]:
         return continue_texts(model, tokenizer, loop.prompts, config.seed)
 
-    announce(config, model, batches, device, folder, progress)
-    job = Job(
-        model=model,
-        optimizers=optimizers,
-        batches=batches,
-        loop=loop,
-        folder=folder,
-        context=config.model.context,
-        save=save,
+    announce(config, model, batches)
+    fit_stage(
+        config,
+        "base",
+        model,
+        batches,
+        tokenizer,
         evaluate=evaluate,
         sample=sample,
         command=distributed.command(run.command(config, "pretrain.py")),
-        after_evaluation=Reporter(config).refresh,
     )
-    fit(job, progress)
-    if log.is_first():
-        refresh(config)
-    log.say(f"pretraining: done in {log.duration(progress.seconds)}, {run.newest(folder)}")
 
 
-def build(config: Config, device: torch.device) -> tuple[Model, Optimizers]:
-    """The untrained model and its optimizers."""
+def build(config: Config, device: torch.device) -> Model:
+    """The untrained model."""
     model = build_model(config.model, seed=config.seed, device=device)
     compiled = hardware.compiles(config.compile, device)
     if compiled:
@@ -147,7 +129,7 @@ def build(config: Config, device: torch.device) -> tuple[Model, Optimizers]:
         model.multiply_with(
             linear_that_pays(config.eight_bit, config.model, device, model.dtype, compiled)
         )
-    return model, build_optimizers(model, config.optim, config.pretrain.lr)
+    return model
 
 
 def show_plan(config: Config, seconds: float = 50) -> None:
@@ -156,7 +138,8 @@ def show_plan(config: Config, seconds: float = 50) -> None:
     """
     device, loop = hardware.pick_device(config.device), config.pretrain
     process = hardware.memory_in_use(device) if device.type == "cpu" else 0.0
-    model, optimizers = build(config, device)
+    model = build(config, device)
+    optimizers = build_optimizers(model, config.optim, loop.lr)
     stages = [(stage.context, stage.share) for stage in loop.stages]
     plan = make_plan(model, optimizers, loop, stages=stages, n_steps=loop.steps)
     time_update(plan, model, optimizers)
@@ -268,15 +251,9 @@ def continue_texts(
     return list(zip(prompts, written, strict=True))
 
 
-def announce(
-    config: Config, model: Model, batches: Any, device: Any, folder: Path, progress: Progress
-) -> None:
+def announce(config: Config, model: Model, batches: PretrainingBatches) -> None:
     """What is about to happen, on the console."""
     loop = config.pretrain
-    log.say(
-        f"device      {hardware.describe(device)}, computing in "
-        f"{str(model.dtype).removeprefix('torch.')}"
-    )
     log.say(
         f"model       {model.n_parameters():,} parameters, {len(model.block_passes())} block "
         "passes a token"
@@ -293,11 +270,6 @@ def announce(
     )
     log.say(f"curriculum  {curriculum}")
     log.say(f"passes      {passes}")
-    log.say(
-        f"run folder  {folder}"
-        + (f", continuing from step {progress.step}" if progress.step else "")
-    )
-    log.say(f"report      {config.run_dir / 'report' / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from config import ChatSource, Config, SFTConfig, UserError
 from hearth import cli, hardware, log, run
@@ -25,13 +25,11 @@ from hearth.data.shard_folder import SPLITS, content_fingerprint, read_manifest
 from hearth.data.token_shards import TokenShards, TokenShardWriter
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Engine, Sampling
-from hearth.reporting.report import Reporter, refresh
 from hearth.storage import checksum
 from hearth.training import checkpoint, distributed
 from hearth.training.batches import ConversationBatches, held_out_conversations
 from hearth.training.held_out import evaluate_loss
-from hearth.training.loop import Job, Progress, fit, resume
-from hearth.training.optim import build_optimizers
+from hearth.training.loop import fit_stage
 from model import Model, build_model
 
 WEIGHTS = "model.safetensors"
@@ -97,16 +95,6 @@ def train_stage(config: Config, name: str, start: Path | None, work: run.Run) ->
     if hardware.compiles(config.compile, device):
         model.compile_blocks()
     model.load_state_dict(before.model.state_dict())
-    optimizers = build_optimizers(model, config.optim, loop.lr)
-    progress = resume(folder, model, optimizers)
-
-    def save(figures: dict[str, Any]) -> Path:
-        facts = {"stage": name, **figures}
-        template = {"tokenizer/chat_template.jinja": CHAT_TEMPLATE}
-        return checkpoint.save(
-            folder, model, optimizers, config, tokenizer, facts, loop.keep_checkpoints, template
-        )
-
     asked = probe_prompts(config, sets, loop, tokenizer)
 
     def evaluate() -> dict[str, float]:
@@ -120,25 +108,17 @@ def train_stage(config: Config, name: str, start: Path | None, work: run.Run) ->
     def sample() -> list[tuple[str, str]]:
         return answer_prompts(model, tokenizer, loop.prompts)
 
-    announce(name, start, model, batches, device, folder, progress)
-    job = Job(
-        model=model,
-        optimizers=optimizers,
-        batches=batches,
-        loop=loop,
-        folder=folder,
-        context=loop.context,
-        save=save,
+    announce(name, start, batches)
+    fit_stage(
+        config,
+        name,
+        model,
+        batches,
+        tokenizer,
         evaluate=evaluate,
         sample=sample,
         command=run.command(config, "sft.py"),
-        after_evaluation=Reporter(config).refresh,
-    )
-    fit(job, progress)
-    refresh(config)
-    log.say(
-        f"{run.STAGES[name].title.lower()}: done in {log.duration(progress.seconds)}, "
-        f"{run.newest(folder)}"
+        files={"tokenizer/chat_template.jinja": CHAT_TEMPLATE},
     )
 
 
@@ -338,29 +318,13 @@ def answer_prompts(
     ]
 
 
-def announce(
-    stage: int,
-    start: Path,
-    model: Model,
-    batches: ConversationBatches,
-    device: Any,
-    folder: Path,
-    progress: Progress,
-) -> None:
+def announce(stage: str, start: Path, batches: ConversationBatches) -> None:
     """What is about to happen, on the console."""
     filled, learnt = batches.fill()
     log.say(f"stage       {run.STAGES[stage].title.lower()}, from {start}")
     log.say(
-        f"device      {hardware.describe(device)}, computing in "
-        f"{str(model.dtype).removeprefix('torch.')}"
-    )
-    log.say(
         f"tokens      {batches.n_steps} steps; {filled:.1%} of the tokens are no padding, "
         f"{learnt:.1%} carry loss"
-    )
-    log.say(
-        f"run folder  {folder}"
-        + (f", continuing from step {progress.step}" if progress.step else "")
     )
 
 

@@ -18,6 +18,7 @@ import stages
 from safetensors.torch import load_file, save_file
 
 import run_pipeline
+from config import PRESETS
 from hearth import run
 from hearth.run import newest
 from hearth.training import checkpoint
@@ -118,7 +119,7 @@ def test_the_whole_road_hands_a_closed_terminal_on_to_its_stage(
         "import pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))\n"
         "time.sleep(0.2)\n"
-        "pathlib.Path(sys.argv[1]).touch()\n"
+        "pathlib.Path(__file__).with_name('started').touch()\n"
         "time.sleep(60)\n"
     )
     monkeypatch.setattr(run_pipeline, "HERE", tmp_path)
@@ -131,7 +132,7 @@ def test_the_whole_road_hands_a_closed_terminal_on_to_its_stage(
 
     closing = threading.Thread(target=close_terminal)
     closing.start()
-    assert run_pipeline.run("stage.py", [str(started)]) == (129, True)
+    assert run_pipeline.run_stage("stage.py", PRESETS["demo"]) == (129, True)
     closing.join()
 
 

@@ -221,7 +221,7 @@ class ConversationBatches:
         pad: int,
         seed: int,
     ) -> None:
-        self.shards, self.config, self.pad = shards, config, pad
+        self.shards, self.config, self.pad, self.context = shards, config, pad, config.context
         self.rows_per_step = max(1, config.tokens_per_step // config.context)
         conversations = [
             (corpus, start, end)

@@ -10,22 +10,24 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from config import LoopConfig, UserError
+from config import Config, LoopConfig, UserError
 from hearth import hardware, log
 from hearth.cli import from_plain
+from hearth.data.tokenizer import Tokenizer
+from hearth.reporting.report import Reporter, refresh
 from hearth.reporting.trackers import open_trackers
-from hearth.run import newest
+from hearth.run import STAGES, newest
 from hearth.training import checkpoint, distributed
 from hearth.training.batches import Batch
 from hearth.training.gradients import accumulate
-from hearth.training.optim import Optimizers
+from hearth.training.optim import Optimizers, build_optimizers
 from hearth.training.planning import ACTIVATION_CHECKPOINTING, GIB, make_plan, measure
 from model import Model
 
@@ -86,6 +88,7 @@ class SpikeGuard:
 
 class Batches(Protocol):
     n_steps: int
+    context: int  # longest segment of all stages of the curriculum
 
     def batch(self, step: int) -> Batch: ...
 
@@ -130,13 +133,53 @@ class Job:
     batches: Batches
     loop: LoopConfig
     folder: Path  # of the stage: metrics.jsonl and checkpoints
-    context: int  # longest segment of all stages: the rows that must fit
     save: Callable[[dict[str, Any]], Path]  # state -> checkpoint folder
     evaluate: Callable[[], dict[str, float]]  # held-out figures, for the log
     sample: Callable[[], list[tuple[str, str]]]  # prompts and what the model makes of them
     command: str  # that continues this run
-    unit: str = "bpb"  # what `evaluate` gives
     after_evaluation: Callable[[], None] = lambda: None  # such as drawing the report
+
+
+def fit_stage(
+    config: Config,
+    stage: str,
+    model: Model,
+    batches: Batches,
+    tokenizer: Tokenizer,
+    *,
+    evaluate: Callable[[], dict[str, float]],
+    sample: Callable[[], list[tuple[str, str]]],
+    command: str,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Train `model` as `stage` of the run (base, sft1, sft2): from its newest checkpoint, if there
+    is one, to the last step.
+
+    `files` are further texts of a checkpoint, by their path in its folder; the rest as in `Job`.
+    """
+    loop: LoopConfig = config.pretrain if stage == "base" else getattr(config, stage)
+    folder = config.run_dir / stage
+    optimizers = build_optimizers(model, config.optim, loop.lr)
+    progress = resume(folder, model, optimizers)
+    start = f", continuing from step {progress.step}" if progress.step else ""
+    dtype = str(model.dtype).removeprefix("torch.")
+    log.say(f"device      {hardware.describe(model.device)}, computing in {dtype}")
+    log.say(f"run folder  {folder}{start}")
+    log.say(f"report      {config.run_dir / 'report' / 'index.html'}")
+
+    def save(state: dict[str, Any]) -> Path:
+        state = {"stage": stage, **state}
+        return checkpoint.save(
+            folder, model, optimizers, config, tokenizer, state, loop.keep_checkpoints, files
+        )
+
+    redraw = Reporter(config).refresh
+    job = Job(model, optimizers, batches, loop, folder, save, evaluate, sample, command, redraw)
+    fit(job, progress)
+    if log.is_first():
+        refresh(config)
+    title = STAGES[stage].title.lower()
+    log.say(f"{title}: done in {log.duration(progress.seconds)}, {newest(folder)}")
 
 
 def fit(job: Job, progress: Progress) -> Progress:
@@ -321,7 +364,7 @@ def fit_micro_batch(job: Job) -> int:
         model,
         job.optimizers,
         loop,
-        stages=[(job.context, 1.0)],
+        stages=[(job.batches.context, 1.0)],
         n_steps=job.batches.n_steps,
         n_ranks=distributed.n_ranks(),
     )

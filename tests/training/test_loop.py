@@ -106,7 +106,7 @@ def test_a_guard_that_is_saved_goes_on_as_it_was() -> None:
 class RandomBatches:
     """Batches from the step number alone, like the real ones."""
 
-    n_steps = 12
+    n_steps, context = 12, 32
 
     def batch(self, step: int) -> Batch:
         return random_batch(step)
@@ -164,7 +164,6 @@ def make_job(
         batches=RandomBatches(),
         loop=pretrain,
         folder=folder,
-        context=32,
         save=save,
         evaluate=lambda: {"bpb": 1.0},
         sample=lambda: [],
