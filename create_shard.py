@@ -39,9 +39,8 @@ class Options:
 
     plan: bool = False  # print sizes, disk and hours of what would be made, and make nothing
     verify: bool = False  # look for damaged shards by their checksum, not by their size alone
-    redo: Literal["text"] | None = (
-        None  # remove the text shards and all that follows, make them again
-    )
+    # remove the text shards and all that follows, make them again
+    redo: Literal["text"] | None = None
 
 
 SCRIPT = cli.Script(
