@@ -6,9 +6,9 @@ micro-batch.
 In: what torchrun puts into the environment. Knows nothing of models, data or the training loop.
 
 Why not `DistributedDataParallel`: it sums while one backward pass of one forward pass runs. Here a
-step has several of them (deep supervision goes back once a cycle), a head whose gradient is cut
-leaves parameters without one, and rows without loss are left out, on one process and not on the
-other. Summed once, none of that matters; what is lost is the overlap with the last micro-batch.
+step has several of them (deep supervision goes back once a cycle), and rows without loss are left
+out, on one process and not on the other. Summed once, none of that matters; what is lost is the
+overlap with the last micro-batch.
 """
 
 from __future__ import annotations
