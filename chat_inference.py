@@ -12,7 +12,6 @@ of yours, 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -115,8 +114,6 @@ def run_chat() -> None:
         main(*run.parse(SCRIPT))
     except UserError as error:
         raise UserError(neutral(str(error))) from error
-    except BrokenPipeError:  # the reader of the pipe has gone: nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import io
 import json
+import os
 import shutil
 import signal
 import sys
@@ -243,25 +244,23 @@ def _take_option(words: list[str], option: str) -> str | None:
 
 def help_text(script: Script, *, everything: bool = False) -> str:
     """What `--help` prints: the script's header, its own options, the settings it reads; with
-    `everything` all settings there are.
+    `everything` all settings there are. A line each, its end left out where it is too long.
     """
     width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
-    rows: list[tuple[str, str]] = []
-    if script.options is not None:
-        rows += _help_rows(script.options, "", script.keywords)
-    rows.append(("--preset NAME", f"one of {', '.join(PRESETS)}; the default is {DEFAULT_PRESET}"))
-    rows += [
+    own = _help_rows(script.options, "", script.keywords) if script.options is not None else []
+    settings = [("--preset NAME", f"{', '.join(PRESETS)}; without it {DEFAULT_PRESET}")]
+    settings += [
         (left, said)
         for left, said in _help_rows(PRESETS[DEFAULT_PRESET], "", ())
         if everything or _is_read(left, script.reads)
     ]
-    lines = [script.doc.strip(), ""]
-    left_width = min(36, max(len(left) for left, _ in rows))
-    for left, said in rows:
-        line = f"  {left.ljust(left_width)}  {said}"
-        lines.append(
-            line if everything else textwrap.shorten(line.lstrip(), width - 2, placeholder=" …")
-        )
+    left_width = max(30, *(len(left) for left, _ in own + settings if len(left) <= 42))
+    lines = [script.doc.strip()]
+    for title, rows in (("this script's own options", own), ("settings of the run", settings)):
+        lines += ["", f"{title}:"] if rows else []
+        for left, said in rows:
+            line = f"  {left.ljust(left_width)}  {said}"
+            lines.append(line if len(line) <= width else line[: width - 2].rstrip() + " …")
     if not everything:
         lines += ["", "--help-all shows every setting; config.py explains them."]
     return "\n".join(line.rstrip() for line in lines)
@@ -273,26 +272,33 @@ def _is_read(left: str, reads: tuple[str, ...]) -> bool:
 
 
 def _help_rows(config: Any, prefix: str, keywords: tuple[str, ...]) -> list[tuple[str, str]]:
-    """An option with its default, and what it means, for each field."""
+    """An option with its choices or its default, and what it means, for each field."""
     rows = []
-    said = comments(type(config))
+    said, hints = comments(type(config)), get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
-        if name in ("preset",) or name.rpartition(".")[2] == "sources":
+        if name == "preset" or field.name == "sources":
             continue
         if dataclasses.is_dataclass(value):
             rows += _help_rows(value, name + ".", keywords)
             continue
         name = name.removesuffix("_") if name.removesuffix("_") in keywords else name
-        shown = "" if value in (None, (), False) else f" {_shown(value)}"
-        rows.append((f"--{name}{shown}", said.get(field.name, "")))
+        if value is True:  # the word switches it off
+            name = f"{prefix}no_{field.name}"
+        rows.append((f"--{name} {_shown(value, hints[field.name])}".rstrip(), said[field.name]))
     return rows
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, kind: Any) -> str:
+    """What stands behind an option: the choices, the default, or what it takes."""
+    kinds = [kind, *get_args(kind)]
+    if choices := next((get_args(k) for k in kinds if get_origin(k) is Literal), None):
+        return "|".join(map(str, choices))
+    if isinstance(value, bool):
+        return ""
     if isinstance(value, tuple):
         return "…"
-    return str(value)
+    return str(value) if value is not None else "…"
 
 
 @cache
@@ -353,6 +359,9 @@ def run_script(
             raise SystemExit(130) from None
         if isinstance(error, UserError):
             fail(str(error))
+        if isinstance(error, BrokenPipeError):  # the reader of the pipe has gone: nothing to say
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
         raise
     finally:
         # not where it is ignored, as behind `&`

@@ -8,14 +8,18 @@ import json
 import re
 import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from config import PRESETS, Config, HRMConfig, ModelConfig, UserError
 from hearth import cli
 
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
     "create_shard",
     "train_tokenizer",
@@ -193,3 +197,18 @@ def test_a_stop_that_was_dealt_with_hides_no_later_error(handlers: None) -> None
 def test_our_own_mistake_shows_where_it_is(handlers: None) -> None:
     with pytest.raises(ZeroDivisionError):
         cli.run_script(lambda: 1 / 0)
+
+
+def test_a_reader_of_the_pipe_that_goes_away_is_no_error() -> None:
+    code = (
+        "from hearth import cli\nimport sys\n"
+        "cli.run_script(lambda: [print('x' * 999, flush=True) for _ in range(999)])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+    process.stderr.close()

@@ -165,7 +165,7 @@ def test_the_flash_attn_package_is_used_where_it_is_installed(
     package = ModuleType("flash_attn")
     package.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    # asked anew, not remembered
+    # asked again, not remembered
     monkeypatch.setattr("model.varlen_attention", varlen_attention.__wrapped__)
     starts = torch.zeros(600, dtype=torch.bool)
     starts[[3, 130, 131, 290, 450]] = True

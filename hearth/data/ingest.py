@@ -455,7 +455,7 @@ class Ingest:
         held_out = min(n - 1, max(1, round(self.share * n)))
         log.say(
             f"{self.name}: this is one document, so its last {held_out} of {n} pieces are held "
-            "out: they measure how it goes on, not how another text is predicted. Reading again."
+            "out: they measure how it continues, not how another text is predicted. Reading again."
         )
         return {"hold_out_from": n - held_out}
 

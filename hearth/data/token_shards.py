@@ -33,7 +33,7 @@ def token_dtype(vocab_size: int) -> Any:
 
 
 class TokenShardWriter:
-    """Write documents as token shards; after a kill each split goes on by itself, from document
+    """Write documents as token shards; after a kill each split continues by itself, from document
     `n_done(split)`.
 
     shard_tokens: a shard closes before the document that would pass it; a longer document has a
@@ -154,7 +154,7 @@ class TokenShardWriter:
         return self.folder.finish(**facts, tokenizer=self.tokenizer_hash, masked=self.masked)
 
     def close(self) -> None:
-        """Give up what is open and remove it; the next writer of this folder goes on at
+        """Give up what is open and remove it; the next writer of this folder continues at
         `n_done`.
         """
         for file in self._open.values():

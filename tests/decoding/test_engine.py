@@ -78,7 +78,7 @@ def reference_logits(model: Model, ids: list[int], h_cycles: int | None = None) 
 def reference_answer(
     model: Model, prompt: list[int], n: int, stop: int | None = None, **settings
 ) -> list[int]:
-    """Greedy decoding the slow way: the whole text read anew for each token."""
+    """Greedy decoding the slow way: the whole text read again for each token."""
     ids = list(prompt)
     while len(ids) < len(prompt) + n and (len(ids) == len(prompt) or ids[-1] != stop):
         ids.append(int(reference_logits(model, ids, **settings)[-1].argmax()))
@@ -188,7 +188,7 @@ def test_cycles_left_early_are_counted_and_rows_do_not_see_each_other(model: Mod
     assert hasty.n_cycles == 4 + 19  # the prompt runs all cycles
 
 
-def test_another_way_to_leave_cycles_reads_the_conversation_anew(model: Model) -> None:
+def test_another_way_to_leave_cycles_reads_the_conversation_again(model: Model) -> None:
     engine, prompt = Engine(model, exit_kl_threshold=math.inf), some_ids(10)
     answer = list(engine.stream(prompt, max_tokens=8))
     engine.exit_kl_threshold = None
