@@ -1,65 +1,60 @@
-"""Every number you may tune: frozen dataclasses, the presets, and the command line made from both.
+"""Every number you may tune: frozen dataclasses with their checks, and the presets.
 
-In: the words after a script's name. Out: one checked `Config`.
-Knows no other module of this project and does not import torch.
-
-A comment behind a field is its help text: `uv run pretrain.py --help` prints them all.
+Out: a checked `Config`. Knows no other module of this project and does not import torch.
+A comment behind or above a field is its help text: `--help` prints those that a script reads.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 
 class UserError(Exception):
-    """Something a user can cause and mend; a script prints it without a traceback and
-    exits with 2.
-    """
-
-
-# --------------------------------------------------------------------------------------------- data
+    """Something a user can cause and mend; a script prints it without a traceback, exit code 2."""
 
 
 @dataclass(frozen=True)
-class TextSource:
-    """One corpus for pretraining: a hub data set, local files, or the built-in demo world (exactly
-    one of them).
-    """
+class Source:
+    """Where text comes from: exactly one of a hub data set, local files, the demo world."""
 
-    name: str = "corpus"  # folder name under text/ and tokens/, and the name in every log
+    name: str = "own"  # its folder's name under text/, and its name in every log
     hub: str | None = None  # data set on the hub, as owner/name
     hub_config: str | None = None  # its configuration, such as sample-10BT
     revision: str | None = None  # its pinned commit; None takes the newest and writes down which
     split: str = "train"  # its split
-    files: tuple[str, ...] = ()  # local files, folders or globs
-    demo: str | None = None  # part of the built-in world: text
-    column: str | None = None  # column that holds the text; None guesses and says so
-    max_bytes: int | None = None  # stop after this many bytes of text; None takes all
-    weight: float = 1.0  # share of the training tokens, relative to the other corpora
+    files: tuple[str, ...] = ()  # local files, folders or globs; layouts are known by their columns
+    demo: str | None = None  # part of the built-in world: text, alpaca, dolly, messages or math
+    weight: float = 1.0  # share of the training tokens, or of an epoch, relative to the others
+
+    def problems(self, where: str) -> list[str]:
+        found = []
+        if self.weight < 0:
+            found.append(f"{where} {self.name!r}: weight is {self.weight}, must be at least 0")
+        if sum(map(bool, (self.hub, self.files, self.demo))) != 1:
+            found.append(f"{where} {self.name!r}: give exactly one of hub, files, demo")
+        return found
 
 
 @dataclass(frozen=True)
-class ChatSource:
-    """One set of conversations for fine-tuning: a hub data set, local files, or the built-in demo
-    world.
-    """
+class TextSource(Source):
+    """One corpus for pretraining."""
 
-    name: str = "chat"  # folder name under text/chat/, and the name in every log
-    hub: str | None = None  # data set on the hub, as owner/name
-    hub_config: str | None = None  # its configuration
-    revision: str | None = None  # its pinned commit; None takes the newest and writes down which
-    split: str = "train"  # its split
-    # local files, folders or globs; the layout is recognised by the columns
-    files: tuple[str, ...] = ()
-    demo: str | None = None  # part of the built-in world: alpaca, dolly, messages or math
+    column: str | None = None  # column that holds the text; None guesses and says so
+    max_bytes: int | None = None  # stop after this many bytes of text; None takes all
+
+
+@dataclass(frozen=True)
+class ChatSource(Source):
+    """One set of conversations for fine-tuning."""
+
     max_rows: int | None = None  # stop after this many conversations; None takes all
-    # longest reasoning taken, in characters; the worked solution stands in for a longer
-    max_chars: int | None = None
-    weight: float = 1.0  # how often each conversation is seen an epoch, relative to the other sets
+    max_chars: int | None = None  # longest reasoning; the worked solution replaces longer ones
 
 
 @dataclass(frozen=True)
@@ -67,54 +62,27 @@ class DataConfig:
     """The pretraining corpora, how they are cleaned, and how they are cut into shards."""
 
     sources: tuple[TextSource, ...] = ()  # the corpora
-    # your own files, folders or globs: take the place of the sources above
-    text_files: tuple[str, ...] = ()
-    # column of your own files that holds the text; None guesses and says so
-    text_column: str | None = None
-    # a weight for each of text_files, each then a corpus of its own
-    text_weights: tuple[float, ...] = ()
+    text_files: tuple[str, ...] = ()  # your own files, folders, globs instead of the sources
+    text_column: str | None = None  # their column that holds the text; None guesses
+    text_weights: tuple[float, ...] = ()  # one for each, which makes it a corpus of its own
     shard_mb: int = 256  # size of a text shard, in 10^6 bytes of text
-    # share of the documents held out, chosen by a hash of their text
-    validation_share: float = 0.005
+    validation_share: float = 0.005  # share of documents held out, by a hash of the text
     min_chars: int = 64  # shorter documents are dropped
-    # drop documents of which one repeated line makes up more than this share
-    max_repeated_line_share: float = 0.5
+    max_repeated_line_share: float = 0.5  # drop documents that repeat one line more than this
     deduplicate: bool = True  # drop exact duplicates, across all corpora
-    # drop documents this similar (Jaccard, 0 to 1) by MinHash; None is off
-    near_duplicates: float | None = None
-    # how long a failing network is retried before giving up, in minutes
-    retry_minutes: float = 30.0
+    near_duplicates: float | None = None  # drop ones this similar (Jaccard, by MinHash)
+    retry_minutes: float = 30.0  # minutes that a failing network is retried
 
     def problems(self) -> list[str]:
-        found = []
+        found = [problem for source in self.sources for problem in source.problems("data.sources")]
         if not self.sources and not self.text_files:
             found.append("data: no corpus; give --data.text_files or data.sources")
-        for source in self.sources:
-            given = [bool(source.hub), bool(source.files), bool(source.demo)]
-            if sum(given) != 1:
-                found.append(f"data.sources {source.name!r}: give exactly one of hub, files, demo")
-            if source.weight < 0:
-                found.append(
-                    f"data.sources {source.name!r}: weight is {source.weight}, must not be negative"
-                )
-        if self.text_weights and len(self.text_weights) != len(self.text_files):
-            n_weights, n_files = len(self.text_weights), len(self.text_files)
-            found.append(
-                f"data.text_weights holds {n_weights} weights for {n_files} text_files: give one "
-                "for each"
-            )
         if any(weight < 0 for weight in self.text_weights):
             found.append("data.text_weights must not be negative")
-        if not 0 < self.validation_share < 0.5:
-            found.append(
-                f"data.validation_share is {self.validation_share}, must lie between 0 and 0.5"
-            )
-        if self.shard_mb < 1:
-            found.append(f"data.shard_mb is {self.shard_mb}, must be at least 1")
-        if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
-            found.append(
-                f"data.near_duplicates is {self.near_duplicates}, must lie between 0 and 1"
-            )
+        n_weights, n_files = len(self.text_weights), len(self.text_files)
+        if n_weights not in (0, n_files):
+            said = f"data.text_weights holds {n_weights} weights for {n_files} text_files"
+            found.append(f"{said}: give one for each")
         return found
 
     def corpora(self) -> tuple[TextSource, ...]:
@@ -122,11 +90,10 @@ class DataConfig:
         if not self.text_files:
             return self.sources
         if not self.text_weights:
-            return (TextSource(name="own", files=self.text_files, column=self.text_column),)
-        weighted = enumerate(zip(self.text_files, self.text_weights, strict=True))
+            return (TextSource(files=self.text_files, column=self.text_column),)
         return tuple(
-            TextSource(name=f"own-{i}", files=(file,), column=self.text_column, weight=weight)
-            for i, (file, weight) in weighted
+            TextSource(f"own-{i}", files=(file,), column=self.text_column, weight=weight)
+            for i, (file, weight) in enumerate(zip(self.text_files, self.text_weights, strict=True))
         )
 
 
@@ -137,59 +104,19 @@ class TokenizerConfig:
     sample_mb: int = 1000  # text it is trained on, in 10^6 bytes, drawn from all corpora by weight
     shard_tokens: int = 100_000_000  # tokens in one token shard
 
-    def problems(self) -> list[str]:
-        return [
-            f"tokenizer.{n} must be at least 1"
-            for n in ("sample_mb", "shard_tokens")
-            if getattr(self, n) < 1
-        ]
-
-
-# -------------------------------------------------------------------------------------------- model
-
 
 @dataclass(frozen=True)
 class HRMConfig:
-    """The hierarchical reasoning head: a fast module L and a slow module H, called in cycles after
-    the trunk.
+    """The hierarchical reasoning head: a fast module L and a slow module H, called after the trunk.
 
-    The defaults are what measured best per FLOP at 1M parameters (EXPERIMENTS.md). A head trained
-    with h_cycles 2 and deep supervision can also run once when chatting, for half the work.
+    The defaults are what measured best per FLOP at 1M parameters (EXPERIMENTS.md).
     """
 
     l_layer: int = 2  # blocks in L, all with the short window
     h_layer: int = 2  # blocks in H, the last one sees the whole context
     h_cycles: int = 1  # times H is called
     l_cycles: int = 1  # times L is called before each call of H; 0 is no L: H alone is looped
-    # how far back through the module calls gradients flow
-    gradient: Literal["full", "truncated", "one_step"] = "full"
-    horizon: int = 5  # truncated: module calls that keep their gradient, once warmed up from 2
-    horizon_warmup: float = 0.2  # truncated: share of training over which the horizon grows
     deep_supervision: bool = False  # a loss after every H cycle, one cycle's graph alive at a time
-    # deep supervision: cycles before the last read one token of this many, shifting each step
-    supervise_every: int = 1
-    # a step trains with 1 to this many H cycles, drawn; None is always h_cycles
-    random_cycles: int | None = None
-
-    def problems(self) -> list[str]:
-        names = ("l_layer", "h_layer", "h_cycles", "horizon", "supervise_every")
-        found = [
-            f"model.hrm.{n} is {getattr(self, n)}, must be at least 1"
-            for n in names
-            if getattr(self, n) < 1
-        ]
-        if self.l_cycles < 0:
-            found.append(f"model.hrm.l_cycles is {self.l_cycles}, must be at least 0")
-        if self.deep_supervision and self.gradient != "full":
-            found.append(
-                "model.hrm.deep_supervision cuts the graph at every cycle itself: set gradient to "
-                "full"
-            )
-        if self.random_cycles is not None and self.random_cycles < 1:
-            found.append(
-                f"model.hrm.random_cycles is {self.random_cycles}, must be at least 1 or None"
-            )
-        return found
 
 
 @dataclass(frozen=True)
@@ -202,21 +129,15 @@ class ModelConfig:
     n_head: int = 12  # query heads
     n_kv_head: int = 4  # key/value heads, each shared by n_head / n_kv_head query heads
     d_ff: int = 2048  # width inside the MLP
-    # SwiGLU; False is squared ReLU, which a d_ff half as large again makes as many parameters
-    gated_mlp: bool = True
+    gated_mlp: bool = True  # SwiGLU; False is squared ReLU: d_ff × 1.5 makes as many parameters
     context: int = 4096  # longest sequence, in tokens
-    # attention reach of a short layer, in tokens; None is the whole context
-    window: int | None = 1024
-    # short (S) and long (L) layers, repeated over the trunk; the last layer is always long
-    pattern: str = "SSSL"
+    window: int | None = 1024  # attention reach of a short layer, in tokens; None is all
+    pattern: str = "SSSL"  # short (S) and long (L) layers, repeated; the last is always long
     rope_base: float = 10_000.0  # base of the rotary frequencies
-    # trunk layers that learn a value a token: every other one from the last, then the rest
-    n_value_embeddings: int = 0
+    n_value_embeddings: int = 0  # trunk layers that learn a value per token, every other one first
     token_shift: bool = True  # mix into each token's embedding a learnt share of the one before
-    # the reasoning head; None is the plain dense model
-    hrm: HRMConfig | None = field(default_factory=HRMConfig)
-    # portable is a Qwen3, which transformers, llama.cpp and vLLM know: see `portable`
-    shape: Literal["hearth", "portable"] = "hearth"
+    hrm: HRMConfig | None = field(default_factory=HRMConfig)  # None is the plain dense model
+    shape: Literal["hearth", "portable"] = "hearth"  # portable is a Qwen3: see `portable`
 
     @property
     def head_dim(self) -> int:
@@ -235,39 +156,24 @@ class ModelConfig:
         return [part for part, is_there in parts.items() if is_there]
 
     def problems(self) -> list[str]:
+        if min(self.n_head, self.n_kv_head, self.d_model, self.vocab_size) < 1:
+            return []  # said already
         found = []
-        for name in ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "context"):
-            if getattr(self, name) < 1:
-                found.append(f"model.{name} is {getattr(self, name)}, must be at least 1")
-        if found:
-            return found
         if self.vocab_size % 128:
             near = max(1, round(self.vocab_size / 128)) * 128
-            found.append(
-                f"model.vocab_size is {self.vocab_size}, must be a multiple of 128: try {near}"
-            )
-        if self.d_model % self.n_head or self.head_dim % 2:
-            found.append(
-                f"model.d_model {self.d_model} / n_head {self.n_head} must be an even whole number"
-            )
+            found.append(f"vocab_size is {self.vocab_size}, must be a multiple of 128: try {near}")
+        if self.d_model % (2 * self.n_head):
+            per_head = f"d_model {self.d_model} / n_head {self.n_head}"
+            found.append(f"{per_head} must be an even whole number")
         if self.n_head % self.n_kv_head:
-            found.append(
-                f"model.n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}"
-            )
+            found.append(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
         if not self.pattern or set(self.pattern) - set("SL"):
-            found.append(
-                f"model.pattern is {self.pattern!r}, must be made of S (short) and L (long)"
-            )
-        if self.window is not None and self.window < 1:
-            found.append(f"model.window is {self.window}, must be at least 1 or None")
+            found.append(f"pattern is {self.pattern!r}, must be made of S (short) and L (long)")
         if not 0 <= self.n_value_embeddings <= self.n_layer:
-            found.append(
-                f"model.n_value_embeddings is {self.n_value_embeddings}, must lie between 0 and "
-                f"n_layer {self.n_layer}"
-            )
+            found.append(f"n_value_embeddings must lie between 0 and n_layer {self.n_layer}")
         if self.shape == "portable":
-            found += [f"model.shape portable has no place for {p}" for p in self.beyond_qwen3()]
-        return found + (self.hrm.problems() if self.hrm else [])
+            found += [f"shape portable has no place for {part}" for part in self.beyond_qwen3()]
+        return [f"model.{problem}" for problem in found]
 
 
 def portable(model: ModelConfig) -> ModelConfig:
@@ -288,32 +194,18 @@ def portable(model: ModelConfig) -> ModelConfig:
     )
 
 
-# ----------------------------------------------------------------------------------------- training
-
-
 @dataclass(frozen=True)
 class OptimConfig:
     """The update rule; how fast it goes is set where it is used: pretrain.lr, sft1.lr, sft2.lr."""
 
-    # muon: Muon for matrices, AdamW for the rest
-    name: Literal["muon", "adamw", "schedulefree"] = "muon"
+    name: Literal["muon", "adamw", "schedulefree"] = "muon"  # Muon: for matrices alone
     embedding_lr_ratio: float = 3.0  # learning rate of the embedding, relative to lr
-    scalar_lr_ratio: float = 1.0  # learning rate of norms, gains and other vectors, relative to lr
     weight_decay: float = 0.1  # of matrices only, decoupled, multiplied by the learning rate
     momentum: float = 0.95  # of Muon
     momentum_warmup_steps: int = 200  # Muon's momentum climbs from 0.85 over this many steps
     beta1: float = 0.8  # of AdamW
     beta2: float = 0.95  # of AdamW
     clip: float = 1.0  # largest gradient norm; gradients beyond it are scaled down
-
-    def problems(self) -> list[str]:
-        found = []
-        for name in ("momentum", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                found.append(f"optim.{name} is {getattr(self, name)}, must lie between 0 and 1")
-        if self.clip <= 0:
-            found.append(f"optim.clip is {self.clip}, must be above 0")
-        return found
 
 
 @dataclass(frozen=True)
@@ -322,49 +214,31 @@ class Stage:
 
     context: int = 1024  # segments are cut at document ends and every this many tokens
     share: float = 1.0  # share of pretrain.steps
-    # corpus weights of this stage, in their order; None takes the sources'
-    weights: tuple[float, ...] | None = None
+    weights: tuple[float, ...] | None = None  # of the corpora; None takes the sources'
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What pretraining and fine-tuning share: the step, the schedule, what is shown and what is
-    saved.
-    """
+    """What pretraining and fine-tuning share: step, schedule, what is shown and saved."""
 
     lr: float = 2e-3  # peak learning rate; Muon's updates are scaled to the size of AdamW's
     warmup_share: float = 0.02  # share of the steps over which the learning rate climbs
     decay_share: float = 0.6  # share of the steps, at the end, over which it falls in a line
     final_lr_ratio: float = 0.05  # learning rate at the end, relative to the peak
     tokens_per_step: int = 524_288  # tokens in one optimizer step, whatever the micro-batch
-    # tokens in one forward pass; None is fitted to the card's free memory
-    micro_batch_tokens: int | None = None
+    micro_batch_tokens: int | None = None  # tokens in one pass; None fits the card's free memory
     eval_every_steps: int = 250  # steps between two evaluations on held-out data
     eval_tokens: int = 1_048_576  # held-out tokens of each corpus that an evaluation reads
-    # steps between two lines on the console; metrics.jsonl notes every step
-    log_every_steps: int = 10
+    log_every_steps: int = 10  # steps between two lines on the console
     sample_every_steps: int = 1000  # steps between two sample texts
     save_every_minutes: float = 15.0  # minutes between two checkpoints
     keep_checkpoints: int = 2  # the newest ones kept
-    # where figures go beside metrics.jsonl
-    log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()  # beside metrics.jsonl
     max_skipped_steps: int = 20  # spiking or non-finite steps in a row after which the run stops
 
     def loop_problems(self, where: str) -> list[str]:
         found = []
-        for name in (
-            "tokens_per_step",
-            "eval_every_steps",
-            "eval_tokens",
-            "sample_every_steps",
-            "keep_checkpoints",
-            "log_every_steps",
-        ):
-            if getattr(self, name) < 1:
-                found.append(f"{where}.{name} is {getattr(self, name)}, must be at least 1")
-        if self.lr <= 0:
-            found.append(f"{where}.lr is {self.lr}, must be above 0")
-        if self.micro_batch_tokens and self.tokens_per_step % self.micro_batch_tokens:
+        if (self.micro_batch_tokens or 0) > 0 and self.tokens_per_step % self.micro_batch_tokens:
             found.append(
                 f"{where}.tokens_per_step {self.tokens_per_step} must be a multiple of "
                 f"micro_batch_tokens {self.micro_batch_tokens}"
@@ -379,33 +253,23 @@ class PretrainConfig(LoopConfig):
     """Pretraining on the text corpora."""
 
     steps: int = 4800  # optimizer steps
-    # the curriculum
     stages: tuple[Stage, ...] = (Stage(1024, 0.6), Stage(2048, 0.25), Stage(4096, 0.15))
-    # beginnings that samples continue
-    prompts: tuple[str, ...] = ("The", "Water is", "To add two numbers,")
+    prompts: tuple[str, ...] = ("The", "Water is", "To add two numbers,")  # that samples continue
 
     def problems(self, context: int) -> list[str]:
         found = self.loop_problems("pretrain")
-        if self.steps < 1:
-            found.append(f"pretrain.steps is {self.steps}, must be at least 1")
-        if not self.stages:
-            return [*found, "pretrain.stages is empty"]
-        if not math.isclose(sum(stage.share for stage in self.stages), 1.0, abs_tol=1e-6):
-            found.append(
-                f"pretrain.stages: the shares add up to {sum(s.share for s in self.stages):.3f}, "
-                "must be 1"
-            )
-        for stage in self.stages:
-            if stage.context > context or context % stage.context:
-                found.append(
-                    f"pretrain.stages: context {stage.context} must divide model.context {context}"
-                )
+        total = sum(stage.share for stage in self.stages)
+        if not math.isclose(total, 1.0, abs_tol=1e-6):
+            found.append(f"pretrain.stages: the shares add up to {total:.3f}, must be 1")
+        found += [
+            f"pretrain.stages: context {stage.context} must divide model.context {context}"
+            for stage in self.stages
+            if not 0 < stage.context <= context or context % stage.context
+        ]
         row = self.micro_batch_tokens or self.tokens_per_step
         if row % context:
-            found.append(
-                f"pretrain: micro-batch of {row} tokens must be a multiple of model.context "
-                f"{context}"
-            )
+            said = f"micro-batch of {row} tokens must be a multiple of model.context {context}"
+            found.append(f"pretrain: {said}")
         return found
 
 
@@ -414,15 +278,12 @@ class SFTConfig(LoopConfig):
     """One stage of fine-tuning on conversations."""
 
     sources: tuple[ChatSource, ...] = ()  # the sets of conversations
-    # your own conversations: files, folders or globs that take the place of the sources
-    files: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()  # your own files, folders or globs instead of the sources
     context: int = 2048  # longest conversation, in tokens
     epochs: float = 3.0  # passes over the conversations
-    repeat_earlier: float = 0.0  # stage 2: share of stage 1's conversations seen again, an epoch
     validation_share: float = 0.02  # share of the conversations held out, chosen by a hash
     prompts: tuple[str, ...] = ("Who are you?", "What is 12 + 7?")  # questions that samples answer
-    # held-out questions answered at each evaluation, to see stopping, looping, reasoning
-    probe_prompts: int = 24
+    probe_prompts: int = 24  # held-out questions answered at each evaluation
     probe_tokens: int = 160  # longest answer to one of them, in tokens
 
     def problems(self, where: str, model_context: int) -> list[str]:
@@ -430,30 +291,21 @@ class SFTConfig(LoopConfig):
         if not self.sources and not self.files:
             found.append(f"{where}: no conversations; give --{where}.files or {where}.sources")
         for source in self.sources:
-            if sum([bool(source.hub), bool(source.files), bool(source.demo)]) != 1:
-                found.append(
-                    f"{where}.sources {source.name!r}: give exactly one of hub, files, demo"
-                )
+            found += source.problems(f"{where}.sources")
         if not 0 < self.context <= model_context:
-            found.append(
-                f"{where}.context is {self.context}, must lie between 1 and model.context "
-                f"{model_context}"
-            )
-        if self.epochs <= 0:
-            found.append(f"{where}.epochs is {self.epochs}, must be above 0")
+            said = f"{where}.context is {self.context}, must lie between 1 and model.context"
+            found.append(f"{said} {model_context}")
         return found
 
     def sets(self) -> tuple[ChatSource, ...]:
         """The sets in force: your own files where given, the preset's sources otherwise."""
         if not self.files:
             return self.sources
-        return (
-            ChatSource(name=f"own-{zlib.crc32(repr(self.files).encode()):08x}", files=self.files),
-        )
+        name = f"own-{zlib.crc32(repr(self.files).encode()):08x}"
+        return (ChatSource(name=name, files=self.files),)
 
 
-# system turn of conversations that reason, in training and chat
-REASONING_PROMPT = "Think step by step, then answer."
+REASONING_PROMPT = "Think step by step, then answer."  # the system turn that asks for reasoning
 
 
 @dataclass(frozen=True)
@@ -463,12 +315,9 @@ class ChatConfig:
     system: str | None = None  # system prompt; None is no system turn
     temperature: float = 0.7  # 0 takes the likeliest token
     top_k: int | None = None  # draw from the k likeliest tokens; None is all
-    # draw from the likeliest tokens that make up this probability; None is all
-    top_p: float | None = 0.95
-    # draw from tokens at least this likely, relative to the likeliest; None is all
-    min_p: float | None = None
-    # above 1 makes tokens already said less likely; never applied to <|end|>
-    repetition_penalty: float = 1.0
+    top_p: float | None = 0.95  # draw from the likeliest that make up this probability
+    min_p: float | None = None  # draw from those at least this likely beside the likeliest
+    repetition_penalty: float = 1.0  # above 1 makes what was said less likely, but <|end|>
     max_tokens: int = 1024  # longest answer, in tokens
     seed: int | None = None  # of the draws; None differs each time
 
@@ -480,19 +329,38 @@ class ReportConfig:
     draw: bool = True  # draw it after each evaluation and each stage
     price_per_kwh: float = 0.30  # price of a kilowatt-hour, in `currency`
     currency: str = "EUR"  # of the price
-    # power drawn while training, where the card does not tell; None leaves the cost out
-    watts: float | None = None
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.price_per_kwh < 0:
-            found.append(f"report.price_per_kwh is {self.price_per_kwh}, must not be negative")
-        if self.watts is not None and self.watts <= 0:
-            found.append(f"report.watts is {self.watts}, must be above 0 or None")
-        return found
+    watts: float | None = None  # power while training, where the card does not tell
 
 
-# -------------------------------------------------------------------------------------------- whole
+LOOPS = ("pretrain", "sft1", "sft2")
+# what every number must be → which ones; `loop` stands for each of LOOPS
+BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "at least 0": (lambda x: x >= 0, "model.hrm.l_cycles report.price_per_kwh"),
+    "at least 1": (
+        lambda x: x >= 1,
+        "data.shard_mb tokenizer.sample_mb tokenizer.shard_tokens model.vocab_size model.n_layer "
+        "model.d_model model.n_head model.n_kv_head model.d_ff model.context model.window "
+        "model.hrm.l_layer model.hrm.h_layer model.hrm.h_cycles pretrain.steps "
+        "loop.tokens_per_step loop.micro_batch_tokens loop.eval_every_steps loop.eval_tokens "
+        "loop.log_every_steps loop.sample_every_steps loop.keep_checkpoints",
+    ),
+    "above 0": (lambda x: x > 0, "optim.clip loop.lr sft1.epochs sft2.epochs report.watts"),
+    "from 0 to below 1": (lambda x: 0 <= x < 1, "optim.momentum optim.beta1 optim.beta2"),
+    "between 0 and 0.5": (lambda x: 0 < x < 0.5, "data.validation_share"),
+    "above 0 and at most 1": (lambda x: 0 < x <= 1, "data.near_duplicates"),
+}
+
+
+def out_of_bounds(config: Config) -> list[str]:
+    """The settings that break their bound, in words; what is None breaks none."""
+    found = []
+    for rule, (holds, names) in BOUNDS.items():
+        for name in names.split():
+            for full in {name.replace("loop.", f"{loop}."): None for loop in LOOPS}:
+                value = reduce(lambda part, n: getattr(part, n, None), full.split("."), config)
+                if value is not None and not holds(value):
+                    found.append(f"{full} is {value}, must be {rule}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -503,12 +371,9 @@ class Config:
     runs: str = "runs"  # folder that holds one folder a run
     name: str | None = None  # name of the run's folder; None is the preset's name
     seed: int = 0  # of initialisation, data order and samples
-    # auto takes an NVIDIA card where torch can use it
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    # fuse the blocks' small operations with torch.compile; None does so on a card
-    compile: bool | None = None
-    # products in pretraining; refused where that is slower
-    eight_bit: Literal["float8", "int8"] | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a card where torch can use one
+    compile: bool | None = None  # fuse small operations with torch.compile; None: on a card
+    eight_bit: Literal["float8", "int8"] | None = None  # refused where slower
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -520,81 +385,57 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
-        found = [
-            *self.data.problems(),
-            *self.tokenizer.problems(),
-            *self.model.problems(),
-            *self.optim.problems(),
-            *self.pretrain.problems(self.model.context),
-            *self.sft1.problems("sft1", self.model.context),
-            *self.sft2.problems("sft2", self.model.context),
-            *self.report.problems(),
-        ]
+        context = self.model.context
+        found = [*out_of_bounds(self), *self.data.problems(), *self.model.problems()]
+        if context > 0:
+            found += self.pretrain.problems(context)
+            found += self.sft1.problems("sft1", context) + self.sft2.problems("sft2", context)
         if found:
-            raise UserError(
-                "This configuration cannot work:\n"
-                + "\n".join(f"  - {problem}" for problem in found)
-            )
+            listed = "\n".join(f"  - {problem}" for problem in found)
+            raise UserError(f"This configuration cannot work:\n{listed}")
 
     @property
     def run_dir(self) -> Path:
         """Folder of everything this run makes; removing it is starting over."""
         return Path(self.runs) / (self.name or self.preset)
 
-    def command(self, script: str) -> str:
-        """The command that runs `script` for this run, for messages to the user."""
-        name = f" --name {self.name}" if self.name else ""
-        runs = f" --runs {self.runs}" if self.runs != "runs" else ""
-        return f"uv run {script} --preset {self.preset}{name}{runs}"
-
 
 # ------------------------------------------------------------------------------------------ presets
 
 # No `revision` is pinned here: the first start takes the newest commit, writes it into the
 # manifest, and sticks to it.
+HALF = {"column": "text", "max_bytes": 5_000_000_000}
 FINEWEB = TextSource(
-    name="fineweb-edu",
-    hub="HuggingFaceFW/fineweb-edu",
-    hub_config="sample-10BT",
-    column="text",
-    max_bytes=5_000_000_000,
+    "fineweb-edu", hub="HuggingFaceFW/fineweb-edu", hub_config="sample-10BT", **HALF
 )
-WEB_MATH = TextSource(
-    name="open-web-math",
-    hub="open-web-math/open-web-math",
-    column="text",
-    max_bytes=5_000_000_000,
-    weight=0.5,
-)
-ALPACA = ChatSource(name="alpaca", hub="yahma/alpaca-cleaned")
-DOLLY = ChatSource(name="dolly", hub="databricks/databricks-dolly-15k")
-ULTRACHAT = ChatSource(name="ultrachat", hub="HuggingFaceH4/ultrachat_200k", split="train_sft")
+WEB_MATH = TextSource("open-web-math", hub="open-web-math/open-web-math", weight=0.5, **HALF)
+ALPACA = ChatSource("alpaca", hub="yahma/alpaca-cleaned")
+DOLLY = ChatSource("dolly", hub="databricks/databricks-dolly-15k")
+ULTRACHAT = ChatSource("ultrachat", hub="HuggingFaceH4/ultrachat_200k", split="train_sft")
 OPENR1 = ChatSource(
-    name="openr1-math", hub="open-r1/OpenR1-Math-220k", hub_config="default", max_chars=11_000
+    "openr1-math", hub="open-r1/OpenR1-Math-220k", hub_config="default", max_chars=11_000
 )
 
+CARD = Config(
+    data=DataConfig(sources=(FINEWEB, WEB_MATH)),
+    sft1=SFTConfig(sources=(ALPACA, DOLLY), lr=5e-4, tokens_per_step=131_072),
+    sft2=SFTConfig(
+        sources=(ULTRACHAT, OPENR1), context=4096, epochs=1.0, lr=5e-4, tokens_per_step=262_144
+    ),
+)
 
-def _card(name: str, **pretrain: Any) -> Config:
-    """A preset for a card; `pretrain` overrides what differs. All cards make the same model from
-    the same tokens.
-    """
-    return Config(
-        preset=name,
-        data=DataConfig(sources=(FINEWEB, WEB_MATH)),
-        pretrain=PretrainConfig(**pretrain),
-        sft1=SFTConfig(
-            sources=(ALPACA, DOLLY), context=2048, epochs=3.0, lr=5e-4, tokens_per_step=131_072
-        ),
-        sft2=SFTConfig(
-            sources=(ULTRACHAT, OPENR1), context=4096, epochs=1.0, lr=5e-4, tokens_per_step=262_144
-        ),
-    )
-
-
+DEMO_LOOP = {
+    "tokens_per_step": 1024,
+    "micro_batch_tokens": 1024,
+    "log_every_steps": 50,
+    "eval_tokens": 16_384,
+    "save_every_minutes": 1.0,
+}
+DEMO_SFT = DEMO_LOOP | {"lr": 3e-3, "eval_every_steps": 200}
 DEMO = Config(
     preset="demo",
     data=DataConfig(
-        sources=(TextSource(name="world", demo="text"),), validation_share=0.02, min_chars=8
+        sources=(TextSource("world", demo="text"),), validation_share=0.02, min_chars=8
     ),
     tokenizer=TokenizerConfig(sample_mb=4),
     model=ModelConfig(
@@ -614,52 +455,28 @@ DEMO = Config(
     pretrain=PretrainConfig(
         steps=1700,
         lr=1.2e-2,
-        tokens_per_step=1024,
-        micro_batch_tokens=1024,
         stages=(Stage(128, 0.2), Stage(256, 0.5), Stage(512, 0.3)),
         eval_every_steps=425,
-        log_every_steps=50,
-        eval_tokens=16_384,
         sample_every_steps=850,
-        save_every_minutes=1.0,
         prompts=("Once", "What is", "The"),
+        **DEMO_LOOP,
     ),
     sft1=SFTConfig(
-        sources=(ChatSource(name="alpaca", demo="alpaca"), ChatSource(name="dolly", demo="dolly")),
+        sources=(ChatSource("alpaca", demo="alpaca"), ChatSource("dolly", demo="dolly")),
         context=256,
         epochs=1.0,
-        lr=3e-3,
-        tokens_per_step=1024,
-        micro_batch_tokens=1024,
-        eval_every_steps=200,
-        log_every_steps=50,
-        eval_tokens=16_384,
-        sample_every_steps=1000,
-        save_every_minutes=1.0,
+        **DEMO_SFT,
     ),
     sft2=SFTConfig(
-        sources=(
-            ChatSource(name="messages", demo="messages"),
-            ChatSource(name="math", demo="math"),
-        ),
+        sources=(ChatSource("messages", demo="messages"), ChatSource("math", demo="math")),
         context=512,
         epochs=1.5,
-        lr=3e-3,
-        tokens_per_step=1024,
-        micro_batch_tokens=1024,
-        eval_every_steps=200,
-        log_every_steps=50,
-        eval_tokens=16_384,
-        sample_every_steps=1000,
-        save_every_minutes=1.0,
+        **DEMO_SFT,
     ),
     chat=ChatConfig(temperature=0.0, top_p=None, max_tokens=200),
 )
 
 PRESETS: dict[str, Config] = {
-    "16gb": _card("16gb"),
-    "12gb": _card("12gb"),
-    "24gb": _card("24gb"),
-    "8gb": _card("8gb"),
+    **{name: replace(CARD, preset=name) for name in ("16gb", "12gb", "24gb", "8gb")},
     "demo": DEMO,
 }

@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from config import ChatSource, Config, TextSource
-from hearth import cli, log
+from hearth import cli, log, run
 from hearth.data.ingest import (
     CHAT_UNIT_BYTES,
     PROBE_BYTES,
@@ -39,38 +39,81 @@ class Options:
 
     plan: bool = False  # print sizes, disk and hours of what would be made, and make nothing
     verify: bool = False  # look for damaged shards by their checksum, not by their size alone
+    # remove the text shards and all that follows, make them again
+    redo: Literal["text"] | None = None
+
+
+SCRIPT = cli.Script(
+    __doc__,
+    Options(),
+    ("data", *(f"{s}.{n}" for s in ("sft1", "sft2") for n in ("files", "validation_share"))),
+)
 
 
 def main(config: Config, options: Options) -> None:
     """Make the text shards of every corpus and every set of conversations."""
-    text = config.run_dir / "text"
     if options.plan:
         print_plan(config)
         return
+    require_card(config)
+    text = config.run_dir / "text"
+    with run.working_on(config, makes=("text",), redo=options.redo, creates=True) as work:
+        work.begin("text", {})
+        with work.stage("text"):
+            make_text(config, text, verify=options.verify)
+        for stage, sources in chat_sets(config).items():
+            with work.stage(stage):
+                make_conversations(config, stage, sources, work, verify=options.verify)
+    refresh(config)
+    log.say(f"Text shards are in {text}. Next: {run.command(config, 'train_tokenizer.py')}")
+
+
+def require_card(config: Config) -> None:
+    """`planning.require_able_machine`, without loading torch for the demo."""
+    if config.preset != "demo" and config.device != "cpu":
+        from hearth.training.planning import require_able_machine
+
+        require_able_machine(config)
+
+
+def make_text(config: Config, text: Path, *, verify: bool) -> None:
+    """The text shards of every corpus."""
     before: list[Path] = []
     for source in config.data.corpora():
         folder = text / source.name
         title = f"{source.name}, done before" if is_finished(folder) else source.name
-        report(title, write_text_shards(source, folder, config.data, before, verify=options.verify))
+        report(title, write_text_shards(source, folder, config.data, before, verify=verify))
         before.append(folder)
-    for source, share in chat_sets(config):
-        folder = text / "chat" / source.name
+
+
+def make_conversations(
+    config: Config, stage: str, sources: list[ChatSource], work: run.Run, *, verify: bool
+) -> None:
+    """The text shards of a stage's conversations; made again where their source has changed and the
+    stage has not begun.
+    """
+    for source in sources:
+        folder = config.run_dir / "text" / "chat" / source.name
         title = f"{source.name}, done before" if is_finished(folder) else source.name
-        minutes = config.data.retry_minutes
-        report(
-            title,
-            write_chat_shards(source, folder, share, retry_minutes=minutes, verify=options.verify),
+        manifest = write_chat_shards(
+            source,
+            folder,
+            getattr(config, stage).validation_share,
+            retry_minutes=config.data.retry_minutes,
+            verify=verify,
+            remake=work.begun(stage) is None,
         )
-    refresh(config)
-    log.say(f"Text shards are in {text}. Next: {config.command('train_tokenizer.py')}")
+        report(title, manifest)
 
 
-def chat_sets(config: Config) -> list[tuple[ChatSource, float]]:
-    """Every set of conversations of both stages, each once, with the share that is held out."""
-    stages = (config.sft1, config.sft2)
-    return list(
-        {source.name: (source, s.validation_share) for s in stages for source in s.sets()}.values()
-    )
+def chat_sets(config: Config) -> dict[str, list[ChatSource]]:
+    """The sets of conversations of each stage; one that two stages share counts to the first."""
+    seen: set[str] = set()
+    found: dict[str, list[ChatSource]] = {}
+    for stage in ("sft1", "sft2"):
+        found[stage] = [s for s in getattr(config, stage).sets() if s.name not in seen]
+        seen |= {source.name for source in found[stage]}
+    return found
 
 
 def report(title: str, manifest: dict[str, Any]) -> None:
@@ -79,7 +122,7 @@ def report(title: str, manifest: dict[str, Any]) -> None:
     dropped = ", ".join(f"{n} × {reason}" for reason, n in manifest["dropped"].items()) or "nothing"
     log.say(
         f"{title}: {train['documents']} documents, {log.size(train['text_bytes'])}; "
-        f"held out {held_out['documents']}; dropped {dropped}"
+        f"held out {held_out['documents']}, {log.size(held_out['text_bytes'])}; dropped {dropped}"
     )
 
 
@@ -94,7 +137,8 @@ def print_plan(config: Config) -> None:
         f"{'':<20}{'text':>10}{'documents':>11}{'shards':>8}{'tokens':>8}{'disk':>10}{'time':>8}"
     )
     total = Estimate(0, 0, 0)
-    for source in (*config.data.corpora(), *(source for source, _ in chat_sets(config))):
+    chats = [source for sources in chat_sets(config).values() for source in sources]
+    for source in (*config.data.corpora(), *chats):
         found = estimate(source, config.data)
         unit = config.data.shard_mb * 10**6 if isinstance(source, TextSource) else CHAT_UNIT_BYTES
         plan_line(source.name, found, math.ceil(found.text_bytes / unit))
@@ -127,4 +171,4 @@ def disk_needed(found: Estimate) -> float:
 
 
 if __name__ == "__main__":
-    cli.run_script(lambda: main(*cli.parse_cli_with(Options(), __doc__)))
+    cli.run_script(lambda: main(*run.parse(SCRIPT)))

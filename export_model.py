@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from config import Config, UserError
-from hearth import cli, log
+from config import Config, UserError, portable
+from hearth import cli, log, run
 from hearth.export import gguf, huggingface, qwen3
 from hearth.training import checkpoint
 
@@ -32,16 +32,20 @@ class Options:
     checkpoint: str | None = None
 
 
+SCRIPT = cli.Script(__doc__, Options())
+
+
 def main(config: Config, options: Options) -> None:
-    """Write the folder asked for and say what to do with it."""
+    """Write the folder asked for and say what is in it."""
     if options.to is None:
         raise UserError("Say what to write and where: --to huggingface FOLDER or --to gguf FOLDER.")
     kind, out = options.to[0], Path(options.to[1])
-    source = find(config, options.checkpoint)
+    source = run.find_checkpoint(options.checkpoint, config)
     loaded = checkpoint.load_for_inference(source)
     if kind == "gguf":
-        command = replace(config, name="portable").command("run_pipeline.py")
-        qwen3.refuse_others(loaded.config.model, f"{command} --model.shape portable")
+        model = loaded.config.model
+        other = replace(loaded.config, runs=config.runs, name="portable", model=portable(model))
+        qwen3.refuse_others(model, run.command(other, "run_pipeline.py"))
         gguf.write(source, loaded, out)
     else:
         huggingface.write(source, loaded, out)
@@ -50,16 +54,5 @@ def main(config: Config, options: Options) -> None:
         log.say(f"  {file.name}  {log.size(file.stat().st_size)}")
 
 
-def find(config: Config, name: str | None) -> Path:
-    """The checkpoint's folder that `name` means."""
-    if name is None:
-        return checkpoint.furthest(config)
-    for folder in (config.run_dir / name, Path(name)):
-        if newest := checkpoint.newest(folder):
-            return newest
-    return Path(name)
-
-
 if __name__ == "__main__":
-    parsed = cli.parse_cli_with(Options(), __doc__)
-    cli.run_script(lambda: main(*parsed), "stopped; nothing was written.")
+    cli.run_script(lambda: main(*run.parse(SCRIPT)), "stopped; nothing was written.")

@@ -1,14 +1,13 @@
 """The network, top-down: embedding, blocks, HRM head, loss, initialisation, packed sequences.
 
-In: token ids laid flat, and a `where` that knows each token's position and what it may attend to:
-`PackedSequences` while training, `KVCache` while decoding. Out: hidden states, logits, losses.
+In: token ids laid flat, and an `attn_ctx` that knows each token's position and what it may attend
+to: `PackedSequences` while training, `KVCache` while decoding. Out: hidden states, logits, losses.
 Knows no optimizer, file, tokenizer or chat format.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from inspect import signature
@@ -52,29 +51,17 @@ class Model(nn.Module):
         self.activation_checkpointing = "none"
 
     def forward(
-        self,
-        ids: Tensor,
-        attn_ctx: AttentionContext,
-        *,
-        h_cycles: int | None = None,
-        horizon: int | None = None,
+        self, ids: Tensor, attn_ctx: AttentionContext, *, h_cycles: int | None = None
     ) -> Tensor:
-        """Hidden states (N, D) that `logits` and `loss` read.
-
-        `h_cycles` is how often the head's slow module is called (default: as configured); `horizon`
-        is how many of the last module calls keep their gradient (default: all).
+        """Hidden states (N, D) that `logits` and `loss` read; `h_cycles` is how often the head's
+        slow module is called (default: as configured).
         """
-        for hidden in self.cycles(ids, attn_ctx, h_cycles=h_cycles, horizon=horizon):
+        for hidden in self.cycles(ids, attn_ctx, h_cycles=h_cycles):
             last = hidden
         return last
 
     def cycles(
-        self,
-        ids: Tensor,
-        attn_ctx: AttentionContext,
-        *,
-        h_cycles: int | None = None,
-        horizon: int | None = None,
+        self, ids: Tensor, attn_ctx: AttentionContext, *, h_cycles: int | None = None
     ) -> Iterator[Tensor]:
         """Hidden states (N, D) after the trunk, then after each of the head's cycles; every one can
         be read out.
@@ -85,12 +72,9 @@ class Model(nn.Module):
         x = self.run_trunk(ids, attn_ctx)
         yield x
         if self.head is not None:
+            recomputed = self.activation_checkpointing
             yield from self.head.cycles(
-                x,
-                attn_ctx,
-                h_cycles=h_cycles,
-                horizon=horizon,
-                activation_checkpointing=self.activation_checkpointing,
+                x, attn_ctx, h_cycles=h_cycles, activation_checkpointing=recomputed
             )
 
     def run_trunk(self, ids: Tensor, attn_ctx: AttentionContext) -> Tensor:
@@ -99,12 +83,11 @@ class Model(nn.Module):
         x = self.embed(ids, attn_ctx)
         values = self.token_values(ids)
         for place, block in enumerate(self.trunk):
-            given = (x, attn_ctx, values[place]) if place in values else (x, attn_ctx)
-            x = (
-                checkpoint(block, *given, use_reentrant=False)
-                if self.activation_checkpointing == "all"
-                else block(*given)
-            )
+            given = (x, attn_ctx, values.get(place))
+            if self.activation_checkpointing == "all":
+                x = checkpoint(block, *given, use_reentrant=False)
+            else:
+                x = block(*given)
         return x
 
     def embed(self, ids: Tensor, attn_ctx: AttentionContext) -> Tensor:
@@ -120,11 +103,9 @@ class Model(nn.Module):
             return rms_norm(look_up(ids, self.embedding)).to(self.dtype)
 
         x = normed(ids)
-        return (
-            x
-            if self.shift is None
-            else x + self.shift.to(self.dtype) * attn_ctx.before(x, ids, normed)
-        )
+        if self.shift is None:
+            return x
+        return x + self.shift.to(self.dtype) * attn_ctx.before(x, ids, normed)
 
     def token_values(self, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """A value a token (N, G·E) and its gate (G, channels) for the last trunk block and every
@@ -133,30 +114,26 @@ class Model(nn.Module):
         Value embeddings, from the modded-nanogpt speed runs (after ResFormer, arXiv 2410.17897):
         they add to what a model can remember of each token without adding a product.
         """
-        n = len(self.value_embeddings)
         places = [*range(len(self.trunk) - 1, -1, -2), *range(len(self.trunk) - 2, -1, -2)]
-        rows = (look_up(ids, table).to(self.dtype) for table in self.value_embeddings)
         return {
-            places[i]: (value, self.value_gates[i]) for i, value in zip(range(n), rows, strict=True)
+            places[i]: (look_up(ids, table).to(self.dtype), self.value_gates[i])
+            for i, table in enumerate(self.value_embeddings)
         }
 
     def output(self, hidden: Tensor) -> Tensor:
-        """What the tied embedding is multiplied with: (…, D) normed, with a gain a channel, divided
-        by √D.
-        """
-        return rms_norm(hidden) * (self.output_gain / math.sqrt(self.config.d_model)).to(
-            hidden.dtype
-        )
+        """What the embedding is multiplied with: (…, D) normed, times a gain a channel over √D."""
+        gain = self.output_gain / math.sqrt(self.config.d_model)
+        return rms_norm(hidden) * gain.to(hidden.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits (…, V) for hidden states (…, D)."""
         return project(self.output(hidden), self.embedding).float()
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Sum of `weights` (N,) times the cross-entropy of `targets` (N,), in nats, never holding
-        all logits.
-        """
-        return ChunkedCrossEntropy.apply(self.output(hidden), self.embedding, targets, weights)
+        """Sum of `weights` (N,) times the cross-entropy of `targets` (N,) in nats."""
+        # a Function is told that a parameter wants its gradient also where none is taken
+        matrix = self.embedding if torch.is_grad_enabled() else self.embedding.detach()
+        return ChunkedCrossEntropy.apply(self.output(hidden), matrix, targets, weights)
 
     @property
     def device(self) -> torch.device:
@@ -171,9 +148,7 @@ class Model(nn.Module):
                 module.compiled = True
 
     def multiply_with(self, linear: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Use `linear` instead of F.linear for the products of the blocks while gradients are
-        taken.
-        """
+        """Use `linear`, not F.linear, for the blocks' products while gradients are taken."""
         for module in self.modules():
             if isinstance(module, Block):
                 module.linear = linear
@@ -182,48 +157,32 @@ class Model(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def block_passes(self, h_cycles: int | None = None) -> list[Block]:
-        """Every block in the order in which one forward pass runs it; the head's appear once a
-        call.
-        """
+        """Every block in the order in which a forward pass runs it; the head's once a call."""
         passes = list(self.trunk)
         return passes + (self.head.block_passes(h_cycles) if self.head else [])
 
-    def flops_per_token(
-        self, context: int, h_cycles: int | None = None, horizon: int | None = None
-    ) -> float:
+    def flops_per_token(self, context: int) -> float:
         """Training FLOPs per token: 6 a weight and pass, and 12·H·E a token attended to (PaLM,
         appendix B), the attended tokens averaged over a segment of `context` tokens under each
-        pass's window; a third of both in the module calls before the last `horizon`, which have no
-        backward pass.
+        pass's window.
         """
-        c = self.config
-        hrm = c.hrm or HRMConfig(h_cycles=1)
-        # losses before the last one
-        n_earlier = (h_cycles or hrm.h_cycles) - 1 if hrm.deep_supervision else 0
-        weights = (1 + n_earlier / hrm.supervise_every) * c.vocab_size * c.d_model
-        weights += (1 + n_earlier) * (self.head.out.numel() if self.head else 0)
+        c, hrm = self.config, self.config.hrm
+        n_losses = hrm.h_cycles if hrm and hrm.deep_supervision else 1
+        weights = n_losses * (self.embedding.numel() + (self.head.out.numel() if self.head else 0))
         attended = 0.0
-        passes = self.block_passes(h_cycles)
-        kept = (
-            len(passes)
-            if horizon is None
-            else sum(len(m.blocks) for m in self.head.calls(h_cycles)[-horizon:])
-        )
-        for place, block in enumerate(passes):
-            share = 1.0 if place < len(self.trunk) or place >= len(passes) - kept else 1 / 3
-            weights += share * sum(p.numel() for p in block.parameters())
+        for block in self.block_passes():
+            weights += sum(p.numel() for p in block.parameters())
             reach = min(block.window or context, context)
             # a token at position t sees min(t + 1, reach)
-            attended += share * (reach - reach * (reach - 1) / (2 * context))
+            attended += reach - reach * (reach - 1) / (2 * context)
         return 6 * weights + 12 * c.n_head * c.head_dim * attended
 
 
 def trunk_windows(config: ModelConfig) -> list[int | None]:
-    """Attention reach of each trunk block: the pattern repeated, the last block always sees the
-    whole context.
-    """
-    repeated = (config.pattern * config.n_layer)[: config.n_layer - 1] + "L"
-    return [config.window if letter == "S" else None for letter in repeated]
+    """Attention reach of each trunk block: the pattern repeated, at last the whole context."""
+    pattern = config.pattern
+    letters = [pattern[i % len(pattern)] for i in range(config.n_layer - 1)] + ["L"]
+    return [config.window if letter == "S" else None for letter in letters]
 
 
 # ----------------------------------------------------------------------------------------- HRM head
@@ -250,16 +209,14 @@ class HRMHead(nn.Module):
 
     def __init__(self, config: ModelConfig, hrm: HRMConfig) -> None:
         super().__init__()
-        self.hrm = hrm
-        short, long = config.window, None
+        self.hrm, short = hrm, config.window
         self.fast = HRMModule(config, [short] * hrm.l_layer) if hrm.l_cycles else None
-        self.slow = HRMModule(config, [short] * (hrm.h_layer - 1) + [long])
+        self.slow = HRMModule(config, [short] * (hrm.h_layer - 1) + [None])
         self.gains = nn.Parameter(torch.empty(5 if hrm.l_cycles else 2, config.d_model))  # g0 … g4
         # z_L before any call
         self.fast_start = nn.Parameter(torch.empty(config.d_model)) if hrm.l_cycles else None
-        trained_cycles = max(hrm.h_cycles, hrm.random_cycles or 1)
         self.call_embedding = nn.Parameter(
-            torch.empty(trained_cycles, hrm.l_cycles + 1, config.d_model)
+            torch.empty(hrm.h_cycles, hrm.l_cycles + 1, config.d_model)
         )
         self.out = nn.Parameter(torch.empty(config.d_model, config.d_model))
 
@@ -269,40 +226,27 @@ class HRMHead(nn.Module):
         attn_ctx: AttentionContext,
         *,
         h_cycles: int | None = None,
-        horizon: int | None = None,
         detach: bool = False,
         activation_checkpointing: str = "none",
     ) -> Iterator[Tensor]:
         """Yield y (N, D) after each H cycle, for the trunk's output x (N, D).
 
-        Only the last `horizon` module calls keep their gradient. `detach` cuts the states' graph
-        after each cycle. Cycles beyond the trained number reuse the last one's call embeddings.
+        `detach` cuts the states' graph after each cycle. Cycles beyond the trained number reuse the
+        last one's call embeddings.
         """
-        h_cycles = h_cycles or self.hrm.h_cycles
-        n_calls = h_cycles * (self.hrm.l_cycles + 1)
-        first_kept = 0 if horizon is None else max(0, n_calls - horizon)
         gain = self.gains.to(x.dtype)
         call_embedding = self.call_embedding.to(x.dtype)
         e = rms_norm(x)
         z_slow, z_fast = e, self.fast_start.to(x.dtype).expand_as(x) if self.fast else e
-        call = 0
-        for h in range(h_cycles):
+        for h in range(h_cycles or self.hrm.h_cycles):
             if detach and h > 0:
                 e = rms_norm(x)  # the graph of the first one is gone with its cycle's backward pass
             embedding = call_embedding[min(h, len(call_embedding) - 1)]
-            for step in range(self.hrm.l_cycles + 1):
-                with torch.set_grad_enabled(torch.is_grad_enabled() and call >= first_kept):
-                    if step < self.hrm.l_cycles:
-                        mixed = gain[0] * z_fast + gain[1] * z_slow + gain[2] * e + embedding[step]
-                        z_fast = self._call(self.fast, mixed, attn_ctx, activation_checkpointing)
-                    else:
-                        mixed = (
-                            gain[-2] * z_slow
-                            + gain[-1] * (z_fast if self.fast else e)
-                            + embedding[step]
-                        )
-                        z_slow = self._call(self.slow, mixed, attn_ctx, activation_checkpointing)
-                call += 1
+            for step in range(self.hrm.l_cycles):
+                mixed = gain[0] * z_fast + gain[1] * z_slow + gain[2] * e + embedding[step]
+                z_fast = self._call(self.fast, mixed, attn_ctx, activation_checkpointing)
+            mixed = gain[-2] * z_slow + gain[-1] * (z_fast if self.fast else e) + embedding[-1]
+            z_slow = self._call(self.slow, mixed, attn_ctx, activation_checkpointing)
             yield e + project(z_slow, self.out)
             if detach:
                 z_slow, z_fast = z_slow.detach(), z_fast.detach()
@@ -316,11 +260,11 @@ class HRMHead(nn.Module):
         return checkpoint(module, z, attn_ctx, use_reentrant=False)
 
     def block_passes(self, h_cycles: int | None = None) -> list[Block]:
-        return [block for module in self.calls(h_cycles) for block in module.blocks]
-
-    def calls(self, h_cycles: int | None = None) -> list[HRMModule]:
-        """The modules in the order in which they are called."""
-        return ([self.fast] * self.hrm.l_cycles + [self.slow]) * (h_cycles or self.hrm.h_cycles)
+        """The blocks of the modules in the order in which they are called."""
+        calls = [self.fast] * self.hrm.l_cycles + [self.slow]
+        return [
+            block for module in calls * (h_cycles or self.hrm.h_cycles) for block in module.blocks
+        ]
 
 
 class HRMModule(nn.Module):
@@ -334,47 +278,6 @@ class HRMModule(nn.Module):
         for block in self.blocks:
             z = block(z, attn_ctx)
         return rms_norm(z)
-
-
-@torch.no_grad()
-def probe_head(
-    model: Model, ids: Tensor, targets: Tensor, weights: Tensor, attn_ctx: AttentionContext
-) -> dict[str, float]:
-    """What the head does to a batch of held-out tokens (N,); nothing for a dense model.
-
-    loss cycle c: cross-entropy in nats after c cycles, 0 the trunk alone. head last change: KL
-    divergence in nats of the last two distributions. head L size, head H size: root mean square of
-    each module's residual stream at its last call, before the norm that caps it. head time share:
-    of the seconds of a forward pass without the loss.
-    """
-    if model.head is None:
-        return {}
-    stream: dict[str, Tensor] = {}
-    modules = {"head L size": model.head.fast, "head H size": model.head.slow}
-    hooks = [
-        module.blocks[-1].register_forward_hook(
-            lambda _, __, z, name=name: stream.update({name: z})
-        )
-        for name, module in modules.items()
-        if module is not None
-    ]
-    seconds, hidden, started = [], [], time.perf_counter()
-    for state in model.cycles(ids, attn_ctx):
-        float(state[0, 0])  # waits for the device
-        hidden.append(state)
-        seconds.append(time.perf_counter() - started)
-    for hook in hooks:
-        hook.remove()
-    counts = max(1.0, float(weights.sum()))
-    figures = {
-        f"loss cycle {c}": float(model.loss(y, targets, weights)) / counts
-        for c, y in enumerate(hidden)
-    }
-    some = weights.nonzero().squeeze(1)[:1024]
-    now, before = (model.logits(y[some]).log_softmax(dim=-1) for y in (hidden[-1], hidden[-2]))
-    figures["head last change"] = float((now.exp() * (now - before)).sum(dim=-1).mean())
-    figures |= {name: float(z.float().square().mean().sqrt()) for name, z in stream.items()}
-    return figures | {"head time share": 1 - seconds[0] / seconds[-1]}
 
 
 # ------------------------------------------------------------------------------------------- blocks
@@ -413,11 +316,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, attn_ctx: AttentionContext, value: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        before, after = (
-            compiled_parts()
-            if self.compiled and torch.is_grad_enabled()
-            else (Block.before, Block.after)
-        )
+        fused = self.compiled and torch.is_grad_enabled()
+        before, after = compiled_parts() if fused else (Block.before, Block.after)
         y = attn_ctx.attend(*before(self, x, attn_ctx.rotary, value), self.window)  # (N, H, E)
         return after(self, x, y)
 
@@ -466,18 +366,14 @@ class Block(nn.Module):
 
 @cache
 def compiled_parts() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What a block does before and after attention, each compiled once for all blocks
-    of a shape.
-    """
+    """What a block does before and after attention, each compiled once for all of a shape."""
     return torch.compile(Block.before, dynamic=False), torch.compile(Block.after, dynamic=False)
 
 
 def project(
     x: Tensor, *weights: Tensor, linear: Callable[[Tensor, Tensor], Tensor] = F.linear
 ) -> Tensor:
-    """x (N, D) times the weights (·, D) laid one under the other, in x's dtype: one product for
-    several matrices.
-    """
+    """x (N, D) times the weights (·, D) laid one under the other, in x's dtype: one product."""
     if not isinstance(weights[0], Tensor):  # see `for_decoding`
         return weights[0](x)
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
@@ -522,10 +418,8 @@ ROWS_PER_CHUNK = 512
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Weighted sum of cross-entropies through the tied embedding, a chunk of tokens at a time.
-
-    The forward pass already computes both gradients, so no logits are kept and none are computed
-    twice.
+    """Weighted sum of cross-entropies through the tied embedding, a chunk of tokens at a time; the
+    forward pass computes both gradients already, so no logits are kept, and none computed twice.
     """
 
     @staticmethod
@@ -547,9 +441,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             z = exponentials.sum(dim=-1, keepdim=True)
             total += ((z.log() + largest - at_target) * weight).sum()
             if wants_grad:
-                d_logits = (
-                    exponentials.mul_(weight / z).scatter_add_(1, target, -weight).to(hidden.dtype)
-                )
+                d_logits = exponentials.mul_(weight / z).scatter_add_(1, target, -weight)
+                d_logits = d_logits.to(hidden.dtype)
                 d_hidden[here] = d_logits @ matrix
                 d_matrix += (d_logits.T @ hidden[here]).float()
         ctx.save_for_backward(d_hidden, d_matrix)
@@ -609,10 +502,9 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     far slower).
     """
     if device.type == "cuda":
-        return (
-            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-        )
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 
 
@@ -715,9 +607,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, window: int
 def attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, window: int | None
 ) -> Tensor:
-    """FlashAttention-2 over the segments as they lie (arXiv 2307.08691): nothing is padded, nothing
-    masked away.
-    """
+    """FlashAttention-2 over the segments as they lie (arXiv 2307.08691), without padding."""
     reach = (-1 if window is None else window - 1, 0)  # tokens seen before and after the query
     longest = packed.row_length
     return varlen_attention()(
@@ -737,16 +627,12 @@ def varlen_attention() -> Callable[..., Tensor]:
     except ImportError as error:
         raise UserError(
             f"flash-attn is installed but cannot be loaded ({error}). Build it again for torch "
-            f"{torch.__version__}, or "
-            "do without it: `uv sync`."
+            f"{torch.__version__}, or do without it: `uv sync`."
         ) from error
     else:
         return partial(flash_attn_varlen_func, causal=True)
-    return (
-        partial(varlen_attn, enable_gqa=True)
-        if "enable_gqa" in signature(varlen_attn).parameters
-        else varlen_attn
-    )
+    told = "enable_gqa" in signature(varlen_attn).parameters
+    return partial(varlen_attn, enable_gqa=True) if told else varlen_attn
 
 
 def attend_in_blocks(
@@ -774,7 +660,5 @@ def attend_in_blocks(
 
 
 def query_block(window: int | None) -> int:
-    """Queries that `attend_in_blocks` takes at once: few, so that little is scored beyond a window
-    or the future.
-    """
+    """Queries taken at once: few, so that little is scored beyond a window or the future."""
     return max(32, min(128, window or 128))

@@ -12,27 +12,35 @@ In: runs/<preset>/tokens/ and tokenizer/. Out: runs/<preset>/base/step-*/, metri
 
 from __future__ import annotations
 
+import hearth  # noqa: F401  # isort: skip (first: it ends Ctrl-C during the imports in a line)
+
 import math
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 
 from config import Config, UserError
-from hearth import cli, hardware, log
+from hearth import cli, hardware, log, run
+from hearth.data.shard_folder import inputs_of_tokens, is_finished, read_manifest
 from hearth.data.token_shards import TokenShards
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Engine, Sampling
-from hearth.reporting.report import Reporter, Trace, learning_charts, refresh, x_axes
 from hearth.training import checkpoint, distributed
 from hearth.training.batches import PretrainingBatches, validation_batches
 from hearth.training.eight_bit import linear_that_pays
-from hearth.training.loop import Job, Progress, evaluate_loss, fit, resume
-from hearth.training.optim import Optimizers, build_optimizers
-from hearth.training.planning import GIB, make_plan, measure, table, time_update
-from model import Model, PackedSequences, build_model, compute_dtype, probe_head
+from hearth.training.held_out import evaluate_loss, probe_head
+from hearth.training.loop import fit_stage
+from hearth.training.optim import build_optimizers
+from hearth.training.planning import (
+    GIB,
+    make_plan,
+    measure,
+    require_able_machine,
+    table,
+    time_update,
+)
+from model import Model, PackedSequences, build_model
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,15 @@ class Options:
 
     # measure for about a minute what the run will take, print it, and train nothing
     plan: bool = False
+    # remove the base model and all that follows, train it again
+    redo: Literal["base"] | None = None
+
+
+SCRIPT = cli.Script(
+    __doc__,
+    Options(),
+    ("seed", "device", "compile", "eight_bit", "model", "optim", "pretrain", "report.watts"),
+)
 
 
 def main(config: Config, options: Options) -> None:
@@ -48,12 +65,26 @@ def main(config: Config, options: Options) -> None:
     if options.plan:
         show_plan(config)
         return
-    folder = config.run_dir / "base"
-    if checkpoint.is_finished(folder):
-        log.say(f"pretraining: done, {checkpoint.newest(folder)}")
-        return
+    with run.working_on(config, makes=("base",), redo=options.redo) as work:
+        tokenizer, train, held_out = open_data(config, work)
+        work.begin("base", {f"tokens of {s.folder.name}": s.fingerprint for s in train})
+        folder = config.run_dir / "base"
+        if checkpoint.is_finished(folder):
+            log.say(f"pretraining: done, {run.newest(folder)}")
+        else:
+            require_able_machine(config)
+            train_base(config, tokenizer, train, held_out)
+    log.say(f"Next: {run.command(config, 'sft.py')}")
+
+
+def train_base(
+    config: Config,
+    tokenizer: Tokenizer,
+    train: list[TokenShards],
+    held_out: list[TokenShards],
+) -> None:
+    """Train to the last step."""
     device = hardware.pick_device(config.device)
-    tokenizer, train, held_out = open_data(config)
     loop, names = config.pretrain, [source.name for source in config.data.corpora()]
     batches = PretrainingBatches(
         train,
@@ -63,15 +94,7 @@ def main(config: Config, options: Options) -> None:
         bos=tokenizer.bos,
         seed=config.seed,
     )
-    model, optimizers = build(config, device)
-    data = {shards.folder.name: shards.fingerprint for shards in train}
-    progress = resume(folder, model, optimizers, config, "pretrain", data)
-
-    def save(figures: dict[str, Any]) -> Path:
-        facts = {"stage": "base", **figures, "data": data}
-        return checkpoint.save(
-            folder, model, optimizers, config, tokenizer, facts, loop.keep_checkpoints
-        )
+    model = build(config, device)
 
     def evaluate() -> dict[str, float]:
         figures = {
@@ -83,32 +106,22 @@ def main(config: Config, options: Options) -> None:
     def sample() -> list[tuple[str, str]]:
         return continue_texts(model, tokenizer, loop.prompts, config.seed)
 
-    announce(config, model, batches, device, folder, progress)
-    job = Job(
-        model=model,
-        optimizers=optimizers,
-        batches=batches,
-        loop=loop,
-        seed=config.seed,
-        folder=folder,
-        context=config.model.context,
-        save=save,
+    announce(config, model, batches)
+    fit_stage(
+        config,
+        "base",
+        model,
+        batches,
+        tokenizer,
         evaluate=evaluate,
         sample=sample,
-        command=distributed.command(config.command("pretrain.py")),
-        after_evaluation=partial(draw, config, Reporter(config)),
+        command=distributed.command(run.command(config, "pretrain.py")),
     )
-    fit(job, progress)
-    if log.is_first():
-        refresh(config)
-    log.say(f"pretraining: done in {log.duration(progress.seconds)}, {checkpoint.newest(folder)}")
 
 
-def build(config: Config, device: torch.device) -> tuple[Model, Optimizers]:
-    """The untrained model and its optimizers."""
-    loop = config.pretrain
+def build(config: Config, device: torch.device) -> Model:
+    """The untrained model."""
     model = build_model(config.model, seed=config.seed, device=device)
-    model.dtype = compute_dtype(device)
     compiled = hardware.compiles(config.compile, device)
     if compiled:
         model.compile_blocks()
@@ -116,9 +129,7 @@ def build(config: Config, device: torch.device) -> tuple[Model, Optimizers]:
         model.multiply_with(
             linear_that_pays(config.eight_bit, config.model, device, model.dtype, compiled)
         )
-    return model, build_optimizers(
-        model, config.optim, loop.lr, round(loop.steps * loop.warmup_share)
-    )
+    return model
 
 
 def show_plan(config: Config, seconds: float = 50) -> None:
@@ -127,7 +138,8 @@ def show_plan(config: Config, seconds: float = 50) -> None:
     """
     device, loop = hardware.pick_device(config.device), config.pretrain
     process = hardware.memory_in_use(device) if device.type == "cpu" else 0.0
-    model, optimizers = build(config, device)
+    model = build(config, device)
+    optimizers = build_optimizers(model, config.optim, loop.lr)
     stages = [(stage.context, stage.share) for stage in loop.stages]
     plan = make_plan(model, optimizers, loop, stages=stages, n_steps=loop.steps)
     time_update(plan, model, optimizers)
@@ -160,11 +172,18 @@ def show_plan(config: Config, seconds: float = 50) -> None:
         log.say("power       not measured: neither NVML nor RAPL tells it here")
 
 
-def open_data(config: Config) -> tuple[Tokenizer, list[TokenShards], list[TokenShards]]:
+def open_data(
+    config: Config, work: run.Run
+) -> tuple[Tokenizer, list[TokenShards], list[TokenShards]]:
     """The tokenizer, and each corpus' training and held-out shards; `UserError` if they do not
     belong together.
     """
-    command = config.command("train_tokenizer.py")
+    command = run.command(config, "train_tokenizer.py")
+    texts = {source.name: config.run_dir / "text" / source.name for source in config.data.corpora()}
+    if all(map(is_finished, texts.values())):  # they may have been removed to make room
+        maker = run.command(config, "create_shard.py")
+        manifests = {name: read_manifest(folder, maker) for name, folder in texts.items()}
+        work.check("tokenizer", inputs_of_tokens(manifests))
     tokenizer = Tokenizer.load(config.run_dir / "tokenizer", command)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -178,11 +197,7 @@ def open_data(config: Config) -> tuple[Tokenizer, list[TokenShards], list[TokenS
     )
     for shards in train:
         if shards.tokenizer_hash != tokenizer.hash:
-            raise UserError(
-                f"{shards.folder} was made with another tokenizer than "
-                f"{config.run_dir / 'tokenizer'}. Remove "
-                f"{config.run_dir / 'tokens'} and run `{command}`."
-            )
+            raise work.stale("tokenizer", [f"{shards.folder} was made with another tokenizer"])
     return tokenizer, train, held_out
 
 
@@ -236,43 +251,9 @@ def continue_texts(
     return list(zip(prompts, written, strict=True))
 
 
-def draw(config: Config, reporter: Reporter) -> None:
-    """Refresh the report, and loss.png beside it: the training loss and the held-out figures over
-    the tokens seen.
-    """
-    reporter.refresh()
-    if not config.report.draw:
-        return
-    from matplotlib.figure import Figure
-
-    trace = Trace(config.run_dir / "base")
-    charts = learning_charts(trace, x_axes(trace)[0])
-    figure = Figure((6 * len(charts), 4), layout="constrained")
-    for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
-        for series in chart.series:
-            axes.plot(
-                series.x,
-                series.y,
-                label=series.name,
-                marker="o" if series.style == "marked" else None,
-            )
-        axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    folder = config.run_dir / "report"
-    folder.mkdir(exist_ok=True)
-    figure.savefig(folder / "loss.png", dpi=120)
-
-
-def announce(
-    config: Config, model: Model, batches: Any, device: Any, folder: Path, progress: Progress
-) -> None:
+def announce(config: Config, model: Model, batches: PretrainingBatches) -> None:
     """What is about to happen, on the console."""
     loop = config.pretrain
-    log.say(
-        f"device      {hardware.describe(device)}, computing in "
-        f"{str(model.dtype).removeprefix('torch.')}"
-    )
     log.say(
         f"model       {model.n_parameters():,} parameters, {len(model.block_passes())} block "
         "passes a token"
@@ -289,12 +270,7 @@ def announce(
     )
     log.say(f"curriculum  {curriculum}")
     log.say(f"passes      {passes}")
-    log.say(
-        f"run folder  {folder}"
-        + (f", continuing from step {progress.step}" if progress.step else "")
-    )
-    log.say(f"report      {config.run_dir / 'report' / 'index.html'}")
 
 
 if __name__ == "__main__":
-    cli.run_script(lambda: main(*cli.parse_cli_with(Options(), __doc__)))
+    cli.run_script(lambda: main(*run.parse(SCRIPT)))

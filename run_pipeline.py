@@ -15,48 +15,76 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from config import Config
-from hearth import cli, log
+from hearth import cli, log, run
 
 HERE = Path(__file__).resolve().parent
 ROAD = ("create_shard.py", "train_tokenizer.py", "pretrain.py", "sft.py")
 
 
-def main(config: Config, words: list[str]) -> None:
+@dataclass(frozen=True)
+class Options:
+    """What this script alone can be told."""
+
+    # remove this stage and all that follow, and make them again
+    redo: Literal["text", "tokenizer", "base", "sft1", "sft2"] | None = None
+
+
+SCRIPT = cli.Script(
+    __doc__,
+    Options(),
+    reads=(
+        *("seed", "device", "data.text_files", "model", "pretrain.lr", "pretrain.steps"),
+        *("sft1.files", "sft2.files", "chat"),
+    ),
+)
+
+
+def main(config: Config, options: Options) -> None:
     """Run every stage in order; stop at the first that fails, with its exit code, or when asked to
     stop.
     """
     started = time.monotonic()
     asks_world = any(source.demo for source in config.data.corpora())
+    if options.redo:
+        with run.working_on(config, makes=list(run.STAGES), redo=options.redo):
+            pass
     for number, script in enumerate((*ROAD, *(("score.py",) if asks_world else ())), start=1):
         log.say(f"── {number}. {script} ".ljust(100, "─"))
-        code, stopped = run(script, words)
+        code, stopped = run_stage(script, config)
         if stopped:
-            log.say(f"Stopped. Continue with: {config.command('run_pipeline.py')}")
+            log.say(f"Stopped. Continue with: {run.command(config, 'run_pipeline.py')}")
         if code or stopped:
             raise SystemExit(code)
     log.say(f"the whole road took {log.duration(time.monotonic() - started)}")
     log.say("── chat_inference.py ".ljust(100, "─"))
-    raise SystemExit(run("chat_inference.py", words)[0])
+    raise SystemExit(run_stage("chat_inference.py", config)[0])
 
 
-def run(script: str, words: list[str]) -> tuple[int, bool]:
+def run_stage(script: str, config: Config) -> tuple[int, bool]:
     """One stage in a process of its own, which gives back its memory; its exit code, and whether a
     signal came.
 
-    The stage answers Ctrl-C itself (the terminal sends it to both); SIGTERM is handed on to it.
+    The stage answers Ctrl-C itself (the terminal sends it to both); SIGTERM and SIGHUP are handed
+    on to it.
     """
     came: list[int] = []
-    with subprocess.Popen([sys.executable, str(HERE / script), *words]) as stage:
+    command = [sys.executable, str(HERE / script), *run.words_for(config)]
+    with subprocess.Popen(command) as stage:
 
         def note(number: int, frame: object) -> None:
             came.append(number)
-            if number == signal.SIGTERM:
-                stage.terminate()
+            if number != signal.SIGINT:
+                stage.send_signal(number)
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        # SIGHUP: not on Windows, and not where nohup has it ignored
+        asking = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+        asking = {number for number in asking if signal.getsignal(number) != signal.SIG_IGN}
+        before = {number: signal.signal(number, note) for number in asking}
         code = stage.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -64,4 +92,4 @@ def run(script: str, words: list[str]) -> tuple[int, bool]:
 
 
 if __name__ == "__main__":
-    cli.run_script(lambda: main(cli.parse_cli(__doc__), sys.argv[1:]))
+    cli.run_script(lambda: main(*run.parse(SCRIPT)))

@@ -4,8 +4,9 @@ run stopped.
 In: the base checkpoint (stage 1) or stage 1's (stage 2), runs/<preset>/text/chat/.
 Out: runs/<preset>/chat_tokens/, then runs/<preset>/sft1/ or sft2/ with step-*/ and metrics.jsonl.
 
-    uv run sft.py --preset 16gb             both stages, one after the other
-    uv run sft.py --preset 16gb --stage 2   one of them
+    uv run sft.py --preset 16gb                both stages, one after the other
+    uv run sft.py --preset 16gb --stage sft2   one of them
+    uv run sft.py --name mine --stage sft1 --from 16gb --sft1.files chats.jsonl
 """
 
 from __future__ import annotations
@@ -14,58 +15,79 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from config import ChatSource, Config, SFTConfig, UserError
-from hearth import cli, hardware, log
+from hearth import cli, hardware, log, run
 from hearth.data import ingest, sources
 from hearth.data.chat_format import CHAT_TEMPLATE, Rendered, parse_answer, render
-from hearth.data.shard_folder import SPLITS
+from hearth.data.shard_folder import SPLITS, content_fingerprint, read_manifest
 from hearth.data.token_shards import TokenShards, TokenShardWriter
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Engine, Sampling
-from hearth.reporting.report import Reporter, refresh
+from hearth.storage import checksum
 from hearth.training import checkpoint, distributed
 from hearth.training.batches import ConversationBatches, held_out_conversations
-from hearth.training.loop import Job, Progress, evaluate_loss, fit, resume
-from hearth.training.optim import build_optimizers
-from model import Model, build_model, compute_dtype
+from hearth.training.held_out import evaluate_loss
+from hearth.training.loop import fit_stage
+from model import Model, build_model
+
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class Options:
     """What only this script knows."""
 
-    stage: Literal[1, 2] | None = None  # the stage to train; None trains both in order
-    from_: str | None = None  # checkpoint folder to start from; None takes the stage before
+    stage: Literal["sft1", "sft2"] | None = None  # the stage to train; None trains both in order
+    # start from this checkpoint: a run, a stage, or a folder; None takes the stage before
+    from_: str | None = None
+    # remove this stage and what follows, train it again
+    redo: Literal["sft1", "sft2"] | None = None
+
+
+ORDER = ("sft1", "sft2")
+SCRIPT = cli.Script(
+    __doc__, Options(), ("seed", "device", "compile", "optim", *ORDER), keywords=("from",)
+)
 
 
 def main(config: Config, options: Options) -> None:
     """Train the stages asked for, each from the one before it."""
     if distributed.n_ranks() > 1:
         said = f"sft.py trains in one process, but torchrun started {distributed.n_ranks()}"
-        raise UserError(f"{said}. Use `{config.command('sft.py')}`.")
-    for stage in (options.stage,) if options.stage else (1, 2):
-        first = stage == (options.stage or 1)
-        train_stage(config, stage, Path(options.from_) if options.from_ and first else None)
+        raise UserError(f"{said}. Use `{run.command(config, 'sft.py')}`.")
+    start = run.find_checkpoint(options.from_, config) if options.from_ else None
+    if start is not None:  # the model is that of the checkpoint, whatever the preset says
+        config = replace(config, model=checkpoint.load_for_inference(start).config.model)
+    with run.working_on(config, makes=ORDER, redo=options.redo, creates=start is not None) as work:
+        for stage in (options.stage,) if options.stage else ORDER:
+            train_stage(config, stage, start, work)
+            start = None
+    script = "chat_inference.py" if stage == ORDER[-1] else "sft.py"
+    log.say(f"Next: {run.command(config, script)}")
 
 
-def train_stage(config: Config, stage: int, start: Path | None) -> None:
+def train_stage(config: Config, name: str, start: Path | None, work: run.Run) -> None:
     """One stage of fine-tuning; continue if its folder holds a checkpoint."""
-    name = f"sft{stage}"
     loop: SFTConfig = getattr(config, name)
     folder = config.run_dir / name
+    start = start or stage_before(config, name, work)
+    sets = loop.sets()
+    with work.stage(name):
+        texts = write_texts(config, sets, loop, remake=work.begun(name) is None)
+    used = {"weights": checksum(start / WEIGHTS), **texts}
+    work.begin(name, used, starts_from=str(start))
     if checkpoint.is_finished(folder):
-        log.say(f"fine-tuning stage {stage}: done, {checkpoint.newest(folder)}")
+        log.say(f"{run.STAGES[name].title.lower()}: done, {run.newest(folder)}")
         return
     device = hardware.pick_device(config.device)
-    start = start or stage_before(config, stage)
     before = checkpoint.load_for_inference(start)
     tokenizer = before.tokenizer
-    sets = sets_of(config, stage)
-    folders = [write_chat_tokens(config, source, loop, tokenizer, name) for source in sets]
+    with work.stage(name):
+        folders = [write_chat_tokens(config, source, loop, tokenizer, name) for source in sets]
     train, held_out = (
-        [TokenShards(f, split, config.command("sft.py")) for f in folders] for split in SPLITS
+        [TokenShards(f, split, run.command(config, "sft.py")) for f in folders] for split in SPLITS
     )
     weights = [source.weight for source in sets]
     batches = ConversationBatches(train, weights, loop, pad=tokenizer.pad, seed=config.seed)
@@ -73,20 +95,6 @@ def train_stage(config: Config, stage: int, start: Path | None) -> None:
     if hardware.compiles(config.compile, device):
         model.compile_blocks()
     model.load_state_dict(before.model.state_dict())
-    model.dtype = compute_dtype(device)
-    optimizers = build_optimizers(
-        model, config.optim, loop.lr, round(batches.n_steps * loop.warmup_share)
-    )
-    data = {shards.folder.name: shards.fingerprint for shards in train}
-    progress = resume(folder, model, optimizers, config, name, data)
-
-    def save(figures: dict[str, Any]) -> Path:
-        facts = {"stage": name, **figures, "from": str(start), "data": data}
-        template = {"tokenizer/chat_template.jinja": CHAT_TEMPLATE}
-        return checkpoint.save(
-            folder, model, optimizers, config, tokenizer, facts, loop.keep_checkpoints, template
-        )
-
     asked = probe_prompts(config, sets, loop, tokenizer)
 
     def evaluate() -> dict[str, float]:
@@ -100,55 +108,63 @@ def train_stage(config: Config, stage: int, start: Path | None) -> None:
     def sample() -> list[tuple[str, str]]:
         return answer_prompts(model, tokenizer, loop.prompts)
 
-    announce(stage, start, model, batches, device, folder, progress)
-    job = Job(
-        model=model,
-        optimizers=optimizers,
-        batches=batches,
-        loop=loop,
-        seed=config.seed,
-        folder=folder,
-        context=loop.context,
-        save=save,
+    announce(name, start, batches)
+    fit_stage(
+        config,
+        name,
+        model,
+        batches,
+        tokenizer,
         evaluate=evaluate,
         sample=sample,
-        command=config.command("sft.py") + f" --stage {stage}",
-        after_evaluation=Reporter(config).refresh,
-    )
-    fit(job, progress)
-    refresh(config)
-    log.say(
-        f"fine-tuning stage {stage}: done in {log.duration(progress.seconds)}, "
-        f"{checkpoint.newest(folder)}"
+        command=run.command(config, "sft.py"),
+        files={"tokenizer/chat_template.jinja": CHAT_TEMPLATE},
     )
 
 
-def sets_of(config: Config, stage: int) -> tuple[ChatSource, ...]:
-    """The sets a stage trains on; stage 2 may see a share of stage 1's again."""
-    if stage == 1 or not config.sft2.repeat_earlier:
-        return getattr(config, f"sft{stage}").sets()
-    again = [
-        replace(source, weight=source.weight * config.sft2.repeat_earlier)
-        for source in config.sft1.sets()
-    ]
-    return (*config.sft2.sets(), *again)
+def stage_before(config: Config, stage: str, work: run.Run) -> Path:
+    """The checkpoint that a stage starts from: where it was begun that one, otherwise the end of
+    the stage before.
 
-
-def stage_before(config: Config, stage: int) -> Path:
-    """The checkpoint this stage starts from; `UserError` with the command that makes it."""
-    name, script = ("base", "pretrain.py") if stage == 1 else ("sft1", "sft.py --stage 1")
-    folder = config.run_dir / name
+    Raises UserError where that is unfinished or stale, with the command that makes it.
+    """
+    before = run.TRAINED[run.TRAINED.index(stage) - 1]
+    folder = config.run_dir / before
+    begun = work.begun(stage)
+    if begun is not None and not folder.exists() and Path(begun["starts_from"]).is_dir():
+        return Path(begun["starts_from"])  # of another run
     if not checkpoint.is_finished(folder):
-        found = checkpoint.newest(folder)
+        found = run.newest(folder)
         state = f"only {found}, unfinished" if found else "no checkpoint"
-        command = config.command(script.split()[0]) + script.removeprefix(script.split()[0])
-        raise UserError(
-            f"Stage {stage} starts from {folder}, which holds {state}. Make it with `{command}`."
-        )
-    return checkpoint.newest(folder)
+        command = run.command(config, run.STAGES[before].script)
+        title = run.STAGES[stage].title
+        raise UserError(f"{title} starts from {folder}, which holds {state}. Run `{command}`.")
+    if before == "sft1" and (first := run.newest(config.run_dir / "base")) is not None:
+        work.check("sft1", {"weights": checksum(first / WEIGHTS)})
+    return run.newest(folder)
 
 
 # -------------------------------------------------------------------------------------- chat tokens
+
+
+def write_texts(
+    config: Config, sets: tuple[ChatSource, ...], loop: SFTConfig, *, remake: bool
+) -> dict[str, str]:
+    """Bring every set of conversations into text shards, unless that is done; what each holds.
+
+    remake: make a set again whose source has changed, instead of raising `InputsChanged`.
+    """
+    found = {}
+    for source in sets:
+        text = config.run_dir / "text" / "chat" / source.name
+        ingest.write_chat_shards(source, text, loop.validation_share, remake=remake)
+        found[f"conversations {source.name}"] = text_of(text)
+    return found
+
+
+def text_of(folder: Path) -> str:
+    """A hash of what a folder of text shards holds."""
+    return content_fingerprint(read_manifest(folder, "uv run create_shard.py"))
 
 
 def write_chat_tokens(
@@ -158,11 +174,10 @@ def write_chat_tokens(
     their folder.
     """
     text = config.run_dir / "text" / "chat" / source.name
-    ingest.write_chat_shards(source, text, loop.validation_share)
     folder = config.run_dir / "chat_tokens" / name / source.name
     writer = TokenShardWriter(
         folder,
-        {"text": text.name, "context": loop.context},
+        {"text": text_of(text), "context": loop.context},
         vocab_size=tokenizer.vocab_size,
         tokenizer_hash=tokenizer.hash,
         shard_tokens=config.tokenizer.shard_tokens,
@@ -303,31 +318,15 @@ def answer_prompts(
     ]
 
 
-def announce(
-    stage: int,
-    start: Path,
-    model: Model,
-    batches: ConversationBatches,
-    device: Any,
-    folder: Path,
-    progress: Progress,
-) -> None:
+def announce(stage: str, start: Path, batches: ConversationBatches) -> None:
     """What is about to happen, on the console."""
     filled, learnt = batches.fill()
-    log.say(f"stage       {stage} of fine-tuning, from {start}")
-    log.say(
-        f"device      {hardware.describe(device)}, computing in "
-        f"{str(model.dtype).removeprefix('torch.')}"
-    )
+    log.say(f"stage       {run.STAGES[stage].title.lower()}, from {start}")
     log.say(
         f"tokens      {batches.n_steps} steps; {filled:.1%} of the tokens are no padding, "
         f"{learnt:.1%} carry loss"
     )
-    log.say(
-        f"run folder  {folder}"
-        + (f", continuing from step {progress.step}" if progress.step else "")
-    )
 
 
 if __name__ == "__main__":
-    cli.run_script(lambda: main(*cli.parse_cli_with(Options(), __doc__)))
+    cli.run_script(lambda: main(*run.parse(SCRIPT)))

@@ -17,15 +17,15 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
 
 from config import Config, TextSource, UserError
-from hearth import cli, log
+from hearth import cli, log, run
 from hearth.data import shard_folder, text_shards
-from hearth.data.shard_folder import SPLITS
+from hearth.data.shard_folder import SPLITS, content_fingerprint, inputs_of_tokens
 from hearth.data.token_shards import TokenShardWriter
 from hearth.data.tokenizer import FILE, Tokenizer
 from hearth.reporting.report import refresh
@@ -44,6 +44,13 @@ class Options:
     verify: bool = False  # look for damaged shards by their checksum, not by their size alone
     # folder with GPT-2's vocab.json and merges.txt, to compare with; None leaves it out
     gpt2: str | None = None
+    # remove tokenizer, token shards and all that follows, and make them again
+    redo: Literal["tokenizer"] | None = None
+
+
+SCRIPT = cli.Script(
+    __doc__, Options(), ("seed", "tokenizer", "model.vocab_size", "data.text_weights")
+)
 
 
 @dataclass(frozen=True)
@@ -67,22 +74,25 @@ class Corpus:
 
 def main(config: Config, options: Options) -> None:
     """Train the tokenizer where there is none, then encode what is not encoded yet."""
-    corpora = [
-        open_corpus(source, config, verify=options.verify) for source in config.data.corpora()
-    ]
-    tokenizer = get_tokenizer(config, corpora)
-    report(tokenizer, corpora, config.run_dir / "tokenizer", options.gpt2)
-    for corpus in corpora:
-        encode_corpus(tokenizer, corpus, config.tokenizer.shard_tokens, verify=options.verify)
+    with run.working_on(config, makes=("tokenizer",), redo=options.redo) as work:
+        corpora = [
+            open_corpus(source, config, verify=options.verify) for source in config.data.corpora()
+        ]
+        work.begin("tokenizer", inputs_of_tokens({c.source.name: c.manifest for c in corpora}))
+        with work.stage("tokenizer"):
+            tokenizer = get_tokenizer(config, corpora)
+            report(tokenizer, corpora, config.run_dir / "tokenizer", options.gpt2)
+            for corpus in corpora:
+                n = config.tokenizer.shard_tokens
+                encode_corpus(tokenizer, corpus, n, verify=options.verify)
     refresh(config)
-    log.say(
-        f"Token shards are in {config.run_dir / 'tokens'}. Next: {config.command('pretrain.py')}"
-    )
+    following = run.command(config, "pretrain.py")
+    log.say(f"Token shards are in {config.run_dir / 'tokens'}. Next: {following}")
 
 
 def open_corpus(source: TextSource, config: Config, *, verify: bool) -> Corpus:
     """The text shards of one corpus, checked."""
-    folder, command = config.run_dir / "text" / source.name, config.command("create_shard.py")
+    folder, command = config.run_dir / "text" / source.name, run.command(config, "create_shard.py")
     manifest = shard_folder.read_manifest(folder, command)
     shard_folder.require_whole(
         folder, manifest, command + (" --verify" if verify else ""), full=verify
@@ -101,7 +111,7 @@ def get_tokenizer(config: Config, corpora: list[Corpus]) -> Tokenizer:
         config.run_dir / "tokenizer", "tokenizer", tokenizer_settings(config, corpora)
     )
     if folder.finished and (folder.folder / FILE).exists():
-        return Tokenizer.load(folder.folder, config.command("train_tokenizer.py"))
+        return Tokenizer.load(folder.folder, run.command(config, "train_tokenizer.py"))
     shares = sample_shares(config, corpora)
     n_bytes = sum(
         share * corpus.text_bytes("train") for share, corpus in zip(shares, corpora, strict=True)
@@ -120,20 +130,13 @@ def get_tokenizer(config: Config, corpora: list[Corpus]) -> Tokenizer:
 
 def tokenizer_settings(config: Config, corpora: list[Corpus]) -> dict[str, Any]:
     """What decides every entry of the tokenizer."""
-    texts = {c.source.name: [c.source.weight, text_fingerprint(c)] for c in corpora}
+    texts = {c.source.name: [c.source.weight, content_fingerprint(c.manifest)] for c in corpora}
     return {
         "vocab_size": config.model.vocab_size,
         "sample_mb": config.tokenizer.sample_mb,
         "seed": config.seed,
         "corpora": texts,
     }
-
-
-def text_fingerprint(corpus: Corpus) -> str:
-    """A hash of the text shards of a corpus."""
-    return shard_folder.fingerprint(
-        [[f["sha256"] for f in unit["files"].values()] for unit in corpus.manifest["units"]]
-    )
 
 
 def sample_shares(config: Config, corpora: list[Corpus]) -> list[float]:
@@ -213,7 +216,7 @@ def encode_corpus(tokenizer: Tokenizer, corpus: Corpus, shard_tokens: int, *, ve
     """Encode one corpus into token shards, every document opened by the token `<|bos|>`."""
     with TokenShardWriter(
         corpus.tokens,
-        {"text": text_fingerprint(corpus)},
+        {"text": content_fingerprint(corpus.manifest)},
         vocab_size=tokenizer.vocab_size,
         tokenizer_hash=tokenizer.hash,
         shard_tokens=shard_tokens,
@@ -367,4 +370,4 @@ def load_gpt2(folder: Path) -> Any:
 
 
 if __name__ == "__main__":
-    cli.run_script(lambda: main(*cli.parse_cli_with(Options(), __doc__)))
+    cli.run_script(lambda: main(*run.parse(SCRIPT)))

@@ -49,13 +49,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     words.add_argument("--files", type=Path, required=True, help="folder with the tasks' files")
-    words.add_argument("--checkpoint", type=Path, help="checkpoint to score")
-    words.add_argument(
-        "--preset",
-        default="demo",
-        help="preset whose model is built untrained, without --checkpoint",
-    )
-    words.add_argument("--tokenizer", type=Path, help="folder of a tokenizer for --preset")
+    add_model(words)
     words.add_argument("--tasks", nargs="+", default=list(QUESTIONS), choices=QUESTIONS)
     words.add_argument("--limit", type=int, default=200, help="items of each task")
     options = words.parse_args()
@@ -84,6 +78,17 @@ def main() -> None:
         )
 
 
+def add_model(words: argparse.ArgumentParser) -> None:
+    """The options that `load` reads."""
+    words.add_argument("--checkpoint", type=Path, help="checkpoint to score")
+    words.add_argument(
+        "--preset",
+        default="demo",
+        help="preset whose model is built untrained, without --checkpoint",
+    )
+    words.add_argument("--tokenizer", type=Path, help="folder of a tokenizer for --preset")
+
+
 def load(options: argparse.Namespace) -> Loaded:
     """The checkpoint asked for, or a preset's model as it is before training."""
     device = hardware.pick_device("auto")
@@ -96,7 +101,7 @@ def load(options: argparse.Namespace) -> Loaded:
 
 def choice(outcome: tasks.Outcome) -> int:
     """What lm-eval's `acc` goes by: the likeliest text as a whole."""
-    return outcome.choice("text")
+    return outcome.nats.index(min(outcome.nats))
 
 
 def is_right(outcome: tasks.Outcome) -> bool:
@@ -138,7 +143,7 @@ def outcome_of(responses: Any) -> tasks.Outcome:
     """
     pairs = responses if isinstance(responses[0], list | tuple) else [responses]
     return tasks.Outcome(
-        [-float(pair[0]) for pair in pairs], [], [], [bool(pair[1]) for pair in pairs], 0
+        [-float(pair[0]) for pair in pairs], [], [bool(pair[1]) for pair in pairs], 0
     )
 
 
@@ -184,8 +189,8 @@ def alone_model(loaded: Loaded) -> Any:
 
 @torch.inference_mode()
 def alone(loaded: Loaded, before: Sequence[int], ending: Sequence[int]) -> tuple[float, bool]:
-    """Log-likelihood of an ending after its beginning, and whether each of its tokens is the
-    likeliest.
+    """Log-likelihood of an ending behind `<|bos|>` and its beginning, and whether each of its
+    tokens is the likeliest.
     """
     ids = torch.tensor([loaded.tokenizer.bos, *before, *ending], device=loaded.model.device)
     hidden = loaded.model(ids, PackedSequences(torch.zeros_like(ids, dtype=torch.bool), len(ids)))

@@ -49,8 +49,8 @@ from hearth import log
 from hearth.cli import run_script
 from hearth.data.tokenizer import Tokenizer
 from hearth.training.batches import Batch
-from hearth.training.gradients import accumulate, head_schedule
-from hearth.training.optim import build_optimizers, learning_rate_factor
+from hearth.training.gradients import accumulate
+from hearth.training.optim import build_optimizers
 from model import Model, PackedSequences, build_model
 
 # ----------------------------------------------------------------------------------- what is varied
@@ -72,11 +72,8 @@ ARMS = {
     "dense": Arm("dense, equal parameters", 4),
     "deep": Arm("dense, equal FLOPs (deeper)", 8),
     "looped": Arm("looped block", 2, HRMConfig(h_layer=2, h_cycles=3, l_cycles=0)),
-    "one_step": Arm("HRM, one-step gradient", 2, replace(HRM, gradient="one_step")),
-    "truncated": Arm("HRM, truncated to 3 calls", 2, replace(HRM, gradient="truncated", horizon=3)),
     "full": Arm("HRM, full gradient", 2, HRM),
     "full_ds": Arm("HRM, full + deep supervision", 2, replace(HRM, deep_supervision=True)),
-    "full_random": Arm("HRM, full, 1 to 4 cycles at random", 2, replace(HRM, random_cycles=4)),
     "h1_l1": Arm("HRM, 1 × (1 L + H)", 2, replace(HRM, h_cycles=1, l_cycles=1)),
     "h1_l3": Arm("HRM, 1 × (3 L + H)", 2, replace(HRM, h_cycles=1, l_cycles=3)),
     "h2_l1": Arm("HRM, 2 × (1 L + H)", 2, replace(HRM, h_cycles=2, l_cycles=1)),
@@ -84,9 +81,9 @@ ARMS = {
 }
 CYCLED = ["h1_l1", "h1_l3", "h2_l1", "h3_l2"]  # other numbers of cycles than `full`'s, at its FLOPs
 # with a learning rate of their own
-COMPARED = [name for name in ARMS if name not in ("full_random", *CYCLED[1:])]
+COMPARED = [name for name in ARMS if name not in CYCLED[1:]]
 # unlike `full`'s: run at its FLOPs too
-OTHER_COST = ("dense", "one_step", "truncated", "full_ds", "h1_l1")
+OTHER_COST = ("dense", "full_ds", "h1_l1")
 
 REASONING = ModelConfig(
     vocab_size=reasoning_tasks.VOCAB_SIZE,
@@ -130,8 +127,6 @@ TUNINGS = {
 }
 N_POINTS = 4  # of a learning curve
 CYCLES = 8  # most H cycles tried at inference
-THRESHOLDS = (1e-3, 1e-2, 3e-2, 1e-1)  # nats of KL divergence under which a token leaves early
-GUIDANCE = (0.25, 0.5, 1.0, 2.0)  # how far logits are extrapolated
 SEEDS = {"automaton": (1, 2, 3), "permutation": (0, 1, 2)}  # seed 0 alone for the other tasks
 
 
@@ -207,7 +202,7 @@ def plan() -> list[Row]:
     return [
         *tuning("automaton", COMPARED),
         *main("automaton", COMPARED, *SEEDS["automaton"]),
-        *equal_flops("automaton", ("dense", "one_step"), *SEEDS["automaton"]),
+        *equal_flops("automaton", ("dense",), *SEEDS["automaton"]),
         *tuning("text", COMPARED),
         *main("text", COMPARED, 0, 1, 2),
         *equal_flops("text", OTHER_COST, 0, 1, 2),
@@ -215,8 +210,6 @@ def plan() -> list[Row]:
         *[row for task in others for row in main(task, COMPARED, *SEEDS.get(task, (0,))[1:])],
         *equal_flops("automaton", tuple(CYCLED), 1),
         *equal_flops("text", tuple(CYCLED[1:]), 0),
-        *main("automaton", ["full_random"], *SEEDS["automaton"]),
-        *main("text", ["full_random"], 0),
         *[row for task in ("shifted", "larger") for row in tuning(task, ["dense", "h1_l1"])],
         *[row for task in ("shifted", "larger") for row in main(task, ["dense", "h1_l1"], 0, 1)],
     ]
@@ -359,7 +352,7 @@ def run(row: Row, lr: float, subject: Reasoning | Text) -> dict[str, Any]:
     for step in range(steps):
         batch = subject.batch(step)
         started = time.process_time()
-        train_step(model, optimizers, batch, step, steps, row.seed)
+        train_step(model, optimizers, batch, step, steps)
         seconds += time.process_time() - started
         if step + 1 in points:
             curve.append(
@@ -388,29 +381,23 @@ def run(row: Row, lr: float, subject: Reasoning | Text) -> dict[str, Any]:
             name: score(model, subject, {name: exam}) for name, exam in subject.beyond.items()
         }
         if row.arm.startswith(("full", "h1_l1")):
-            result["inference"] = inference(model, subject)
+            result["by_cycle"] = by_cycle(model, subject)
     return result
 
 
-def train_step(
-    model: Model, optimizers: Any, batch: Batch, step: int, steps: int, seed: int
-) -> None:
-    optimizers.schedule(step, learning_rate_factor(step, steps, LOOP))
-    accumulate(model, batch, len(batch.ids), head_schedule(model.config.hrm, seed, step, steps))
+def train_step(model: Model, optimizers: Any, batch: Batch, step: int, steps: int) -> None:
+    optimizers.schedule(step, steps, LOOP)
+    accumulate(model, batch, len(batch.ids))
     torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip)
     optimizers.step()
     optimizers.zero_grad()
 
 
 def flops_a_token(arm: str, task: str, context: int) -> float:
-    """Training FLOPs per token once the horizon is warm."""
-    base = TEXTS.get(task, REASONING)
-    config = ARMS[arm].shape(base)
+    """Training FLOPs per token."""
     with torch.device("meta"):
-        model = Model(config)
-    hrm = config.hrm and replace(config.hrm, random_cycles=None)
-    plan = head_schedule(hrm, 0, 1, 1)
-    return model.flops_per_token(context, plan.h_cycles, plan.horizon)
+        model = Model(ARMS[arm].shape(TEXTS.get(task, REASONING)))
+    return model.flops_per_token(context)
 
 
 # -------------------------------------------------------------------------------------- examination
@@ -462,53 +449,13 @@ def score(
     return tally.figures(subject)
 
 
-def inference(model: Model, subject: Reasoning | Text) -> dict[str, Any]:
-    """The trained model with other numbers of cycles, with early exit, and with guidance, on the
-    held-out problems.
-
-    A token leaves after the first cycle whose distribution is closer to the one before than a
-    threshold; the trunk's own prediction counts as the one before the first. The other tokens' keys
-    stay those of all cycles.
-    """
-    trained = model.config.hrm.random_cycles or model.config.hrm.h_cycles
-    by_cycle = [Tally() for _ in range(CYCLES + 1)]
-    guided = {w: Tally() for w in GUIDANCE}
-    early, cycles_run, n_tokens = {t: Tally() for t in THRESHOLDS}, dict.fromkeys(THRESHOLDS, 0), 0
+def by_cycle(model: Model, subject: Reasoning | Text) -> list[dict[str, float]]:
+    """The trained model with other numbers of cycles on the held-out problems; 0 is the trunk."""
+    tallies = [Tally() for _ in range(CYCLES + 1)]
     for batch in (batch for part in subject.exam.values() for batch in part):
-        logits = [model.logits(y) for y in hidden_states(model, batch, CYCLES)]
-        for tally, read in zip(by_cycle, logits, strict=True):
-            tally.add(batch, read)
-        for w, tally in guided.items():
-            tally.add(batch, logits[trained] + w * (logits[trained] - logits[trained - 1]))
-        n_tokens += len(logits[0])
-        for threshold, tally in early.items():
-            chosen, cycles = leave_early(logits[: trained + 1], threshold)
-            tally.add(batch, chosen)
-            cycles_run[threshold] += int(cycles.sum())
-    return {
-        "trained": trained,
-        "by_cycle": [tally.figures(subject) for tally in by_cycle],
-        "guidance": {str(w): tally.figures(subject) for w, tally in guided.items()},
-        "early_exit": {
-            str(t): {"saved": 1 - cycles_run[t] / (trained * n_tokens), **tally.figures(subject)}
-            for t, tally in early.items()
-        },
-    }
-
-
-def leave_early(logits: list[Tensor], threshold: float) -> tuple[Tensor, Tensor]:
-    """Logits (K, V) where each token leaves, and after how many cycles (K,); logits[0] are the
-    trunk's.
-    """
-    chosen = logits[-1].clone()
-    cycles = torch.full((len(chosen),), len(logits) - 1)
-    going = torch.ones(len(chosen), dtype=torch.bool)
-    for cycle in range(1, len(logits) - 1):
-        now, before = (logits[c].log_softmax(dim=-1) for c in (cycle, cycle - 1))
-        leaves = going & ((now.exp() * (now - before)).sum(dim=-1).clamp(min=0) < threshold)
-        chosen[leaves], cycles[leaves] = logits[cycle][leaves], cycle
-        going &= ~leaves
-    return chosen, cycles
+        for tally, y in zip(tallies, hidden_states(model, batch, CYCLES), strict=True):
+            tally.add(batch, model.logits(y))
+    return [tally.figures(subject) for tally in tallies]
 
 
 # ---------------------------------------------------------------------------------------- the study
@@ -678,7 +625,7 @@ def print_tables(study: Study) -> None:
     print_reasoning(results)
     print_cycles(results)
     print_curves(results)
-    print_inference(results)
+    print_by_cycle(results)
     print_rates(results)
     if missing:
         print(
@@ -795,7 +742,7 @@ def print_reasoning(results: list[dict[str, Any]]) -> None:
         )
         names = list(select(results, task=task, kind="main")[0]["sizes"])
         head("arm", "steps", "CPU s", "accuracy", "exact", *[f"exact at {name}" for name in names])
-        for arm in (*COMPARED, "full_random"):
+        for arm in COMPARED:
             for kind in ("main", "flops"):
                 rows = select(results, task=task, arm=arm, kind=kind)
                 if not rows:
@@ -867,42 +814,18 @@ def print_curves(results: list[dict[str, Any]]) -> None:
         print()
 
 
-def print_inference(results: list[dict[str, Any]]) -> None:
-    rows = [r for r in results if "inference" in r and r["kind"] == "main"]
+def print_by_cycle(results: list[dict[str, Any]]) -> None:
+    rows = [r for r in results if "by_cycle" in r and r["kind"] == "main"]
     for task in dict.fromkeys(r["task"] for r in rows):
         figure = "bpb" if task in TEXTS else "accuracy"
         print(f"{task}: {figure} by the number of cycles at inference (0 is the trunk alone)\n")
         head("arm", *map(str, range(CYCLES + 1)))
-        arms = [(arm, [r["inference"] for r in select(rows, task=task, arm=arm)]) for arm in ARMS]
-        arms = [(arm, found) for arm, found in arms if found]
-        for arm, found in arms:
-            means = [
-                statistics.fmean(r["by_cycle"][c][figure] for r in found) for c in range(CYCLES + 1)
-            ]
-            line(ARMS[arm].label, *[f"{mean:.3f}" for mean in means])
-        print(
-            f"\n{task}: early exit below a KL divergence, share of cycles saved → {figure}; "
-            f"guidance w → {figure}\n"
-        )
-        head(
-            "arm",
-            "all cycles",
-            *[f"KL < {t:g}" for t in THRESHOLDS],
-            *[f"w = {w:g}" for w in GUIDANCE],
-        )
-        for arm, found in arms:
-            plain = statistics.fmean(r["by_cycle"][r["trained"]][figure] for r in found)
-            early = [[r["early_exit"][str(t)] for r in found] for t in THRESHOLDS]
-            exits = [
-                f"{statistics.fmean(e['saved'] for e in es):.0%} → "
-                f"{statistics.fmean(e[figure] for e in es):.3f}"
-                for es in early
-            ]
-            guided = [
-                f"{statistics.fmean(r['guidance'][str(w)][figure] for r in found):.3f}"
-                for w in GUIDANCE
-            ]
-            line(ARMS[arm].label, f"{plain:.3f}", *exits, *guided)
+        for arm in ARMS:
+            if found := [r["by_cycle"] for r in select(rows, task=task, arm=arm)]:
+                means = [
+                    statistics.fmean(f[figure] for f in cycle) for cycle in zip(*found, strict=True)
+                ]
+                line(ARMS[arm].label, *[f"{mean:.3f}" for mean in means])
         print()
 
 

@@ -1,6 +1,6 @@
 """Six reasoning tasks whose answers need several dependent steps, written down in none.
 
-In: dice and a size. Out: a problem as symbols, with the places of its answer; rows of problems;
+In: an rng and a size. Out: a problem as symbols, with the places of its answer; rows of problems;
 held-out rows. A problem is held out by a hash of its symbols, so it never enters training whatever
 the seed; of the problems of one row, all are or none is. Knows nothing of models.
 """

@@ -21,41 +21,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import PRESETS, UserError
+from benchmarks.agreement import add_model, alone, load
+from config import UserError
 from hearth import hardware, log
 from hearth.cli import run_script
-from hearth.data.tokenizer import Tokenizer
 from hearth.evaluation import tasks
-from hearth.training import checkpoint
-from model import Model, PackedSequences, build_model
+from hearth.training.checkpoint import Loaded
 
 
-@torch.inference_mode()
-def one_by_one(model: Model, asked: list[tasks.Prompt]) -> list[tasks.Outcome]:
+def one_by_one(loaded: Loaded, asked: list[tasks.Prompt]) -> list[tasks.Outcome]:
     """The obvious way: every text in a forward pass of its own, with the logits of all
     its tokens.
     """
     found = []
     for prompt in asked:
-        nats, greedy = [], []
-        for row, start in zip(prompt.rows, prompt.starts, strict=True):
-            ids = torch.tensor(row, device=model.device)
-            logits = model.logits(
-                model(ids, PackedSequences(torch.zeros_like(ids, dtype=torch.bool), len(ids)))
-            )
-            nats.append(
-                float(F.cross_entropy(logits[start - 1 : -1], ids[start:], reduction="sum"))
-            )
-            greedy.append(bool((logits[start - 1 : -1].argmax(dim=-1) == ids[start:]).all()))
+        texts = zip(prompt.rows, prompt.starts, strict=True)
+        pairs = [alone(loaded, row[1:start], row[start:]) for row, start in texts]
         n_tokens = [len(row) - start for row, start in zip(prompt.rows, prompt.starts, strict=True)]
-        found.append(
-            tasks.Outcome(nats, n_tokens, prompt.n_bytes, greedy, prompt.gold, prompt.category)
-        )
+        nats, greedy = [-likelihood for likelihood, _ in pairs], [is_top for _, is_top in pairs]
+        found.append(tasks.Outcome(nats, n_tokens, greedy, prompt.gold, prompt.category))
     return found
 
 
@@ -64,26 +50,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     words.add_argument("--files", type=Path, help="folder with the tasks' files")
-    words.add_argument("--checkpoint", type=Path, help="checkpoint to score")
-    words.add_argument(
-        "--preset",
-        default="demo",
-        help="preset whose model is built untrained, without --checkpoint",
-    )
-    words.add_argument("--tokenizer", type=Path, help="folder of a tokenizer for --preset")
+    add_model(words)
     words.add_argument("--tasks", nargs="+", default=[task.name for task in tasks.CORE])
     words.add_argument("--limit", type=int, default=16, help="items of each task")
     words.add_argument("--batch-tokens", type=int, default=4096, help="columns of a pass")
     options = words.parse_args()
-    device = hardware.pick_device("auto")
-    if options.checkpoint:
-        loaded = checkpoint.load_for_inference(options.checkpoint, device)
-        model, tokenizer = loaded.model, loaded.tokenizer
-    else:
-        model = build_model(PRESETS[options.preset].model, seed=0, device=device)
-        tokenizer = Tokenizer.load(options.tokenizer or Path("runs") / options.preset / "tokenizer")
+    loaded = load(options)
+    model, tokenizer = loaded.model, loaded.tokenizer
     print(
-        f"{hardware.describe(device)}, {model.n_parameters():,} parameters, "
+        f"{hardware.describe(model.device)}, {model.n_parameters():,} parameters, "
         f"{str(model.dtype).removeprefix('torch.')}"
     )
     print(
@@ -103,7 +78,7 @@ def main() -> None:
         n_tokens, n_all_tokens = (
             sum(len(row) for p in some for row in p.rows) for some in (asked, prompts)
         )
-        alone, by_itself = timed(one_by_one, model, asked)
+        alone, by_itself = timed(one_by_one, loaded, asked)
         batched, together = timed(tasks.outcomes, model, asked, batch_tokens=options.batch_tokens)
         same = sum(
             a.choice() == b.choice() and a.greedy == b.greedy

@@ -184,9 +184,7 @@ class Hearth:
     def step(self, block: Any, n: int, n_steps: int) -> None:
         import torch
 
-        from hearth.training.optim import learning_rate_factor
-
-        self.optimizers.schedule(n, learning_rate_factor(n, n_steps, self.loop))
+        self.optimizers.schedule(n, n_steps, self.loop)
         self.gradients.accumulate(self.model, self.batch(block), 1 << 30)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizers.config.clip)
         self.optimizers.step()

@@ -21,6 +21,7 @@ import torch
 
 from config import UserError
 from hearth import log
+from hearth.storage import disk_free
 
 # Dense bfloat16 tensor-core peaks with float32 accumulation, in TFLOP/s, from NVIDIA's data sheets
 # and white papers.
@@ -169,8 +170,16 @@ def memory_limit(device: torch.device) -> int:
     return int(min(free + torch.cuda.memory_reserved(device), allowed))
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peak that `memory_in_use` gives begin again."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def memory_in_use(device: torch.device) -> float:
-    """Peak memory of this process: the card's, or resident memory on the CPU; in 10^9 bytes."""
+    """Memory of this process in 10^9 bytes: a card's peak since the last `reset_peak_memory`, or
+    what is resident on the CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return psutil.Process().memory_info().rss / 1e9
@@ -270,8 +279,7 @@ def _asked(function: str, *words: Any) -> Any:
 
 def check_disk(folder: Path, n_bytes: int) -> None:
     """Raises `UserError` where the disk that will hold `folder` has no room for `n_bytes` more."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = disk_free(folder)
     if free < n_bytes:
         raise UserError(
             f"The disk of {folder} has {log.size(free)} free; the checkpoints that will be kept, "

@@ -1,11 +1,12 @@
 """What a person and a program see of a run: the console line, `metrics.jsonl`, progress bars.
 
-In: a step's figures. Out: one fixed-width line a step on the terminal, the same values as JSON in
+In: a step's figures. Out: one fixed-width line per step on the terminal, the same values as JSON in
 the run's folder. Knows nothing of models or data.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hearth.storage import write_text
+from hearth.storage import write_text, writing
 
 
 def is_first() -> bool:
@@ -27,8 +28,15 @@ def say(text: str = "") -> None:
     """Print a line without breaking a progress bar that is on screen."""
     if not is_first():
         return
-    with tqdm.external_write_mode(file=sys.stdout):
-        print(text, flush=True)
+    try:
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(text, flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        # the terminal was closed: nobody reads, but a run has still to save
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def progress(total: float | None, unit: str, title: str, start: float = 0) -> tqdm:
@@ -110,7 +118,7 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [record for record in read_metrics(self.path) if record.get("step", 0) <= start]
+            kept = [record for record in read_metrics(self.path) if record["step"] <= start]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def note(self, kind: str, step: int, **figures: Any) -> None:
@@ -121,16 +129,21 @@ class RunLog:
             return
         for tracker in self.trackers:
             tracker(kind, step, figures)
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path.parent), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    """The records of a `metrics.jsonl`: JSON objects with a step. A line that is none, such as one
+    cut off by a kill, is left out.
+    """
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        step = record.get("step") if isinstance(record, dict) else None
+        if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**53:
+            records.append(record)
     return records

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import shutil
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -109,6 +110,14 @@ def write_inputs(folder: Path) -> list[str]:
         "--report.no_draw",
         *(str(word) for name, value in small.items() for word in (f"--{name}", value)),
     ]
+
+
+def copy_run(source: Path, target: Path, *parts: str) -> None:
+    """These parts of a run, and what it remembers, as a run of their own."""
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source / "config.json", target / "config.json")
+    for part in parts:
+        shutil.copytree(source / part, target / part)
 
 
 def weights(run: Path, stage: str) -> bytes:

@@ -14,7 +14,7 @@ HOUSE = ROOT / "hearth"
 # A room imports only rooms before it; inside a room files import each other in one direction.
 ROOMS: dict[str, tuple[str, ...]] = {
     "top": ("config", "model"),
-    "hearth": ("cli", "storage", "log", "hardware"),
+    "hearth": ("cli", "storage", "log", "hardware", "run"),
     "reporting": ("page", "report", "trackers"),
     "data": (
         *("tokenizer", "chat_format", "cleaning", "hub", "readers", "layouts", "demo_world"),
@@ -22,12 +22,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "decoding": ("matrices", "kv_cache", "engine"),
     "training": (
-        *("batches", "distributed", "optim", "eight_bit", "gradients", "planning"),
+        *("batches", "distributed", "optim", "eight_bit", "gradients", "held_out", "planning"),
         *("checkpoint", "loop"),
     ),
-    "evaluation": ("tasks", "lm_eval_adapter"),
+    "evaluation": ("tasks", "scores", "chat_tasks", "lm_eval_adapter"),
     "export": ("modeling_hearth", "qwen3", "card", "huggingface", "gguf"),
-    "serving": ("terminal",),
+    "serving": ("terminal", "conversation", "commands"),
 }
 PLACE = {
     (room, name): (r, n)
@@ -109,3 +109,25 @@ def test_nothing_runs_at_import() -> None:
             assert is_docstring or is_guard or isinstance(node, allowed), (
                 f"{path.name}:{node.lineno}"
             )
+
+
+# What a stranger may want to do, and where the folder tree leads: file, and the name in it.
+ERRANDS = {
+    "change the chat format": ("hearth/data/chat_format.py", "def render("),
+    "add an optimizer": ("hearth/training/optim.py", "def build_optimizers("),
+    "why was this document dropped": ("hearth/data/cleaning.py", "class Rejected"),
+    "how is the cache rewound": ("hearth/decoding/kv_cache.py", "def rewind("),
+    "add a layout of conversations": ("hearth/data/layouts.py", "LAYOUTS"),
+    "how is the next token drawn": ("hearth/decoding/engine.py", "def draw("),
+    "how are documents packed into batches": ("hearth/training/batches.py", "def pack_rows("),
+    "when is a step skipped": ("hearth/training/loop.py", "class SpikeGuard"),
+    "what makes a stage stale": ("hearth/run.py", "def settings_of("),
+    "what is in a checkpoint": ("hearth/training/checkpoint.py", "def save("),
+    "add a task to score": ("hearth/evaluation/tasks.py", "TASKS"),
+    "change a command of the chat": ("hearth/serving/commands.py", "def do_"),
+}
+
+
+@pytest.mark.parametrize(("file", "name"), ERRANDS.values(), ids=ERRANDS)
+def test_the_tree_leads_a_stranger_to_the_place(file: str, name: str) -> None:
+    assert name in (ROOT / file).read_text(encoding="utf-8")

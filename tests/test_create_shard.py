@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,7 +111,7 @@ def made(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def copy(made: Path, to: Path) -> Path:
     """A finished run under `to` as its runs folder."""
-    shutil.copytree(made, to / "demo" / "text")
+    stages.copy_run(made.parent, to / "demo", "text")
     return to / "demo" / "text"
 
 
@@ -263,6 +262,200 @@ def test_plan_prints_sizes_and_makes_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+# ------------------------------------------------------------------------------- books, in pieces
+
+
+def write_books(folder: Path, n: int, kilobytes: int = 120) -> Path:
+    """`n` text files of many pieces each; a piece names its book in every paragraph."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        draw = random.Random(f"book {i}")
+        paragraphs, size = [], 0
+        while size < 1000 * kilobytes:
+            paragraphs.append(f"<book{i}> " + " ".join(draw.choices(WORDS, k=150)))
+            size += len(paragraphs[-1])
+        (folder / f"{i:02}.txt").write_text("\n\n".join(paragraphs))
+    return folder
+
+
+def books_of(text: Path, split: str) -> set[str]:
+    return {piece.split(">")[0] for piece in texts_of(text, split)}
+
+
+def lines_about_books(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_pieces_of_a_book_land_on_one_side_whatever_the_order_and_the_shard_size(
+    files: Path, tmp_path: Path
+) -> None:
+    books = write_books(tmp_path / "books", 16)
+    names = sorted(map(str, books.iterdir()))
+    held_out = []
+    for number, (order, megabytes) in enumerate([(names, 1), (names[::-1], 3)]):
+        config = configured(
+            tmp_path / str(number),
+            files,
+            text_files=tuple(order),
+            shard_mb=megabytes,
+            validation_share=0.3,
+        )
+        text = make(config) / "own"
+        held_out.append(books_of(text, "validation"))
+        assert 0 < len(held_out[-1]) < 16
+        assert not held_out[-1] & books_of(text, "train")
+        assert len(held_out[-1] | books_of(text, "train")) == 16
+        assert len(texts_of(text, "validation")) > 5 * len(held_out[-1])
+    assert held_out[0] == held_out[1]
+
+
+@pytest.mark.parametrize("nth", range(1, 4))
+def test_a_stop_in_the_middle_of_a_book_ends_with_the_same_bytes(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    books = str(write_books(tmp_path / "books", 3, kilobytes=1400))
+    whole = make(configured(tmp_path / "whole", files, text_files=(books,), validation_share=0.45))
+    commit, calls = shard_folder.ShardFolder.commit, iter(range(100))
+
+    def stopping(folder: shard_folder.ShardFolder, unit: dict) -> None:
+        if next(calls) == nth:
+            raise KeyboardInterrupt
+        commit(folder, unit)
+
+    config = configured(tmp_path / "broken", files, text_files=(books,), validation_share=0.45)
+    monkeypatch.setattr(shard_folder.ShardFolder, "commit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        make(config)
+    monkeypatch.undo()
+    assert contents(make(config)) == contents(whole)
+
+
+@pytest.mark.parametrize("n_books", [1, 3])
+def test_a_damaged_shard_of_books_is_made_again_to_the_same_bytes(
+    files: Path, tmp_path: Path, n_books: int
+) -> None:
+    books = str(write_books(tmp_path / "books", n_books, kilobytes=2600 // n_books))
+    config = configured(tmp_path / "runs", files, text_files=(books,), validation_share=0.4)
+    text = make(config)
+    before = contents(text)
+    names = sorted((text / "own").glob("*.arrow"))
+    assert len(names) >= 4
+    for name in names:
+        name.unlink()
+        make(config)
+        assert contents(text) == before
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.3])
+def test_a_lone_book_is_held_out_from_a_border_of_its_pieces_on(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float
+) -> None:
+    book = write_books(tmp_path / "books", 1, kilobytes=300) / "00.txt"
+    whole = book.read_text()
+    text = make(configured(tmp_path, files, text_files=(str(book),), validation_share=share))
+    train, held_out = (texts_of(text / "own", split) for split in ("train", "validation"))
+    assert "\n\n".join([*train, *held_out]) == whole
+    assert len(held_out) == max(1, round(share * (len(train) + len(held_out))))
+    said = lines_about_books(capsys)
+    assert f"this is one document, so its last {len(held_out)} of" in said
+
+
+def test_the_fallback_holds_out_one_whole_book(files: Path, tmp_path: Path) -> None:
+    books = write_books(tmp_path / "books", 4)
+    config = configured(tmp_path, files, text_files=(str(books),))
+    for share in (1e-9, 1 - 1e-9):  # nothing held out by chance, and everything
+        text = tmp_path / str(share)
+        data = replace(config.data, validation_share=share)
+        ingest.write_text_shards(data.corpora()[0], text, data)
+        assert len(books_of(text, "validation")) == 1
+        assert len(books_of(text, "train")) == 3
+        assert not books_of(text, "validation") & books_of(text, "train")
+
+
+# ---------------------------------------------------------------------------- what is said of files
+
+
+def test_each_file_has_a_line_with_its_column_and_what_was_lost_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    rows = [json.dumps({"id": i, "story": text}) for i, text in enumerate(make_texts(20))]
+    (mine / "a.jsonl").write_text("\n".join([*rows, "{broken"]))
+    (mine / "b.txt").write_bytes(("Un été à Noël. " * 20).encode("latin-1"))
+    (mine / "c.parquet").write_bytes(b"no parquet at all")
+    (mine / "d.md").write_text("")
+    (mine / "e.docx").write_text("word")
+    config = configured(tmp_path / "runs", tmp_path, text_files=(str(mine),))
+    source = config.data.corpora()[0]
+    manifest = ingest.write_text_shards(source, tmp_path / "out", config.data)
+    out = capsys.readouterr().out
+    assert f"own: {mine}/a.jsonl: column 'story'; 20 kept, 1 lost" in out
+    assert f"own: {mine}/b.txt: text, read as Latin-1, for it is not UTF-8; 1 kept, 0 lost" in out
+    assert "skipped, not of a kind that can be read: e.docx" in out
+    lost = [line for line in out.splitlines() if "own: lost" in line]
+    assert f"own: lost {mine}/c.parquet: unreadable file (ArrowInvalid: " in lost[0]
+    assert lost[1] == f"own: lost {mine}/d.md: empty file"
+    assert f"own: lost {mine}/a.jsonl, row 20: not JSON (" in lost[2]
+    assert f"3 lost in all, 20 of each reason: {tmp_path}/out/dropped.jsonl" in out.splitlines()[-1]
+    assert manifest["dropped"] == {"not JSON": 1, "unreadable file": 1, "empty file": 1}
+
+
+def test_the_line_of_conversations_names_the_layout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, TALKS)))
+    mixed = [{"question": f"{i}?", "answer": "yes"} for i in range(3)]
+    mixed += [{"prompt": f"{i}!", "response": "no"} for i in range(2)] + [{"what": "?"}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, mixed)))
+    files = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+    ingest.write_chat_shards(ChatSource(name="talks", files=files), tmp_path / "talks", 0.1)
+    out = capsys.readouterr().out
+    assert "a.jsonl: instruction + output; 300 kept, 0 lost" in out
+    assert "b.jsonl: 3 × question + answer, 2 × prompt + response; 5 kept, 1 lost" in out
+    assert "lost " + str(tmp_path / "b.jsonl") + ", row 5: unknown layout (columns what)" in out
+
+
+def test_lines_and_examples_stay_few_however_much_is_lost(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(100):
+        (tmp_path / f"{i:03}.txt").write_text("word " * 30 + f"{i}" if i % 2 else "")
+    config = configured(tmp_path / "runs", files, text_files=(str(tmp_path / "*.txt"),))
+    text = make(config) / "own"
+    out = capsys.readouterr().out.splitlines()
+    assert sum(" kept, " in line and ".txt: " in line for line in out) == ingest.FILES_SHOWN
+    assert "own: all other files: text; 30 kept, 30 lost" in out
+    assert sum("own: lost" in line for line in out) == 3
+    assert len((text / "dropped.jsonl").read_text().splitlines()) == ingest.EXAMPLES
+
+
+def test_counts_by_file_are_the_same_after_a_stop(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lines() -> list[str]:
+        found = capsys.readouterr().out.splitlines()
+        return [line for line in found if ".jsonl" in line]
+
+    make(configured(tmp_path / "whole", files))
+    whole = lines()
+    commit, calls = shard_folder.ShardFolder.commit, iter(range(100))
+
+    def stopping(folder: shard_folder.ShardFolder, unit: dict) -> None:
+        commit(folder, unit)
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shard_folder.ShardFolder, "commit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        make(configured(tmp_path / "broken", files))
+    monkeypatch.undo()
+    assert lines() == []
+    make(configured(tmp_path / "broken", files))
+    assert len(whole) >= 7
+    assert [line.replace("broken", "whole") for line in lines()] == whole
+
+
 # ----------------------------------------------------------------------------------------- mistakes
 
 
@@ -292,10 +485,25 @@ def test_other_settings_are_refused_with_old_new_and_remedy(
     files: Path, made: Path, tmp_path: Path
 ) -> None:
     copy(made, tmp_path)
-    with pytest.raises(
-        UserError, match=r"min_chars: made with 8, asked for 99[\s\S]*Remove that folder.*--name"
-    ):
+    with pytest.raises(UserError, match=r"min_chars was 8, is 99[\s\S]*--redo text.*--name"):
         make(configured(tmp_path, files, min_chars=99))
+
+
+def test_a_file_edited_in_place_at_the_same_size_is_never_taken_for_done(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in make_texts(30)))
+    config = configured(tmp_path / "runs", tmp_path, text_files=(str(path),))
+    source, folder = config.data.corpora()[0], tmp_path / "own"
+    manifest = ingest.write_text_shards(source, folder, config.data)
+    assert manifest["source"] == sources.identity(source, folder)
+    path.write_text(path.read_text().replace("river", "RIVER"))
+    assert manifest["source"] != sources.identity(source, folder)
+    with pytest.raises(UserError, match=r"content of the files was"):
+        ingest.write_text_shards(source, folder, config.data)
+    path.write_text(path.read_text().replace("RIVER", "river"))
+    moved = path.rename(tmp_path / "b.jsonl")
+    source = replace(source, files=(str(moved),))
+    assert ingest.write_text_shards(source, folder, config.data)["source"] == manifest["source"]
 
 
 def test_run_folder_that_is_a_file_is_a_users_error(files: Path, tmp_path: Path) -> None:
@@ -482,20 +690,6 @@ def test_an_interrupt_after_files_are_finished_removes_them_in_silence(tmp_path:
     file.finish()  # by its thread, while Ctrl-C stopped the wait for it
     writer.close()
     assert not list((tmp_path / "own").glob("train*"))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of three megabytes in memory."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this user may not mount a small disk")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_full_disk_is_said_and_the_run_goes_on_after_making_room(

@@ -11,7 +11,7 @@ import pytest
 
 import export_model
 from config import PRESETS, Config, UserError
-from hearth import cli
+from hearth import cli, run
 from hearth.data.tokenizer import Tokenizer
 
 
@@ -28,7 +28,7 @@ def run_of(tokenizer: Tokenizer, folder: Path, shape: str) -> Config:
 
 
 def export(words: list[str]) -> None:
-    export_model.main(*cli.parse_cli_with(export_model.Options(), "", words))
+    export_model.main(*run.parse(export_model.SCRIPT, words))
 
 
 def test_the_furthest_checkpoint_goes_to_transformers(
@@ -64,7 +64,7 @@ def test_a_shape_that_llama_cpp_lacks_is_refused_with_a_command_that_works(
     command = str(caught.value).split("`")[1]
     words = shlex.split(command)
     assert words[:3] == ["uv", "run", "run_pipeline.py"]
-    trained = cli.parse_cli("", words[3:])
+    trained = cli.Script("").parse(words[3:])[0]
     assert trained.model.beyond_qwen3() == []
     assert trained.run_dir != config.run_dir
 
@@ -74,7 +74,7 @@ def test_what_is_missing_is_said(tokenizer: Tokenizer, tmp_path: Path) -> None:
     to = ("huggingface", str(tmp_path / "out"))
     with pytest.raises(UserError, match=r"--to huggingface FOLDER"):
         export_model.main(config, export_model.Options())
-    with pytest.raises(UserError, match=r"No checkpoint in .*demo"):
+    with pytest.raises(UserError, match=r"There is no run 'demo'.*run_pipeline.py"):
         export_model.main(config, export_model.Options(to=to))
-    with pytest.raises(UserError, match=r"nowhere holds no checkpoint"):
+    with pytest.raises(UserError, match=r"'nowhere' is no checkpoint"):
         export_model.main(config, export_model.Options(to=to, checkpoint="nowhere"))

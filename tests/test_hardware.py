@@ -192,4 +192,5 @@ def test_watts_kilowatt_hours_and_temperature_join_the_step(card: pytest.MonkeyP
     assert set(figures) == {"watts", "kwh", "temperature_c"}
     assert figures["kwh"] == pytest.approx(0.003)
     assert figures["watts"] > 0
-    assert loop.Progress.of(loop.state_of(progress, 10)).joules == pytest.approx(3 * 3600)
+    again = loop.Progress.of(loop.state_of(progress, 10), Path("state.json"))
+    assert again.joules == pytest.approx(3 * 3600)

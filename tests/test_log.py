@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from hearth import log
@@ -37,6 +39,15 @@ def test_step_line_has_fixed_width_columns() -> None:
     )
 
 
+def test_a_terminal_that_was_closed_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, inside = os.openpty()
+    os.close(terminal)
+    with open(inside, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        log.say("nobody reads this")
+        log.say("nor this")
+
+
 def test_a_resumed_log_holds_each_step_once(tmp_path) -> None:
     first = log.RunLog(tmp_path)
     for step in (1, 2, 3):
@@ -54,6 +65,17 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
     assert log.read_metrics(path) == [{"step": 1}]
+    log.RunLog(tmp_path, start=1)
+    assert path.read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize(
+    "line", ["[1]", '"x"', "5", "null", "{}", '{"step": "2"}', '{"step": true}', "[" * 100_000]
+)
+def test_a_line_that_is_no_record_is_left_out(line: str, tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
+    assert log.read_metrics(path) == [{"step": 1}, {"step": 2}]
     log.RunLog(tmp_path, start=1)
     assert path.read_text() == '{"step": 1}\n'
 

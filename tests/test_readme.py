@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from config import PRESETS
-from hearth import cli
 from model import Model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,17 +29,17 @@ INLINE = [c for c in re.findall(r"`(uv run [^`]+)`", README) if "…" not in c]
 @pytest.mark.parametrize("command", [*COMMANDS, *INLINE])
 def test_every_command_names_a_script_and_options_that_exist(command: str) -> None:
     words = shlex.split(command)[2:]
-    if words[0] == "--extra":
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        assert words[1] in project["optional-dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    while words[0] in ("--extra", "--group"):
+        extras = project["project"]["optional-dependencies"]
+        assert words[1] in (extras if words[0] == "--extra" else project["dependency-groups"])
         words = words[2:]
     if words[0] == "pytest":
         return
     assert (ROOT / words[0]).exists(), command
     if not words[0].startswith("benchmarks/"):
         script = importlib.import_module(words[0].removesuffix(".py"))
-        options = script.Options() if hasattr(script, "Options") else None
-        cli.parse_cli_with(options, "", words[1:])
+        script.SCRIPT.parse(words[1:])
 
 
 def test_the_first_screen_holds_the_commands_and_the_presets() -> None:

@@ -15,8 +15,8 @@ from hearth.data import sources
 from hearth.data.chat_format import render
 from hearth.data.token_shards import TokenShards, TokenShardWriter
 from hearth.data.tokenizer import Tokenizer
-from hearth.training import loop
 from hearth.training.batches import ConversationBatches
+from hearth.training.held_out import evaluate_loss
 from model import Model, PackedSequences, build_model
 
 
@@ -82,7 +82,7 @@ def test_a_packed_batch_loses_what_its_conversations_lose_alone(
     packed_loss = packed_count = 0.0
     for step in range(batches.n_steps):
         batch = batches.batch(step)
-        nats, count = loop.evaluate_loss(model, [batch])
+        nats, count = evaluate_loss(model, [batch])
         packed_loss, packed_count = packed_loss + nats, packed_count + count
     alone = []
     for messages in TALKS:
@@ -176,16 +176,3 @@ def test_several_processes_are_refused_with_the_command_for_one(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"torchrun started 2\. Use `uv run sft.py --preset demo`"):
         sft.main(PRESETS["demo"], sft.Options())
-
-
-def test_stage_2_may_see_a_share_of_stage_1_again() -> None:
-    demo = PRESETS["demo"]
-    assert sft.sets_of(demo, 2) == demo.sft2.sets()
-    again = replace(demo, sft2=replace(demo.sft2, repeat_earlier=0.25))
-    assert {s.name: s.weight for s in sft.sets_of(again, 2)} == {
-        "messages": 1,
-        "math": 1,
-        "alpaca": 0.25,
-        "dolly": 0.25,
-    }
-    assert sft.sets_of(again, 1) == demo.sft1.sets()

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
+import shlex
 import shutil
+import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import stages
+from safetensors.torch import load_file, save_file
+
+import run_pipeline
+from config import PRESETS
+from hearth import run
+from hearth.run import newest
+from hearth.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +74,7 @@ def test_a_stage_killed_at_random_moments_ends_like_an_unbroken_one(
     """
     run, rng = tmp_path / "demo", random.Random(script)
     kept = ("text", "tokenizer", "tokens") + (("base",) if script == "sft.py" else ())
-    for name in kept:
-        shutil.copytree(unbroken / "demo" / name, run / name)
+    stages.copy_run(unbroken / "demo", run, *kept)
     killed = 0
     while killed < 20:
         process = stages.start(script, [*words, "--runs", str(tmp_path)], tmp_path / "output")
@@ -88,8 +99,7 @@ def test_a_stage_killed_at_random_moments_ends_like_an_unbroken_one(
 def test_ctrl_c_saves_and_says_how_to_go_on(
     unbroken: Path, words: list[str], tmp_path: Path
 ) -> None:
-    for name in ("tokenizer", "tokens"):
-        shutil.copytree(unbroken / "demo" / name, tmp_path / "demo" / name)
+    stages.copy_run(unbroken / "demo", tmp_path / "demo", "tokenizer", "tokens")
     longer = [*words, "--runs", str(tmp_path), "--pretrain.steps", "3000"]
     process = stages.start("pretrain.py", longer, tmp_path / "output")
     output = tmp_path / "output"
@@ -98,8 +108,32 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
         time.sleep(0.05)
     process.terminate()
     process.join()
-    assert process.exitcode == 0
+    assert process.exitcode == 143
     assert "Continue with: uv run pretrain.py --preset demo" in output.read_text()
+
+
+def test_the_whole_road_hands_a_closed_terminal_on_to_its_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stage.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))\n"
+        "time.sleep(0.2)\n"
+        "pathlib.Path(__file__).with_name('started').touch()\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(run_pipeline, "HERE", tmp_path)
+    started = tmp_path / "started"
+
+    def close_terminal() -> None:
+        while not started.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    closing = threading.Thread(target=close_terminal)
+    closing.start()
+    assert run_pipeline.run_stage("stage.py", PRESETS["demo"]) == (129, True)
+    closing.join()
 
 
 # ----------------------------------------------------------------------------- what users get wrong
@@ -125,18 +159,17 @@ def mistake(script: str, words: list[str], tmp_path: Path, code: int = 2) -> str
     ],
 )
 def test_a_stage_without_its_input_names_the_command_that_makes_it(
-    script: str, remedy: str, tmp_path: Path
+    script: str, remedy: str, unbroken: Path, tmp_path: Path
 ) -> None:
-    assert f"uv run {remedy}" in mistake(
-        script, ["--preset", "demo", "--runs", str(tmp_path)], tmp_path
-    )
+    stages.copy_run(unbroken / "demo", tmp_path / "demo")
+    said = mistake(script, ["--preset", "demo", "--runs", str(tmp_path)], tmp_path)
+    assert f"uv run {remedy}" in said
 
 
 def test_a_corpus_smaller_than_one_batch_is_refused(
     unbroken: Path, words: list[str], tmp_path: Path
 ) -> None:
-    for name in ("tokenizer", "tokens"):
-        shutil.copytree(unbroken / "demo" / name, tmp_path / "demo" / name)
+    stages.copy_run(unbroken / "demo", tmp_path / "demo", "tokenizer", "tokens")
     big = [*words, "--runs", str(tmp_path), "--pretrain.tokens_per_step", "1048576"]
     assert "--pretrain.tokens_per_step" in mistake("pretrain.py", big, tmp_path)
 
@@ -144,8 +177,7 @@ def test_a_corpus_smaller_than_one_batch_is_refused(
 def test_shards_of_another_tokenizer_are_refused(
     unbroken: Path, words: list[str], tmp_path: Path
 ) -> None:
-    for name in ("tokenizer", "tokens"):
-        shutil.copytree(unbroken / "demo" / name, tmp_path / "demo" / name)
+    stages.copy_run(unbroken / "demo", tmp_path / "demo", "tokenizer", "tokens")
     path = tmp_path / "demo" / "tokenizer" / "tokenizer.json"
     facts = json.loads(path.read_text())
     facts["model"]["merges"] = facts["model"]["merges"][:-1]
@@ -164,8 +196,150 @@ def test_a_folder_that_cannot_be_written_is_named(words: list[str], tmp_path: Pa
 def test_a_card_that_torch_cannot_use_is_an_error_with_its_remedy(
     unbroken: Path, words: list[str], tmp_path: Path
 ) -> None:
-    for name in ("tokenizer", "tokens"):
-        shutil.copytree(unbroken / "demo" / name, tmp_path / "demo" / name)
+    stages.copy_run(unbroken / "demo", tmp_path / "demo", "tokenizer", "tokens")
     said = mistake("pretrain.py", [*words, "--runs", str(tmp_path), "--device", "cuda"], tmp_path)
     assert "--device cpu" in said
     assert "driver" in said or "CUDA build" in said
+
+
+# ------------------------------------------------------------------------------- a run knows itself
+
+
+def printed(said: str) -> list[str]:
+    """The words of the command that a stage printed for the next one, as a shell splits them."""
+    (command,) = re.findall(r"Next: uv run (.+)", said)
+    return shlex.split(command)
+
+
+def test_commands_that_are_printed_lead_from_stage_to_stage_when_pasted(tmp_path: Path) -> None:
+    """Own files, a name, another folder for runs, and spaces in every path."""
+    words = stages.write_inputs(tmp_path / "my files")
+    where = ["--name", "my first", "--runs", str(tmp_path / "my runs")]
+    said = tmp_path / "said"
+    pasted = ["create_shard.py", *words, *where]
+    for expected in ("create_shard.py", "train_tokenizer.py", "pretrain.py", "sft.py", "chat"):
+        assert pasted[0].startswith(expected)
+        assert stages.run(pasted[0], pasted[1:], said) == 0, said.read_text()
+        if expected == "chat":
+            break
+        pasted = printed(said.read_text())
+        said.unlink()
+    # each needed the run's name alone
+    assert pasted == ["chat_inference.py", *where]
+
+
+def test_a_later_stage_rebuilds_the_model_that_was_trained(
+    words: list[str], tmp_path: Path
+) -> None:
+    where, said = ["--name", "mine", "--runs", str(tmp_path)], tmp_path / "said"
+    for script in stages.SCRIPTS[:3]:
+        given = [*words, *where, "--model.hrm", "None"] if script == "create_shard.py" else where
+        assert stages.run(script, given, said) == 0, said.read_text()
+    assert stages.run("sft.py", where, said) == 0, said.read_text()
+    loaded = checkpoint.load_for_inference(newest(tmp_path / "mine" / "sft2"))
+    assert loaded.model.head is None
+    assert loaded.config.model.d_model == 32
+
+
+@pytest.fixture
+def finished(unbroken: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """A run whose road was walked, and the words that name it."""
+    shutil.copytree(unbroken / "demo", tmp_path / "demo")
+    return tmp_path / "demo", ["--preset", "demo", "--runs", str(tmp_path)]
+
+
+def remedy(said: str) -> list[str]:
+    (command,) = re.findall(r"`uv run (.*?--redo \w+)`", said)
+    return shlex.split(command)
+
+
+@pytest.mark.parametrize(
+    ("script", "stage", "change"),
+    [
+        ("pretrain.py", "base", ["--pretrain.lr", "0.5"]),
+        ("sft.py", "sft1", ["--sft1.lr", "0.5"]),
+        ("sft.py", "sft2", ["--sft2.epochs", "2.0"]),
+        ("sft.py", "base", ["--model.d_model", "64"]),
+    ],
+)
+def test_a_setting_that_contradicts_a_stage_is_refused_and_redone_on_demand(
+    script: str, stage: str, change: list[str], finished: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    run_dir, words = finished
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.safetensors")}
+    said = mistake(script, [*words, *change], tmp_path)
+    assert change[0].removeprefix("--") in said
+    assert f"--redo {stage}" in said
+    assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.safetensors")}
+    if stage == "sft2":
+        old = stages.weights(run_dir, "sft2")
+        again = remedy(said)
+        assert stages.run(again[0], again[1:], tmp_path / "again") == 0
+        assert stages.weights(run_dir, "sft2") != old
+
+
+def test_conversations_edited_in_place_make_their_stage_stale(
+    unbroken: Path, words: list[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "demo"
+    shutil.copytree(unbroken / "demo", run_dir)
+    given = ["--preset", "demo", "--runs", str(tmp_path)]
+    talks = Path(words[words.index("--sft1.files") + 1])
+    was = talks.read_text()
+    try:
+        talks.write_text(was.replace('"output": "b', '"output": "z'))
+        assert len(talks.read_text()) == len(was)
+        said = mistake("sft.py", given, tmp_path)
+        assert "stale" in said
+        assert "--redo sft1" in said
+        again = remedy(said)
+        assert stages.run(again[0], again[1:], tmp_path / "again") == 0, said
+        assert stages.weights(run_dir, "sft1") != stages.weights(unbroken / "demo", "sft1")
+        assert "done" in (tmp_path / "again").read_text()
+    finally:
+        talks.write_text(was)
+
+
+def test_a_base_trained_again_makes_what_was_built_on_it_stale(
+    finished: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    run_dir, words = finished
+    path = newest(run_dir / "base") / "model.safetensors"
+    weights = load_file(path)
+    weights["output_gain"] += 1
+    save_file(weights, path)
+    said = mistake("sft.py", words, tmp_path)
+    assert "weights was" in said
+    assert "--redo sft1" in said
+
+
+def test_text_made_again_makes_its_tokens_stale_and_they_the_base(
+    unbroken: Path, words: list[str], tmp_path: Path
+) -> None:
+    run_dir, given = tmp_path / "demo", ["--preset", "demo", "--runs", str(tmp_path)]
+    stages.copy_run(unbroken / "demo", run_dir, "text", "tokenizer", "tokens", "base")
+    text = Path(words[words.index("--data.text_files") + 1])
+    was = text.read_text()
+    try:
+        text.write_text(was.replace("ba", "be"))
+        said = mistake("create_shard.py", given, tmp_path)
+        assert "content of the files was" in said
+        shutil.rmtree(run_dir / "text")
+        assert stages.run("create_shard.py", given, tmp_path / "out") == 0
+        for script in ("train_tokenizer.py", "pretrain.py"):
+            said = mistake(script, given, tmp_path)
+            assert "--redo tokenizer" in said
+    finally:
+        text.write_text(was)
+
+
+@pytest.mark.parametrize("script", ["create_shard.py", "pretrain.py"])
+def test_of_two_processes_on_one_run_the_second_is_told_of_the_first(
+    script: str, unbroken: Path, words: list[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "demo"
+    stages.copy_run(unbroken / "demo", run_dir, "tokenizer", "tokens")
+    with run.locked(run_dir):
+        said = mistake(script, ["--preset", "demo", "--runs", str(tmp_path)], tmp_path)
+    assert f"pid {os.getpid()}" in said
+    assert len(said.strip().splitlines()) == 1

@@ -26,7 +26,7 @@ class NetworkFailure(Exception):
 class HubSet:
     """A data set of the hub at one commit."""
 
-    files: dict[str, int]  # address and size of each file of its split
+    files: dict[str, tuple[int, str]]  # address, size and hash of each file of its split
     revision: str
     licence: str
 
@@ -65,11 +65,11 @@ def hub_set(source: TextSource | ChatSource, revision: str | None) -> HubSet:
             f"{source.name}: {source.hub} has no split {source.split!r}; it has "
             f"{', '.join(splits)}."
         )
-    sizes = {
-        f"hf://datasets/{source.hub}@{info.sha}/{f.rfilename}": f.size or 0
+    known = {
+        f"hf://datasets/{source.hub}@{info.sha}/{f.rfilename}": (f.size or 0, f.blob_id or "0")
         for f in info.siblings or []
     }
-    files = {address: sizes[address] for address in splits[source.split]}
+    files = {address: known[address] for address in splits[source.split]}
     licence = (info.card_data or {}).get("license") or "not stated"
     return HubSet(
         files, info.sha or "", ", ".join(licence) if isinstance(licence, list) else str(licence)

@@ -8,7 +8,8 @@ of what was dropped.
     shard
 
 Every row has a place, a `Cursor`: what is interrupted or damaged is read again from where its shard
-began. What is dropped is counted by reason, with the file and row of some examples.
+began. The pieces of one document all go to one side. What is dropped is counted by reason, with the
+file and row of some examples.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,15 +28,17 @@ from typing import Any
 from config import ChatSource, DataConfig, TextSource, UserError
 from hearth import log
 from hearth.data.cleaning import NearDuplicates, Rejected, Seen, as_bytes, text_hash, unfit
-from hearth.data.layouts import conversation, reasoning_taken
+from hearth.data.layouts import conversation, layout, reasoning_taken
 from hearth.data.readers import START, Cursor, Pick, Rows
-from hearth.data.shard_folder import SPLITS, ShardFolder
+from hearth.data.shard_folder import DRAFT, SPLITS, ShardFolder
 from hearth.data.sources import Source, ahead, column_picker, whole_rows
 from hearth.data.text_shards import TextShardWriter, data_sheet, unit_batches
-from hearth.storage import write_text
+from hearth.storage import field, write_text, writing
 
 CHAT_UNIT_BYTES = 64_000_000  # size of a shard of conversations
-EXAMPLES = 20  # dropped documents shown a reason
+EXAMPLES = 20  # dropped documents listed a reason,
+LOST_SHOWN = (3, 8)  # and of these on the console: a reason, and in all
+FILES_SHOWN = 40  # files that have a line of their own on the console
 SAMPLES = 10  # documents whose beginning the data sheet shows
 PROBE_BYTES = 8_000_000  # text read to estimate the size of a source
 PROBE_MINUTES = 0.5  # a network that fails is given to answer for that
@@ -42,17 +46,20 @@ PROBE_MINUTES = 0.5  # a network that fails is given to answer for that
 
 @dataclass(frozen=True)
 class Document:
-    """What is written: `row` as the shard holds it, its size, the hash that decides its split, what
-    to count it as.
+    """What is written: `row` as the shard holds it, its size and its hash.
+
+    layout: the columns of a conversation. reasoning: what to count it as.
     """
 
     row: Any
     n_bytes: int
     key: int
     text: bytes
-    counted_as: str | None = None
+    layout: str = ""
+    reasoning: str | None = None
 
 
+Documents = Iterator[tuple[Rows, Document]]
 DocumentFilter = Callable[[Any], Document | Rejected]
 
 
@@ -79,9 +86,9 @@ def chat_filter(source: ChatSource) -> DocumentFilter:
             text = json.dumps(messages, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             return Rejected("invalid UTF-8", str(error))
-        return Document(
-            messages, len(text), text_hash(text), text, reasoning_taken(item, source.max_chars)
-        )
+        columns = " + ".join(layout(item) or ())
+        taken = reasoning_taken(item, source.max_chars)
+        return Document(messages, len(text), text_hash(text), text, columns, taken)
 
     return accept
 
@@ -100,9 +107,9 @@ def write_text_shards(
     before: finished folders of other corpora, whose documents are dropped here as duplicates.
     verify: look for damage by checksum, not by size alone.
     """
-    opened = Source(source, config.retry_minutes)
+    opened = open_source(source, folder, config.retry_minutes)
     settings = {
-        **opened.origin,
+        **opened.origin(folder),
         "column": source.column,
         "max_bytes": source.max_bytes,
         "shard_mb": config.shard_mb,
@@ -136,26 +143,36 @@ def write_chat_shards(
     *,
     retry_minutes: float = 30.0,
     verify: bool = False,
+    remake: bool = False,
 ) -> dict[str, Any]:
-    """Bring one set of conversations into `folder`, go on with it, or mend it; returns the
-    manifest.
+    """Bring one set of conversations into `folder`, continue it, or mend it; returns the manifest.
+
+    remake: make it again, instead of raising `InputsChanged`, where its source has changed.
     """
-    opened = Source(source, retry_minutes)
+    opened = open_source(source, folder, retry_minutes)
     settings = {
-        **opened.origin,
+        **opened.origin(folder),
         "max_rows": source.max_rows,
         "max_chars": source.max_chars,
         "validation_share": validation_share,
     }
     return Ingest(
         opened,
-        ShardFolder(folder, "chat", settings, verify=verify),
+        ShardFolder(folder, "chat", settings, verify=verify, remake=remake),
         whole_rows,
         chat_filter(source),
         share=validation_share,
         unit_bytes=CHAT_UNIT_BYTES,
         max_rows=source.max_rows,
     ).run()
+
+
+def open_source(source: TextSource | ChatSource, folder: Path, retry_minutes: float) -> Source:
+    """The source, with a folder where the hashes of its files can be remembered."""
+    opened = Source(source, retry_minutes)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return opened
 
 
 @dataclass(frozen=True)
@@ -250,9 +267,10 @@ class Ingest:
         new.
         """
         manifest = self.target.manifest
-        self.source.revision = manifest.get("revision")
+        self.source.revision = field(manifest, "revision", str | None, self.target.folder / DRAFT)
+        manifest |= {"name": self.name, "source": self.source.origin(self.target.folder)}
         if "licence" not in manifest:
-            manifest |= {"name": self.name, "source": self.source.origin, **self.source.facts()}
+            manifest |= self.source.facts()
             self.target.save_draft()
 
     # ------------------------------------------------------------------------------------ one unit
@@ -281,28 +299,29 @@ class Ingest:
                 more = self._fill(writer, documents, cursor)
                 cursor = tuple(self.target.units[-1]["to"])
 
-    def _fill(self, writer: TextShardWriter, documents: Iterator[Document], begin: Cursor) -> bool:
+    def _fill(self, writer: TextShardWriter, documents: Documents, begin: Cursor) -> bool:
         """Write and commit one unit; False where the source or the budget is at its end."""
-        self.tally = Tally()
+        self.tally = Tally(self._tally().dropped)
         more = False
-        for document in documents:
-            self._write(writer, document)
+        for rows, document in documents:
+            self._write(writer, rows, document)
             more = not self._enough()
             if writer.n_bytes >= self.unit_bytes or not more:
                 break
         else:
             more = False
         unit = {"files": writer.finish_unit(), "from": begin, "to": self.place, "last": not more}
-        self.target.commit(unit | self.tally.facts())
+        self.target.commit(unit | {"tally": self.tally.facts()})
         return more
 
-    def _write(self, writer: TextShardWriter, document: Document) -> None:
-        writer.add(
-            "validation" if document.key < self.threshold else "train",
-            document.row,
-            document.n_bytes,
-        )
-        self.tally.keep(document)
+    def _write(self, writer: TextShardWriter, rows: Rows, document: Document) -> None:
+        key = document.key if rows.document is None else rows.document
+        if self.hold_out_from is None:
+            held_out = key < self.threshold
+        else:
+            held_out = self.n_documents >= self.hold_out_from
+        writer.add("validation" if held_out else "train", document.row, document.n_bytes)
+        self.tally.keep(rows, document, key)
         self.n_documents += 1
         self.n_bytes += document.n_bytes
         self.bar.update(document.n_bytes)
@@ -316,22 +335,22 @@ class Ingest:
         self._recall(number)
         writer = TextShardWriter(self.target, number)
         documents = self._documents(tuple(unit["from"]))
-        self.tally, self.n_bytes, self.n_documents = Tally(), 0, 0
-        n_wanted = sum(facts["documents"] for facts in unit["files"].values())
+        self.tally, self.n_bytes = Tally(), 0
+        self.n_documents = sum(map(n_documents, self.target.units[:number]))
         with (
             contextlib.closing(documents),
             contextlib.closing(writer),
             log.progress(None, "B", self.name) as self.bar,
         ):
-            for document in islice(documents, n_wanted):
-                self._write(writer, document)
+            for rows, document in islice(documents, n_documents(unit)):
+                self._write(writer, rows, document)
             self.target.replace(unit, writer.finish_unit())
 
     # ---------------------------------------------------------------------------------- documents
 
-    def _documents(self, cursor: Cursor) -> Iterator[Document]:
-        """Documents that are kept, from `cursor` on; `self.place` is the cursor behind the row
-        looked at last.
+    def _documents(self, cursor: Cursor) -> Documents:
+        """Documents that are kept, from `cursor` on, each with the rows it is of; `self.place` is
+        the cursor behind the row looked at last.
         """
         self.place = cursor
         with contextlib.closing(ahead(self.source.rows(cursor, self.pick))) as batches:
@@ -346,7 +365,7 @@ class Ingest:
                     if isinstance(document, Rejected):
                         self.tally.drop(rows, i, document, item)
                     else:
-                        yield document
+                        yield rows, document
 
     def _known(self, document: Document) -> Rejected | None:
         if self.deduplicate and document.key in self.seen:
@@ -363,7 +382,10 @@ class Ingest:
         """
         import pyarrow as pa
 
-        self.threshold = max(self.share * 2**64, self.target.manifest.get("hold_out_below", 0))
+        draft = partial(field, self.target.manifest, path=self.target.folder / DRAFT)
+        below = draft("hold_out_below", int | None)
+        self.threshold = self.share * 2**64 if below is None else below
+        self.hold_out_from = draft("hold_out_from", int | None)
         self.seen = Seen()
         self.near = NearDuplicates(self.near_duplicates) if self.near_duplicates else None
         if not self.deduplicate and self.near is None:
@@ -380,38 +402,36 @@ class Ingest:
 
     # ------------------------------------------------------------------------------------- the end
 
+    def _tally(self) -> Tally:
+        """What was dropped and kept in all units together."""
+        tally = Tally()
+        for number, unit in enumerate(self.target.units):
+            try:
+                tally.merge(unit["tally"])
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(
+                    f"{self.target.folder / DRAFT}: units[{number}].tally is malformed. "
+                    f"Remove the folder {self.target.folder} to make it again."
+                ) from error
+        return tally
+
     def _finish(self) -> None:
-        """Write the manifest; a corpus of which nothing was held out is made again, with its lowest
-        hash held out.
-        """
-        target, units = self.target, self.target.units
-        dropped: Counter[str] = Counter()
-        lengths: Counter[str] = Counter()
-        reasoning: Counter[str] = Counter()
-        for unit in units:
-            reasoning.update(unit["reasoning"])
-            dropped.update(unit["dropped"])
-            lengths.update(unit["lengths"])
+        """Write the manifest; a corpus with nothing in one of the splits is made again."""
+        target, tally = self.target, self._tally()
         if self.n_documents < 2:
-            raise self._too_little(dropped)
-        if not target.totals("validation")["documents"]:
-            target.start_again(hold_out_below=min(unit["lowest"] for unit in units) + 1)
+            raise self._too_little(tally)
+        if not all(target.totals(split)["documents"] for split in SPLITS):
+            target.start_again(**self._held_out_otherwise(tally))
             return
-        facts = {"dropped": dict(dropped.most_common())}
-        if reasoning:
-            facts["reasoning"] = dict(reasoning.most_common())
-        facts["lengths"] = {bits: lengths[bits] for bits in sorted(lengths, key=int)}
-        if self.deduplicate and self.seen.n_forgotten:
-            facts["not_remembered"] = self.seen.n_forgotten
-        facts["samples"] = sorted(sample for unit in units for sample in unit["samples"])[:SAMPLES]
-        examples = first_of_each(
-            (e for unit in units for e in unit["examples"]), "reason", EXAMPLES
-        )
-        for unit in units:
-            for name in ("examples", "samples", "lengths", "reasoning", "lowest"):
-                del unit[name]
-        lines = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
-        write_text(target.folder / "dropped.jsonl", lines)
+        facts: dict[str, Any] = {"dropped": dict(tally.dropped.most_common())}
+        if tally.reasoning:
+            facts["reasoning"] = dict(tally.reasoning.most_common())
+        facts["lengths"] = {bits: tally.lengths[bits] for bits in sorted(tally.lengths, key=int)}
+        facts["samples"] = tally.samples
+        for unit in target.units:
+            del unit["tally"]
+        lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in tally.examples]
+        write_text(target.folder / "dropped.jsonl", "".join(lines))
         manifest = {
             **target.manifest,
             **facts,
@@ -419,77 +439,159 @@ class Ingest:
         }
         write_text(target.folder / "README.md", data_sheet(manifest))
         target.finish(**facts)
+        self._say_what_was_read(tally)
 
-    def _too_little(self, dropped: Counter[str]) -> UserError:
-        examples = [example for unit in self.target.units for example in unit["examples"]]
-        self.target.start_again()
-        reasons = ", ".join(f"{n} × {reason}" for reason, n in dropped.most_common()) or "nothing"
-        shown = "".join(
-            f"\n  {e['file']}, row {e['row']}: {e['reason']} {e['detail']}" for e in examples[:3]
+    def _held_out_otherwise(self, tally: Tally) -> dict[str, int]:
+        """What to hold out where hashes put every document on one side: the document with the
+        lowest one, or the last pieces of a lone document.
+        """
+        n = self.n_documents
+        if tally.lowest < tally.highest:
+            log.say(
+                f"{self.name}: all documents fell on one side by their hashes, so the one with "
+                "the lowest hash is held out, whole. Reading again."
+            )
+            return {"hold_out_below": tally.lowest + 1}
+        held_out = min(n - 1, max(1, round(self.share * n)))
+        log.say(
+            f"{self.name}: this is one document, so its last {held_out} of {n} pieces are held "
+            "out: they measure how it continues, not how another text is predicted. Reading again."
         )
+        return {"hold_out_from": n - held_out}
+
+    def _say_what_was_read(self, tally: Tally) -> None:
+        """A line for each file, then what was lost: the first few, and where to look for more."""
+        if self.source.source.demo:
+            return
+        for number in sorted(tally.files, key=int):
+            name, kept, lost, read_as = tally.files[number]
+            if int(number) == FILES_SHOWN:
+                name = "all other files"
+            ways = "; ".join(read_as) if len(read_as) < 2 else counted(read_as)
+            log.say(f"{self.name}: {name}: {ways or 'nothing of use'}; {kept} kept, {lost} lost")
+        if self.seen.n_forgotten:
+            log.say(f"{self.name}: duplicates of {self.seen.n_forgotten} documents were not sought")
+        n_lost = tally.dropped.total()
+        for example in worst_first(tally.examples):
+            log.say(f"{self.name}: lost {told(example)}")
+        if n_lost:
+            path = self.target.folder / "dropped.jsonl"
+            log.say(f"{self.name}: {n_lost} lost in all, {EXAMPLES} of each reason: {path}")
+
+    def _too_little(self, tally: Tally) -> UserError:
+        self.target.start_again()
+        reasons = counted(tally.dropped) or "nothing"
+        shown = "; ".join(map(told, worst_first(tally.examples)[:3]))
         have = "a single document that can" if self.n_documents else "nothing that can"
         return UserError(
-            f"{self.name} holds {have} be used, and two are needed (one is held out). Dropped: "
-            f"{reasons}.{shown}"
+            f"{self.name} holds {have} be used, and two are needed (one is held out). "
+            f"Dropped: {reasons}.{' First: ' if shown else ''}{shown}"
         )
+
+
+def n_documents(unit: dict[str, Any]) -> int:
+    return sum(facts["documents"] for facts in unit["files"].values())
+
+
+def counted(counts: dict[str, int]) -> str:
+    """2 × this, 1 × that."""
+    return ", ".join(f"{n} × {what}" for what, n in counts.items())
+
+
+def worst_first(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The few examples for the console: whole files before rows, and something of each reason."""
+    each, in_all = LOST_SHOWN
+    taken: Counter[str] = Counter()
+    found = []
+    for example in sorted(examples, key=lambda e: not e["reason"].endswith(" file")):
+        taken[example["reason"]] += 1
+        if taken[example["reason"]] <= each:
+            found.append(example)
+    return found[:in_all]
+
+
+def told(example: dict[str, Any]) -> str:
+    """One dropped row in one line."""
+    detail = " ".join(example["detail"].split())
+    place = example["file"]
+    if not example["reason"].endswith(" file"):
+        place += f", row {example['row']}"
+    return f"{place}: {example['reason']}{f' ({detail})' if detail else ''}"
 
 
 class Tally:
     """The rows of one unit: reasons and examples of what was dropped, lengths and samples of what
-    was kept.
+    was kept, and both by file.
+
+    before: what was dropped in the units before, whose examples need not be given again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: Counter[str] | None = None) -> None:
+        self.before: Counter[str] = before or Counter()
         self.dropped: Counter[str] = Counter()
         self.examples: list[dict[str, Any]] = []
         self.lengths: Counter[str] = Counter()
         self.reasoning: Counter[str] = Counter()
         self.samples: list[list[Any]] = []  # rank and beginning
-        self.lowest = 2**64
+        self.lowest, self.highest = 2**64, -1  # of the hashes that decide the split
+        # by number: name, kept, lost, and how often it was read in which way
+        self.files: dict[str, list[Any]] = {}
 
     def drop(self, rows: Rows, i: int, bad: Rejected, item: Any) -> None:
         self.dropped[bad.reason] += 1
-        if self.dropped[bad.reason] <= EXAMPLES:
+        self._file(rows)[2] += 1
+        if self.before[bad.reason] + self.dropped[bad.reason] <= EXAMPLES:
             begin = item.decode(errors="replace") if isinstance(item, bytes) else str(item)
             facts = {
                 "reason": bad.reason,
-                "file": rows.name,
+                "file": readable(rows.name),
                 "row": rows.first + i,
-                "detail": bad.detail[:200],
+                "detail": readable(bad.detail[:200]),
             }
-            text = (
-                "" if isinstance(item, Rejected) else begin[:200].encode(errors="replace").decode()
-            )
+            text = "" if isinstance(item, Rejected) else readable(begin[:200])
             self.examples.append(facts | {"text": text})
 
-    def keep(self, document: Document) -> None:
+    def keep(self, rows: Rows, document: Document, key: int) -> None:
+        """key: what decides the split of the document."""
         self.lengths[str(document.n_bytes.bit_length())] += 1
-        if document.counted_as:
-            self.reasoning[document.counted_as] += 1
-        self.lowest = min(self.lowest, document.key)
+        if document.reasoning:
+            self.reasoning[document.reasoning] += 1
+        self.lowest, self.highest = min(self.lowest, key), max(self.highest, key)
+        file = self._file(rows)
+        file[1] += 1
+        read_as = ", ".join(filter(None, (document.layout, rows.read_as)))
+        file[3][read_as] = file[3].get(read_as, 0) + 1
         # another order than that which decides the split
         rank = document.key * 0x9E3779B97F4A7C15 % 2**64
         if len(self.samples) < SAMPLES or rank < self.samples[-1][0]:
             begin = document.text[:600].decode(errors="ignore")
             self.samples = sorted([*self.samples, [rank, begin]])[:SAMPLES]
 
+    def _file(self, rows: Rows) -> list[Any]:
+        number = str(min(rows.file, FILES_SHOWN))
+        return self.files.setdefault(number, [readable(rows.name), 0, 0, {}])
+
     def facts(self) -> dict[str, Any]:
-        return {
-            "dropped": dict(self.dropped),
-            "examples": self.examples,
-            "lengths": dict(self.lengths),
-            "reasoning": dict(self.reasoning),
-            "samples": self.samples,
-            "lowest": self.lowest,
-        }
+        """As JSON, for `merge`."""
+        return {name: value for name, value in vars(self).items() if name != "before"}
+
+    def merge(self, facts: dict[str, Any]) -> None:
+        """Add those of the next unit."""
+        for counts in ("dropped", "lengths", "reasoning"):
+            getattr(self, counts).update({k: int(n) for k, n in facts[counts].items()})
+        for example in facts["examples"]:
+            self.examples.append({**example, "row": int(example["row"])})
+            told(example)
+        samples = [[int(rank), str(begin)] for rank, begin in facts["samples"]]
+        self.samples = sorted(self.samples + samples)[:SAMPLES]
+        self.lowest = min(self.lowest, int(facts["lowest"]))
+        self.highest = max(self.highest, int(facts["highest"]))
+        for number, (name, kept, lost, read_as) in facts["files"].items():
+            file = self.files.setdefault(str(int(number)), [str(name), 0, 0, {}])
+            file[1], file[2] = file[1] + int(kept), file[2] + int(lost)
+            file[3] = dict(Counter(file[3]) + Counter(read_as))
 
 
-def first_of_each(items: Iterable[dict[str, Any]], name: str, n: int) -> list[dict[str, Any]]:
-    """The first `n` items of each value of `name`, in order."""
-    counts: Counter[Any] = Counter()
-    kept = []
-    for item in items:
-        counts[item[name]] += 1
-        if counts[item[name]] <= n:
-            kept.append(item)
-    return kept
+def readable(text: str) -> str:
+    """`text` as a terminal can show it: without what is no character."""
+    return text.encode(errors="replace").decode()

@@ -33,14 +33,20 @@ def conversation(row: dict[str, Any], max_chars: int | None = None) -> list[Mess
     """
     if not isinstance(row, dict):
         return Rejected("unknown layout", "a text without ### Human: and ### Assistant:")
-    for columns, convert in LAYOUTS:
-        if all(row.get(name) is not None for name in columns):
-            try:
-                messages = convert(row, max_chars) if convert is _problem else convert(row)
-            except (TypeError, KeyError, AttributeError, IndexError) as error:
-                return Rejected("malformed row", f"{type(error).__name__}: {error}")
-            return messages if isinstance(messages, Rejected) else finished(messages, max_chars)
-    return Rejected("unknown layout", "columns " + ", ".join(map(str, row)))
+    columns = layout(row)
+    if columns is None:
+        return Rejected("unknown layout", "columns " + ", ".join(map(str, row)))
+    convert = LAYOUTS[columns]
+    try:
+        messages = convert(row, max_chars) if convert is _problem else convert(row)
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        return Rejected("malformed row", f"{type(error).__name__}: {error}")
+    return messages if isinstance(messages, Rejected) else finished(messages, max_chars)
+
+
+def layout(row: dict[str, Any]) -> tuple[str, ...] | None:
+    """The columns by which `conversation` recognises a row, None where it does not."""
+    return next((c for c in LAYOUTS if all(row.get(name) is not None for name in c)), None)
 
 
 def finished(messages: list[Message], max_chars: int | None = None) -> list[Message] | Rejected:
@@ -213,14 +219,14 @@ def _transcript(row: dict[str, Any]) -> list[Message] | Rejected:
 
 
 # The first whose columns are all there is taken.
-LAYOUTS: tuple[tuple[tuple[str, ...], Callable[..., list[Message] | Rejected]], ...] = (
-    (("problem", "solution"), _problem),
-    (("messages",), _messages),
-    (("conversations",), _messages),
-    (("instruction", "output"), _instruction),
-    (("instruction", "response"), _instruction),
-    (("question", "answer"), _question),
-    (("prompt", "completion"), _prompt),
-    (("prompt", "response"), _prompt),
-    (("text",), _transcript),
-)
+LAYOUTS: dict[tuple[str, ...], Callable[..., list[Message] | Rejected]] = {
+    ("problem", "solution"): _problem,
+    ("messages",): _messages,
+    ("conversations",): _messages,
+    ("instruction", "output"): _instruction,
+    ("instruction", "response"): _instruction,
+    ("question", "answer"): _question,
+    ("prompt", "completion"): _prompt,
+    ("prompt", "response"): _prompt,
+    ("text",): _transcript,
+}

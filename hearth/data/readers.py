@@ -1,4 +1,4 @@
-"""Files of every format as rows, each with its place.
+"""Files of every format as rows, each with its place and the document it belongs to.
 
 In: names, folders and globs, or addresses on the hub. Out: `Rows`; what cannot be read is a
 `Rejected` row in its place. Knows nothing of cleaning and of shards.
@@ -6,6 +6,7 @@ In: names, folders and globs, or addresses on the hub. Out: `Rows`; what cannot 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import io
@@ -20,10 +21,11 @@ from typing import Any, BinaryIO
 from config import UserError
 from hearth.data.cleaning import Rejected
 from hearth.data.hub import HubFile, NetworkFailure
+from hearth.storage import checksum
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".json", ".csv", ".txt", ".md")
-# a .txt or .md file longer than this is cut at blank lines into documents of about this size
+# a .txt or .md file of more bytes is one document, cut at blank lines into rows of about this size
 PIECE_CHARS = 16_384
 READ_ROWS = 256  # rows read at once,
 READ_BYTES = 4 << 20  # or about this many bytes of text
@@ -32,12 +34,17 @@ READ_BYTES = 4 << 20  # or about this many bytes of text
 Pick = Callable[[dict[str, Any]], str | None]
 Cursor = tuple[int, int]  # file and row to read next
 START: Cursor = (0, 0)
+# what is said of a file's encoding, by its name in Python
+ENCODINGS = {"utf-8-sig": "", "utf-16": "UTF-16", "cp1252": "read as Latin-1, for it is not UTF-8"}
 
 
 @dataclass(frozen=True)
 class Rows:
     """Consecutive rows of one file: dicts, or the values of one column; `first` is the row number
     of the first.
+
+    document: 64 bits of the hash of the file where its rows are pieces of one document, None where
+    each row is a document.
     """
 
     file: int
@@ -45,6 +52,8 @@ class Rows:
     first: int
     items: list[Any]
     share: float = 0.0  # of the whole source that was read up to here, by size
+    document: int | None = None
+    read_as: str = ""  # what of the file was read: its column, its encoding where that is not UTF-8
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -56,6 +65,8 @@ class SourceFile:
 
     path: str
     size: int
+    content: str = ""  # hash of its bytes as hex, where it is known already
+    read_as: str = field(default="", compare=False)
     share: float = field(default=0.0, compare=False)  # of it that was read
     raw: Any = field(default=None, compare=False)  # its bytes as they lie there, while it is open
 
@@ -63,6 +74,16 @@ class SourceFile:
     def suffix(self) -> str:
         found = [suffix for suffix in SUFFIXES if self.path.lower().endswith(suffix)]
         return max(found, key=len, default="")
+
+    @property
+    def document(self) -> int | None:
+        """What `Rows.document` is for this file; reads a local file once, unless its `content` is
+        known.
+        """
+        if self.suffix not in PLAIN or self.size <= PIECE_CHARS:
+            return None
+        self.content = self.content or checksum(Path(self.path))
+        return int(self.content[:16], 16)
 
     def open(self) -> BinaryIO:
         """The bytes of the file, decompressed."""
@@ -94,14 +115,15 @@ class SourceFile:
         return getattr(self.raw, "failure", None)
 
 
-def local_files(patterns: Iterable[str]) -> list[SourceFile]:
+def local_files(patterns: Iterable[str], skipped: list[Path] | None = None) -> list[SourceFile]:
     """The files that names, folders and globs stand for, each once, folders in alphabetical order.
 
-    Raises `UserError` where a pattern finds nothing, or a file has a format that cannot be read.
+    skipped: gets what folders hold besides, of a format that cannot be read; hidden files are left
+    out. Raises `UserError` where a pattern finds nothing, or names a file of such a format.
     """
     found: dict[str, SourceFile] = {}
     for pattern in patterns:
-        for path in _paths(pattern):
+        for path in _paths(pattern, [] if skipped is None else skipped):
             try:
                 file = SourceFile(str(path), path.stat().st_size)
                 path.open("rb").close()
@@ -115,16 +137,17 @@ def local_files(patterns: Iterable[str]) -> list[SourceFile]:
     return list(found.values())
 
 
-def _paths(pattern: str) -> list[Path]:
+def _paths(pattern: str, skipped: list[Path]) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+        inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not _is_hidden(p, path)]
         usable = [p for p in inside if SourceFile(str(p), 0).suffix]
         if not usable:
             formats = ", ".join(SUFFIXES)
             raise UserError(
-                f"{path} holds no file that can be read ({formats}); it holds {_listing(inside)}."
+                f"{path} holds no file that can be read ({formats}); it holds {listing(inside)}."
             )
+        skipped += [p for p in inside if p not in usable]
         return usable
     if path.is_file():
         return [path]
@@ -132,12 +155,17 @@ def _paths(pattern: str) -> list[Path]:
     if not usable:
         around = path.parent if path.parent.is_dir() else Path()
         raise UserError(
-            f"There is no file {pattern}; {around.absolute()} holds {_listing(around.iterdir())}."
+            f"There is no file {pattern}; {around.absolute()} holds {listing(around.iterdir())}."
         )
     return usable
 
 
-def _listing(paths: Iterable[Path]) -> str:
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def listing(paths: Iterable[Path]) -> str:
+    """The names of the first few of `paths`, and how many more there are."""
     names = sorted(path.name for path in paths)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (", ".join(names[:5]) + more) or "nothing"
@@ -157,12 +185,12 @@ def read_rows(files: list[SourceFile], cursor: Cursor, pick: Pick) -> Iterator[R
     for number in range(cursor[0], len(files)):
         file = files[number]
         row = cursor[1] if number == cursor[0] else 0
-        file.share = 0.0
+        file.share, file.read_as = 0.0, ""
         try:
+            document = file.document
             for items in READERS[file.suffix](file, row, pick) if file.size else ():
-                yield Rows(
-                    number, file.path, row, items, (before + file.size * file.measure()) / total
-                )
+                share = (before + file.size * file.measure()) / total
+                yield Rows(number, file.path, row, items, share, document, file.read_as)
                 row += len(items)
             if row == 0:
                 yield Rows(number, file.path, 0, [Rejected("empty file")])
@@ -194,8 +222,7 @@ def _parquet(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file.open(), buffer_size=1 << 20, pre_buffer=False) as table:
-        kinds = {f.name: f.type for f in table.schema_arrow}
-        name = pick(kinds)
+        name = _pick(file, pick, {f.name: f.type for f in table.schema_arrow})
         n_rows = max(1, table.metadata.num_rows)
         start = 0
         for group in range(table.num_row_groups):
@@ -272,7 +299,7 @@ def _jsonl(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
     if not isinstance(lines, io.BufferedIOBase):
         lines = io.BufferedReader(lines, 1 << 20)  # type: ignore[arg-type]
     with lines:
-        yield from _picked((_parsed(line) for line in islice(lines, row, None)), pick)
+        yield from _picked(file, (_parsed(line) for line in islice(lines, row, None)), pick)
 
 
 def _parsed(line: bytes) -> Any:
@@ -287,7 +314,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def _json(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
-    yield from _picked(islice(_json_items(file), row, None), pick)
+    yield from _picked(file, islice(_json_items(file), row, None), pick)
 
 
 def _json_items(file: SourceFile) -> Iterator[Any]:
@@ -325,12 +352,9 @@ def _skip(text: str, at: int) -> int:
 
 def _csv(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
     csv.field_size_limit(sys.maxsize)
-    with io.TextIOWrapper(
-        file.open(), encoding="utf-8-sig", errors="surrogateescape", newline=""
-    ) as stream:
-        yield from _picked(
-            islice(csv.DictReader(stream, restkey="beyond the header"), row, None), pick
-        )
+    with _text(file, newline="") as stream:
+        lines = csv.DictReader(stream, restkey="beyond the header")
+        yield from _picked(file, islice(lines, row, None), pick)
 
 
 def _plain(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
@@ -339,11 +363,48 @@ def _plain(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
         yield [piece]
 
 
+def _text(file: SourceFile, newline: str | None = None) -> io.TextIOWrapper:
+    """A text file, decoded by what it begins with and holds; what it cannot be is left as
+    surrogates.
+    """
+    stream = file.open()
+    if file.path.startswith("hf://"):  # to read it twice would take twice as long
+        stream = io.BufferedReader(stream, 1 << 20)  # type: ignore[type-var]
+        encoding = encoding_of([stream.peek()])
+    else:
+        encoding = encoding_of(iter(lambda: stream.read(1 << 20), b""))
+        stream.seek(0)
+    file.read_as = ENCODINGS[encoding]
+    return io.TextIOWrapper(stream, encoding=encoding, errors="surrogateescape", newline=newline)
+
+
+def encoding_of(blocks: Iterable[bytes]) -> str:
+    """The encoding of a text: UTF-16 by its mark, else UTF-8, or Latin-1 as Windows extends it.
+
+    Latin-1 where more of what is not ASCII is no UTF-8 than is: in a UTF-8 text that was damaged a
+    few bytes are wrong, in Latin-1 nearly every accented letter. The five bytes that Windows leaves
+    undefined stay undecodable, so what is not text at all is not taken for text.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    good = bad = 0
+    for number, block in enumerate(blocks):
+        if number == 0 and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return "utf-16"
+        if not block.isascii():
+            text = decoder.decode(block)
+            whole = text.encode("utf-8", "ignore").decode()  # without what is no UTF-8
+            bad += len(text) - len(whole)
+            good += len(whole) - len(whole.encode("ascii", "ignore"))
+    return "cp1252" if bad > good else "utf-8-sig"
+
+
 def _pieces(file: SourceFile) -> Iterator[str]:
     """A text file as documents: cut at the first blank line after `PIECE_CHARS`, or at a line end
     without one.
     """
-    with io.TextIOWrapper(file.open(), encoding="utf-8-sig", errors="surrogateescape") as stream:
+    with _text(file) as stream:
+        kind = "text" if file.document is None else "text in pieces"
+        file.read_as = f"{kind}, {file.read_as}" if file.read_as else kind
         lines: list[str] = []
         length = 0
         for line in iter(lambda: stream.readline(4 * PIECE_CHARS), ""):
@@ -356,6 +417,7 @@ def _pieces(file: SourceFile) -> Iterator[str]:
             yield "".join(lines).strip("\n")
 
 
+PLAIN = (".txt", ".md")
 READERS: dict[str, Callable[[SourceFile, int, Pick], Iterator[list[Any]]]] = {
     ".parquet": _parquet,
     ".jsonl": _jsonl,
@@ -363,18 +425,26 @@ READERS: dict[str, Callable[[SourceFile, int, Pick], Iterator[list[Any]]]] = {
     ".jsonl.gz": _jsonl,
     ".json": _json,
     ".csv": _csv,
-    ".txt": _plain,
-    ".md": _plain,
+    **dict.fromkeys(PLAIN, _plain),
 }
 
 
-def _picked(items: Iterable[Any], pick: Pick) -> Iterator[list[Any]]:
+def _pick(file: SourceFile, pick: Pick, kinds: dict[str, Any]) -> str | None:
+    name = pick(kinds)
+    if name is not None:
+        column = f"column {name!r}"
+        file.read_as = f"{column}, {file.read_as}" if file.read_as else column
+    return name
+
+
+def _picked(file: SourceFile, items: Iterable[Any], pick: Pick) -> Iterator[list[Any]]:
     """Batches of dict rows, or of the one column that `pick` names when it sees the first row."""
     name, asked, batch, n_chars = None, False, [], 0
     try:
         for item in items:
             if not asked and isinstance(item, dict):
-                name, asked = pick({key: type(value) for key, value in item.items()}), True
+                kinds = {key: type(value) for key, value in item.items()}
+                name, asked = _pick(file, pick, kinds), True
             value = _value(item, name)
             batch.append(value)
             n_chars += len(value) if isinstance(value, str) else 1000

@@ -20,18 +20,48 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from config import UserError
 from hearth import log
-from hearth.storage import checksum, sync_folder, write_json, writing
+from hearth.run import InputsChanged, differences
+from hearth.storage import checksum, field, read_json, shown, sync_folder, write_json, writing
 
-SCHEMA = 1  # version of the manifest
+SCHEMA = 2  # version of the manifest
 MANIFEST = "manifest.json"
 DRAFT = "manifest.part.json"
 SPLITS = ("train", "validation")
+MAX_MANIFEST_BYTES = 64 << 20
+TOTALS = ("documents", "text_bytes", "tokens")
+# by kind, what a unit and a finished manifest hold besides what every one does
+TEXT_UNIT = {"from": list, "to": list, "last": bool}
+TEXT_FACTS = {
+    "name": str,
+    "source": dict,
+    "revision": str | None,
+    "licence": str,
+    "dropped": dict,
+    "lengths": dict,
+    "samples": list,
+    "reasoning": dict | None,
+}
+UNIT_FIELDS: dict[str, dict[str, Any]] = {
+    "text": TEXT_UNIT,
+    "chat": TEXT_UNIT,
+    "tokens": {"split": str, "first_document": int, "documents": int},
+}
+FACTS: dict[str, dict[str, Any]] = {
+    "text": TEXT_FACTS,
+    "chat": TEXT_FACTS,
+    "tokens": {"tokenizer": str, "masked": bool},
+    "tokenizer": {"hash": str, "entries": int},
+}
+COUNTS = ("dropped", "lengths", "reasoning")  # of these, each value is a number
+FILE_NAME = re.compile(r"[a-z]+-\d{5,}[a-z.]*\.(arrow|npy)")  # of a shard: never a path
 
 
 def fingerprint(value: Any) -> str:
@@ -47,48 +77,59 @@ class ShardFolder:
     more.
 
     damaged: what is wrong with which file, by size, and with `verify` by checksum. Raises
-    `UserError` where the folder was made with other settings than `settings`, or cannot be written.
+    `InputsChanged` where the folder was made with other settings than `settings` (with `remake` it
+    is made again), `UserError` where it cannot be written.
     """
 
     def __init__(
-        self, folder: Path, kind: str, settings: dict[str, Any], *, verify: bool = False
+        self,
+        folder: Path,
+        kind: str,
+        settings: dict[str, Any],
+        *,
+        verify: bool = False,
+        remake: bool = False,
     ) -> None:
         self.folder, self.kind = Path(folder), kind
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.finished = is_finished(self.folder)
-        self.manifest = load_json(
-            self.folder / (MANIFEST if self.finished else DRAFT)
-        ) or self._fresh(settings)
-        self._require(settings)
+        try:
+            self._open(settings)
+        except InputsChanged:
+            if not remake:
+                raise
+            shutil.rmtree(self.folder)
+            self._open(settings)
         self.damaged = damaged_files(self.folder, self.manifest, full=verify)
         for name, what in self.damaged.items():
             log.say(f"{self.folder / name} {what}: making it again")
-        with writing(self.folder):
-            for leftover in self.folder.glob("*.part"):
-                leftover.unlink()
+        self._remove_leftovers()
 
-    def _fresh(self, settings: dict[str, Any]) -> dict[str, Any]:
-        return {"schema": SCHEMA, "kind": self.kind, "settings": settings, "units": []}
+    def _open(self, settings: dict[str, Any]) -> None:
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.finished = is_finished(self.folder)
+        self.manifest = load_manifest(self.folder) or {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "settings": settings,
+            "units": [],
+        }
+        self._require(settings)
 
     def _require(self, settings: dict[str, Any]) -> None:
-        if self.manifest.get("schema") != SCHEMA or self.manifest.get("kind") != self.kind:
-            raise UserError(
-                f"{self.folder} was made by another version of this program: remove it and start "
-                "again."
-            )
-        old = self.manifest["settings"]
-        differing = [
-            f"  {name}: made with {_short(old.get(name))}, asked for {_short(settings.get(name))}"
-            for name in {**old, **settings}
-            if old.get(name) != settings.get(name)
-        ]
-        if differing:
-            raise UserError(
-                f"{self.folder} was made with other settings:\n"
-                + "\n".join(differing)
-                + "\nRemove that folder to make it again, or choose another --name to keep both."
-            )
+        if self.manifest["kind"] != self.kind:
+            raise _foreign(self.folder)
+        if differing := differences(self.manifest["settings"], settings):
+            raise InputsChanged(self.folder, differing)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what no unit holds: files half written, and shards of an attempt given up."""
+        known = {name for unit in self.units for name in unit["files"]}
+        with writing(self.folder):
+            for path in self.folder.iterdir():
+                if path.suffix == ".part" or (
+                    FILE_NAME.fullmatch(path.name) and path.name not in known
+                ):
+                    path.unlink()
 
     @property
     def units(self) -> list[dict[str, Any]]:
@@ -166,15 +207,13 @@ class ShardFolder:
     def totals(self, split: str) -> dict[str, int]:
         """Documents, text bytes and tokens of one split so far."""
         files = [f for unit in self.units for f in unit["files"].values() if f["split"] == split]
-        return {
-            name: sum(f.get(name, 0) for f in files)
-            for name in ("documents", "text_bytes", "tokens")
-        }
+        return {name: sum(f.get(name, 0) for f in files) for name in TOTALS}
 
     def start_again(self, **facts: Any) -> None:
         """Forget every unit, and keep `facts` in the draft for the next attempt."""
         self.manifest = {**self.manifest, **facts, "units": []}
         self.save_draft()
+        self._remove_leftovers()
 
 
 def is_finished(folder: Path) -> bool:
@@ -182,20 +221,115 @@ def is_finished(folder: Path) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
-def load_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def load_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, or its draft where it is unfinished; None where it has neither.
+
+    Raises `UserError` that names file and field where one cannot be used: numbers that cannot be
+    right or contradict each other, names that are no shard's, another version of this program.
+    """
+    path = Path(folder) / (MANIFEST if is_finished(folder) else DRAFT)
+    if not path.is_file():
         return None
-    except (OSError, ValueError) as error:
+    try:
+        manifest = read_json(path, max_bytes=MAX_MANIFEST_BYTES)
+        if manifest.get("schema") == SCHEMA:
+            _check(manifest, path)
+    except UserError as error:
+        raise UserError(f"{error} Remove the folder {folder} to make it again.") from error
+    if manifest.get("schema") != SCHEMA:
+        raise _foreign(folder)
+    return manifest
+
+
+def _foreign(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} was made by another version of this program: remove it to make it again."
+    )
+
+
+def _check(manifest: dict[str, Any], path: Path) -> None:
+    """Every field that a reader relies on is there, and the numbers belong together."""
+    kind = field(manifest, "kind", str, path)
+    field(manifest, "settings", dict, path)
+    totals = {split: dict.fromkeys(TOTALS, 0) for split in SPLITS}
+    cursor = [0, 0]
+    for number, unit in enumerate(field(manifest, "units", list, path)):
+        at = f"units[{number}]"
+        if not isinstance(unit, dict):
+            raise UserError(f"{path}: {at} should be an object, but is {shown(unit)}.")
+        for name, wanted in UNIT_FIELDS.get(kind, {}).items():
+            field(unit, name, wanted, path, at=at)
+        if kind == "tokens":
+            split = _one_of(SPLITS, unit, "split", path, at)
+            _same(unit["first_document"], totals[split]["documents"], path, f"{at}.first_document")
+        if kind in ("text", "chat"):
+            _same(unit["from"], cursor, path, f"{at}.from")
+            cursor = unit["to"]
+            if [type(item) for item in cursor] != [int, int]:
+                raise UserError(f"{path}: {at}.to should be a file and a row.")
+        before = sum(total["documents"] for total in totals.values())
+        for name, facts in field(unit, "files", dict, path, at=at).items():
+            _check_file(kind, name, facts, totals, path, f"{at}.files[{shown(name)}]")
+        if kind == "tokens":
+            found = sum(total["documents"] for total in totals.values()) - before
+            _same(unit["documents"], found, path, f"{at}.documents")
+    if path.name != MANIFEST:
+        return
+    for name, wanted in FACTS.get(kind, {}).items():
+        facts = field(manifest, name, wanted, path)
+        for key in facts or () if name in COUNTS else ():
+            field(facts, key, int, path, at=name)
+            if name == "lengths" and not re.fullmatch("[0-9]{1,2}", key):
+                raise UserError(f"{path}: lengths has the key {shown(key)}, no number of bits.")
+        for sample in facts if name == "samples" else ():
+            if not isinstance(sample, list) or [type(item) for item in sample] != [int, str]:
+                raise UserError(f"{path}: samples should hold pairs of a rank and a text.")
+    _same(field(manifest, "splits", dict, path), totals, path, "splits")
+
+
+def _check_file(
+    kind: str, name: str, facts: Any, totals: dict[str, dict[str, int]], path: Path, at: str
+) -> None:
+    """The facts of one shard; adds its amounts to those of its split."""
+    if not FILE_NAME.fullmatch(name) or not isinstance(facts, dict):
+        raise UserError(f"{path}: {at} is no shard with its facts.")
+    split = _one_of(SPLITS, facts, "split", path, at)
+    field(facts, "sha256", str, path, at=at)
+    counted = {"text": TOTALS[:2], "chat": TOTALS[:2], "tokens": TOTALS}.get(kind, ())
+    if name.count(".") > 1:  # what lies beside the tokens counts nothing of its own
+        counted = ()
+    for amount in {"size", *counted, *set(TOTALS).intersection(facts)}:
+        if field(facts, amount, int, path, at=at) < 0:
+            raise UserError(f"{path}: {at}.{amount} is {facts[amount]}.")
+    for amount in TOTALS:
+        totals[split][amount] += facts.get(amount, 0)
+
+
+def _one_of(values: tuple[str, ...], record: dict[str, Any], name: str, path: Path, at: str) -> str:
+    value = field(record, name, str, path, at=at)
+    if value not in values:
+        raise UserError(f"{path}: {at}.{name} is {shown(value)}, not {' or '.join(values)}.")
+    return value
+
+
+def _same(found: Any, expected: Any, path: Path, name: str) -> None:
+    if found != expected:
         raise UserError(
-            f"Cannot read {path}: {error}. Remove the folder {path.parent} and make it again."
-        ) from error
+            f"{path}: {name} is {shown(found)}, which does not go with the units: "
+            f"{shown(expected)}."
+        )
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 120 else text[:117] + "..."
+def content_fingerprint(manifest: dict[str, Any]) -> str:
+    """A hash of what all shards of a folder hold."""
+    return fingerprint(
+        [[f["sha256"] for f in unit["files"].values()] for unit in manifest["units"]]
+    )
+
+
+def inputs_of_tokens(manifests: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What the tokenizer stage uses, for the run's record: the text of each corpus, by its name."""
+    return {f"text of {name}": content_fingerprint(m) for name, m in manifests.items()}
 
 
 def read_manifest(folder: Path, command: str) -> dict[str, Any]:
@@ -203,17 +337,13 @@ def read_manifest(folder: Path, command: str) -> dict[str, Any]:
     missing.
     """
     folder = Path(folder)
-    manifest = load_json(folder / MANIFEST)
-    if manifest is None:
-        found = "is unfinished" if (folder / DRAFT).exists() else "holds no manifest.json"
-        if not folder.exists():
-            found = "does not exist"
-        raise UserError(f"No shards: {folder} {found}. Make them with `{command}`.")
-    if manifest.get("schema") != SCHEMA:
-        raise UserError(
-            f"{folder} was made by another version of this program: remove it and run `{command}`."
-        )
-    return manifest
+    manifest = load_manifest(folder) if is_finished(folder) else None
+    if manifest is not None:
+        return manifest
+    found = "is unfinished" if (folder / DRAFT).exists() else "holds no manifest.json"
+    if not folder.exists():
+        found = "does not exist"
+    raise UserError(f"No shards: {folder} {found}. Make them with `{command}`.")
 
 
 def damaged_files(folder: Path, manifest: dict[str, Any], *, full: bool = False) -> dict[str, str]:
@@ -239,11 +369,11 @@ def require_whole(
     """
     found = damaged_files(folder, manifest, full=full)
     if found:
-        lines = [f"  {Path(folder) / name} {what}" for name, what in found.items()]
+        first = "; ".join(f"{name} {what}" for name, what in list(found.items())[:5])
+        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
         raise UserError(
-            "Damaged shards:\n"
-            + "\n".join(lines)
-            + f"\n`{command}` makes these again and leaves the others alone."
+            f"Damaged shards in {folder}: {first}{more}. `{command}` makes these again and leaves "
+            "the others alone."
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import re
 import threading
 from collections.abc import Iterator
 from itertools import islice
@@ -28,15 +29,19 @@ from hearth.data.readers import (
     Rows,
     SourceFile,
     is_text,
+    listing,
     local_files,
     read_rows,
 )
 from hearth.data.shard_folder import fingerprint
 from hearth.data.text_shards import read_text_batches
-from hearth.storage import checksum
+from hearth.storage import checksum, read_json, write_json
 
 # guessed in this order
 TEXT_COLUMNS = ("text", "content", "document", "body", "article", "raw_content", "markdown")
+HASHES = "hashes.json"  # of a folder of text shards: the hash of each input file, and its state
+MAX_HASHES_BYTES = 64 << 20
+SHA256 = "[0-9a-f]{64}"
 BATCHES_AHEAD = 2  # batches of rows read before they are needed
 PATIENCE = 1.0  # seconds that the reader is given to end when nobody reads on
 
@@ -44,18 +49,19 @@ PATIENCE = 1.0  # seconds that the reader is given to end when nobody reads on
 class Source:
     """A `TextSource` or `ChatSource` as rows with a place, whatever it comes from.
 
-    origin: what identifies the input, for the settings of a manifest. facts: revision, licence and
-    the like.
+    facts: revision, licence and the like. skipped: files of a kind that cannot be read, beside
+    those that are.
     """
 
     def __init__(self, source: TextSource | ChatSource, retry_minutes: float = 30.0) -> None:
         self.source, self.retry_policy = source, RetryPolicy(source.name, retry_minutes)
         self.revision: str | None = None
         self._hub: HubSet | None = None
-        self.local = local_files(source.files) if source.files else []
+        self.skipped: list[Path] = []
+        self.local = local_files(source.files, self.skipped) if source.files else []
 
-    @property
-    def origin(self) -> dict[str, Any]:
+    def origin(self, folder: Path) -> dict[str, Any]:
+        """What identifies the input, for the manifest of the shards in `folder`: see `identity`."""
         source = self.source
         if source.demo:
             return {"demo": source.demo, "generator": checksum(Path(_demo_world().__file__))[:16]}
@@ -66,9 +72,10 @@ class Source:
                 "split": source.split,
                 "revision_asked": source.revision,
             }
+        remember_contents(self.local, folder, source.name)
         sizes = sum(file.size for file in self.local)
-        listed = fingerprint([(Path(file.path).name, file.size) for file in self.local])
-        return {"files": f"{len(self.local)} files, {sizes} bytes", "files_hash": listed}
+        content = fingerprint([(file.suffix, file.content) for file in self.local])
+        return {"files": f"{len(self.local)} files, {sizes} bytes", "content of the files": content}
 
     def facts(self) -> dict[str, Any]:
         """Revision and licence; asks the hub."""
@@ -86,7 +93,9 @@ class Source:
         if self.source.hub:
             part = f" {self.source.hub_config}" if self.source.hub_config else ""
             return f"{self.source.hub}{part} on the hub, revision {self.hub.revision[:12]}"
-        return f"{len(self.local)} files, {log.size(sum(file.size for file in self.local))}"
+        skipped = f"; skipped, not of a kind that can be read: {listing(self.skipped)}"
+        sizes = log.size(sum(file.size for file in self.local))
+        return f"{len(self.local)} files, {sizes}{skipped if self.skipped else ''}"
 
     @property
     def hub(self) -> HubSet:
@@ -101,7 +110,7 @@ class Source:
     def files(self) -> list[SourceFile]:
         if not self.source.hub:
             return self.local
-        found = [SourceFile(address, size) for address, size in self.hub.files.items()]
+        found = [SourceFile(address, *facts) for address, facts in self.hub.files.items()]
         if not (usable := [file for file in found if file.suffix]):
             name, formats = self.source.name, ", ".join(SUFFIXES)
             raise UserError(
@@ -127,6 +136,45 @@ class Source:
                     return
                 except NetworkFailure as error:
                     self.retry_policy.failed(error)
+
+
+def identity(source: TextSource | ChatSource, folder: Path) -> dict[str, Any]:
+    """What `source` is now, as JSON; equal to the "source" of the manifest in `folder` (the
+    source's text shards) while nothing of it has changed.
+
+    Of local files only content, kind and order count: a file that was moved or renamed in its place
+    is the same, one that was edited at the same size is another. Of the hub it is what was asked
+    for, of the demo world the program that makes it. Asks no network; raises `UserError` where a
+    file is missing. `folder` need not exist; where it does, hashes are remembered there.
+    """
+    return Source(source).origin(folder)
+
+
+def remember_contents(files: list[SourceFile], folder: Path, name: str) -> None:
+    """Set `content` of local files: their SHA-256, computed again only of a file whose size or
+    times differ from those in `HASHES` of `folder`.
+    """
+    path = folder / HASHES
+    try:
+        known = read_json(path, max_bytes=MAX_HASHES_BYTES) if path.is_file() else {}
+    except UserError:  # all it saves is time
+        known = {}
+    now: dict[str, list[Any]] = {}
+    with log.progress(sum(file.size for file in files), "B", f"{name}: checking files") as bar:
+        for file in files:
+            here = Path(file.path).absolute()
+            facts = here.stat()
+            # the time of the last change of any kind, for who sets the time of modification
+            state = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
+            old = known.get(str(here))
+            same = isinstance(old, list) and old[:-1] == state
+            file.content = str(old[-1]) if same else ""
+            if not re.fullmatch(SHA256, file.content):
+                file.content = checksum(here)
+            now[str(here)] = [*state, file.content]
+            bar.update(file.size)
+    if now != known and folder.is_dir():
+        write_json(path, now)
 
 
 def _demo_world() -> Any:

@@ -18,14 +18,7 @@ from typing import Any
 import numpy as np
 
 from hearth import log
-from hearth.data.shard_folder import (
-    DRAFT,
-    MANIFEST,
-    ShardFolder,
-    load_json,
-    read_manifest,
-    require_whole,
-)
+from hearth.data.shard_folder import ShardFolder, load_manifest, read_manifest, require_whole
 from hearth.storage import finish_file, writing
 
 BATCH_BYTES = 4 << 20  # a record batch of a text shard is cut at this many bytes of text,
@@ -178,7 +171,7 @@ class _HashingFile(io.RawIOBase):
 
 def unit_batches(folder: Path, n_units: int | None = None) -> Iterator[Any]:
     """The record batches of both splits in the first units of a folder, finished or not."""
-    manifest = load_json(folder / MANIFEST) or load_json(folder / DRAFT) or {"units": []}
+    manifest = load_manifest(folder) or {"units": []}
     for unit in manifest["units"][:n_units]:
         for name in unit["files"]:
             yield from _arrow_batches(folder / name)
@@ -220,7 +213,7 @@ def data_sheet(manifest: dict[str, Any]) -> str:
         "source": ", ".join(
             f"{name} {value}" for name, value in source.items() if value is not None
         ),
-        "revision": manifest["revision"] or "none",
+        "revision": manifest.get("revision") or "none",
         "licence": manifest["licence"],
         "documents": f"{documents:,}, of which {splits['validation']['documents']:,} held out",
         "text": f"{n_bytes:,} bytes, {n_bytes / max(1, documents):,.0f} a document",
@@ -239,7 +232,7 @@ def data_sheet(manifest: dict[str, Any]) -> str:
         up_to = log.size(2 ** int(bits))
         lines.append(f"below {up_to:>9}  {n:>9,}  {'#' * -(-40 * n // most)}")
     lines += ["```", ""]
-    if "reasoning" in manifest:
+    if manifest.get("reasoning"):
         taken = [f"- {n:,} × {what}" for what, n in manifest["reasoning"].items()]
         lines += ["## Reasoning taken", "", *taken, ""]
     lines += ["## What was dropped", ""]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from config import UserError
 from hearth.data.shard_folder import (
     SPLITS,
     ShardFolder,
@@ -23,6 +24,8 @@ from hearth.data.shard_folder import (
 )
 from hearth.storage import checksum, finish_file, writing
 
+ID_TYPES = (np.uint16, np.uint32)
+
 
 def token_dtype(vocab_size: int) -> Any:
     """The smallest type that holds every id: `uint16` while the vocabulary fits."""
@@ -30,7 +33,7 @@ def token_dtype(vocab_size: int) -> Any:
 
 
 class TokenShardWriter:
-    """Write documents as token shards; after a kill each split goes on by itself, from document
+    """Write documents as token shards; after a kill each split continues by itself, from document
     `n_done(split)`.
 
     shard_tokens: a shard closes before the document that would pass it; a longer document has a
@@ -151,7 +154,7 @@ class TokenShardWriter:
         return self.folder.finish(**facts, tokenizer=self.tokenizer_hash, masked=self.masked)
 
     def close(self) -> None:
-        """Give up what is open and remove it; the next writer of this folder goes on at
+        """Give up what is open and remove it; the next writer of this folder continues at
         `n_done`.
         """
         for file in self._open.values():
@@ -258,7 +261,10 @@ class TokenShards:
         self, folder: Path, split: str, command: str = "uv run train_tokenizer.py"
     ) -> None:
         self.folder, self.split = Path(folder), split
+        self.command = command
         self.manifest = read_manifest(self.folder, command)
+        if self.manifest["kind"] != "tokens":
+            raise UserError(f"{self.folder} holds no token shards. Make them with `{command}`.")
         require_whole(self.folder, self.manifest, command)
         totals = self.manifest["splits"][split]
         self.n_tokens, self.n_documents = totals["tokens"], totals["documents"]
@@ -270,14 +276,34 @@ class TokenShards:
         self.fingerprint = fingerprint(
             [split, self.tokenizer_hash, [facts[name]["sha256"] for name in names]]
         )
-        self._names = names
-        self._starts = np.cumsum([0] + [facts[name]["tokens"] for name in names])
-        self._ids = [self._map(name) for name in names]
+        self._facts = {name: facts[name] for name in names}
+        self._starts = np.cumsum([0] + [facts[name].get("tokens", 0) for name in names])
+        self._ids = [self._map(name, "tokens", ID_TYPES) for name in names]
         self._masks: list[np.ndarray] | None = None
         self._ends: np.ndarray | None = None
 
-    def _map(self, name: str) -> np.ndarray:
-        return np.load(self.folder / name, mmap_mode="r")
+    def _map(
+        self, name: str, count: str, dtypes: tuple[Any, ...], ending: str = ".npy"
+    ) -> np.ndarray:
+        """The array that goes with shard `name`, memory-mapped, so that no header can make it take
+        memory; as long as the manifest says in `count`.
+        """
+        path = self.folder / name.replace(".npy", ending)
+        length = self._facts[name].get(count, 0)
+        try:
+            array = np.load(path, mmap_mode="r")
+        except Exception as error:  # a header that was harmed can raise nearly anything
+            raise self._damaged(path, f"cannot be read ({error})") from error
+        if array.dtype not in dtypes or array.shape != (length,):
+            found = f"holds {array.dtype} of shape {array.shape}"
+            raise self._damaged(path, f"{found}, and the manifest says {length} {count}")
+        return array
+
+    def _damaged(self, path: Path, what: str) -> UserError:
+        what = " ".join(what.split())[:200]
+        return UserError(
+            f"{path} {what}. Remove the folder {self.folder} and run `{self.command}`."
+        )
 
     @property
     def ends(self) -> np.ndarray:
@@ -285,9 +311,16 @@ class TokenShards:
         ascending.
         """
         if self._ends is None:
-            parts = [np.load(self.folder / n.replace(".npy", ".ends.npy")) for n in self._names]
-            shifted = [part + start for part, start in zip(parts, self._starts, strict=False)]
-            self._ends = np.concatenate(shifted) if shifted else np.zeros(0, np.int64)
+            shifted = [np.zeros(0, np.int64)]
+            for name, start in zip(self._facts, self._starts, strict=False):
+                part = self._map(name, "documents", (np.int64,), ".ends.npy")
+                n_tokens = self._facts[name]["tokens"]
+                whole = len(part) and part[0] >= 0 and part[-1] == n_tokens
+                if not whole or (np.diff(part) < 0).any():
+                    path = self.folder / name.replace(".npy", ".ends.npy")
+                    raise self._damaged(path, f"does not rise from 0 to {n_tokens}")
+                shifted.append(part + start)
+            self._ends = np.concatenate(shifted)
         return self._ends
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -303,7 +336,9 @@ class TokenShards:
                 raise ValueError(
                     f"{self.folder} holds no loss masks: it was not made from conversations"
                 )
-            self._masks = [self._map(name.replace(".npy", ".mask.npy")) for name in self._names]
+            self._masks = [
+                self._map(name, "tokens", (np.uint8,), ".mask.npy") for name in self._facts
+            ]
         return self._gather(self._masks, start, stop, np.uint8)
 
     def _gather(self, arrays: list[np.ndarray], start: int, stop: int, dtype: Any) -> np.ndarray:

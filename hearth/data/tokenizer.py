@@ -32,6 +32,7 @@ SPARES = (
 SPECIAL_TOKENS = (BOS, SYSTEM, USER, ASSISTANT, END, THINK, END_THINK, PAD, *SPARES)
 
 FILE = "tokenizer.json"
+MAX_FILE_BYTES = 64 << 20
 UNUSED = "<|unused_{}|>"  # fills the vocabulary where the corpus was too small to
 N_BYTES = 256
 PIECE_CHARS = 1 << 16  # longer texts are encoded in pieces
@@ -127,11 +128,18 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(f"No tokenizer: {folder} holds no {FILE}. Make it with `{command}`.")
         try:
+            model = storage.field(
+                storage.read_json(path, max_bytes=MAX_FILE_BYTES), "model", dict, path
+            )
+            storage.field(model, "vocab", dict, path, at="model")
+            storage.field(model, "merges", list, path, at="model")
             backend = Backend.from_file(str(path))
+            _check(backend, path)
         except Exception as error:  # the library raises bare `Exception`
-            raise UserError(
-                f"Cannot read {path}: {error}. Make it again with `{command}`."
-            ) from error
+            what = " ".join(str(error).split())[:300]
+            if not isinstance(error, UserError):
+                what = f"Cannot read {path}: {what}."
+            raise UserError(f"{what} Make it again with `{command}`.") from error
         return cls(backend)
 
     # ---------------------------------------------------------------------------------- text to ids
@@ -151,17 +159,6 @@ class Tokenizer:
             [i for _ in text for i in next(encoded).ids] if len(text) > 1 else next(encoded).ids
             for text in pieces
         ]
-
-    def encode_bytes(self, data: bytes) -> list[int]:
-        """The ids of any byte string; `decode_bytes` gives it back."""
-        ids: list[int] = []
-        for piece in _valid_pieces(data):
-            ids += (
-                self.encode(piece)
-                if isinstance(piece, str)
-                else [self._byte_ids[byte] for byte in piece]
-            )
-        return ids
 
     # ---------------------------------------------------------------------------------- ids to text
 
@@ -238,18 +235,22 @@ def _cut(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _valid_pieces(data: bytes) -> Iterable[str | bytes]:
-    """Cut `data` into stretches of UTF-8, as str, and single bytes that are none."""
-    text = data.decode("utf-8", errors="surrogateescape")
-    start = 0
-    for i, char in enumerate(text):
-        if "\udc80" <= char <= "\udcff":
-            if start < i:
-                yield text[start:i]
-            yield bytes([ord(char) - 0xDC00])
-            start = i + 1
-    if start < len(text):
-        yield text[start:]
+def _check(backend: Any, path: Path) -> None:
+    """Raise a `UserError` where ids, special tokens or bytes are not as `Tokenizer` takes them
+    to be.
+    """
+    vocab = backend.get_vocab()
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise UserError(f"{path}: model.vocab should give each id from 0 to {len(vocab) - 1} once.")
+    for i, name in enumerate(SPECIAL_TOKENS):
+        if vocab.get(name) != i:
+            raise UserError(f"{path}: {name} should have the id {i}, not {vocab.get(name)}.")
+    bytes_ = set(_byte_chars().values())
+    learned = backend.get_vocab(with_added_tokens=False)
+    odd = [t for t in learned if t not in SPECIAL_TOKENS and not bytes_.issuperset(t)]
+    odd += bytes_.difference(vocab)
+    if odd:
+        raise UserError(f"{path}: model.vocab is not one of bytes: {storage.shown(odd[0])}.")
 
 
 def _byte_chars() -> dict[int, str]:

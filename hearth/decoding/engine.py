@@ -84,10 +84,8 @@ class Engine:
     token faster; None makes no copy and decodes with the model as it is, also while it is being
     trained.
     h_cycles: how often the reasoning head cycles; None is as the model was configured.
-    settled: leave the cycles once the prediction moves by less than this, in nats (KL divergence);
-    None runs them all.
-    guidance: how far the prediction is pushed on, away from the one a cycle earlier; None leaves it
-    as it is. It is autoguidance (arXiv 2406.02507) with the shallower depth as the weaker model.
+    exit_kl_threshold: leave the cycles once the prediction moves by less than this, in nats (KL
+    divergence); None runs them all.
     """
 
     def __init__(
@@ -97,12 +95,11 @@ class Engine:
         weights: str | None = None,
         h_cycles: int | None = None,
         exit_kl_threshold: float | None = None,
-        guidance: float | None = None,
         max_rows: int = 64,
         chunk_tokens: int = 512,
     ) -> None:
         self.model = model if weights is None else compress(model, weights)
-        self.h_cycles, self.exit_kl_threshold, self.guidance = h_cycles, exit_kl_threshold, guidance
+        self.h_cycles, self.exit_kl_threshold = h_cycles, exit_kl_threshold
         self.max_rows = max_rows  # answers decoded together
         self.chunk_tokens = chunk_tokens  # tokens in one pass while a prompt is read
         self.context = model.config.context
@@ -250,17 +247,15 @@ class Engine:
         for number, chunk in enumerate(chunks, start=1):
             if mark and number == len(chunks):
                 cache.mark()
-            if number == len(chunks) and (
-                self.exit_kl_threshold is not None or self.guidance is not None
-            ):
-                logits, before, cycles = decode_early_exit(
+            if number == len(chunks) and self.exit_kl_threshold is not None:
+                logits, cycles = decode_early_exit(
                     self.model,
                     chunk,
                     cache,
                     h_cycles=self.h_cycles,
                     exit_kl_threshold=self.exit_kl_threshold,
                 )
-                return logits + (self.guidance or 0.0) * (logits - before), cycles.tolist()
+                return logits, cycles.tolist()
             hidden = decode(self.model, chunk, cache, self.h_cycles)
         return self.model.logits(hidden[:, -1]), [self.n_cycles] * len(ids)
 

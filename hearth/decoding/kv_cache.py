@@ -243,10 +243,9 @@ def decode(model: Model, ids: Tensor, cache: KVCache, h_cycles: int | None = Non
 
 
 class Thought(NamedTuple):
-    """What `think` makes of the last column of B rows."""
+    """What `decode_early_exit` reads out of the last column of B rows."""
 
     logits: Tensor  # (B, V) float32
-    before: Tensor  # (B, V) one cycle earlier; auto-guidance is logits + w (logits - before)
     cycles: Tensor  # (B,) the head's cycles that each row ran
 
 
@@ -267,35 +266,31 @@ def decode_early_exit(
     a row says does not depend on its neighbours. A prompt (T > 1) always runs all cycles. Each
     distribution costs a product with the embedding.
     """
-    hrm, n_rows = model.config.hrm, ids.shape[0]
+    hrm = model.config.hrm
     n_cycles = (h_cycles or hrm.h_cycles) if hrm else 0
-    n_calls = len(model.head.block_passes(1)) if hrm else 0
-    may_leave = exit_kl_threshold is not None and ids.shape[1] == 1
-    ran = torch.full((n_rows,), n_cycles, device=ids.device)
-    states = model.cycles(ids.flatten(), cache.place(ids.shape[1]), h_cycles=h_cycles)
+    ran = torch.full((len(ids),), n_cycles, device=ids.device)
+    if exit_kl_threshold is None or ids.shape[1] > 1 or hrm is None:
+        return Thought(model.logits(decode(model, ids, cache, h_cycles)[:, -1]), ran)
+    n_calls = len(model.head.block_passes(1))
+    states = model.cycles(ids.flatten(), cache.place(1), h_cycles=h_cycles)
     for cycle, hidden in enumerate(states):
         gone = ran < cycle
         if gone.any():
             cache.repeat(n_calls, gone.nonzero().flatten())
-        if not may_leave and cycle < n_cycles - 1:
+        read = model.logits(hidden)
+        if cycle == 0:
+            logits = read
             continue
-        read = model.logits(hidden.view(*ids.shape, -1)[:, -1])
-        if cycle == 0 or (not may_leave and cycle == n_cycles - 1):
-            logits = before = read
-            continue
-        before, logits = (
-            torch.where(gone[:, None], old, new) for old, new in ((before, logits), (logits, read))
-        )
-        if may_leave and cycle < n_cycles:
-            now, then = logits.log_softmax(dim=-1), before.log_softmax(dim=-1)
-            close = (now.exp() * (now - then)).sum(dim=-1).clamp(min=0) < exit_kl_threshold
-            ran[close & ~gone] = cycle
-            if bool((ran <= cycle).all()):
-                for _ in range(n_cycles - cycle):
-                    cache.skip(n_calls)
-                break
+        now, before = read.log_softmax(dim=-1), logits.log_softmax(dim=-1)
+        close = (now.exp() * (now - before)).sum(dim=-1).clamp(min=0) < exit_kl_threshold
+        logits = torch.where(gone[:, None], logits, read)
+        ran[close & ~gone] = cycle
+        if bool((ran <= cycle).all()):
+            for _ in range(n_cycles - cycle):
+                cache.skip(n_calls)
+            break
     cache.advance()
-    return Thought(logits, before, ran)
+    return Thought(logits, ran)
 
 
 MATRICES = {

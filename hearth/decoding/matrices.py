@@ -179,7 +179,7 @@ def compiled_kernels() -> ctypes.CDLL | None:
     """`cpu_kernels.c`, compiled for this processor; None where there is no C compiler or
     HEARTH_KERNELS is 0.
     """
-    if os.environ.get("HEARTH_KERNELS") == "0" or platform.system() == "Windows":
+    if not _kernels_wanted():
         return None
     for compiler in filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")):
         if shutil.which(compiler) is None:
@@ -201,6 +201,15 @@ def compiled_kernels() -> ctypes.CDLL | None:
             kernels.times_rows.restype = kernels.run_block.restype = None
             return kernels
     return None
+
+
+def compiler_missing() -> bool:
+    """Whether a C compiler would make decoding on this CPU faster: none was found that works."""
+    return _kernels_wanted() and compiled_kernels() is None
+
+
+def _kernels_wanted() -> bool:
+    return os.environ.get("HEARTH_KERNELS") != "0" and platform.system() != "Windows"
 
 
 def _compile(compiler: str, link: list[str]) -> Path:

@@ -1,7 +1,7 @@
 """A checkpoint as a model of lm-eval, for any task of that evaluation harness.
 
-In: a loaded checkpoint. Out: what lm-eval's `simple_evaluate` takes as its model. Every text is
-opened by `<|bos|>`. Imported only where lm-eval (an extra) is there.
+In: a loaded checkpoint, names of lm-eval's tasks. Out: their `Score`s. Every text is opened by
+`<|bos|>`. Imported only where lm-eval (an extra) is there.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from config import UserError
 from hearth.decoding.engine import Engine
 from hearth.evaluation import tasks
+from hearth.evaluation.scores import Score
 from hearth.training.checkpoint import Loaded
 
 
@@ -44,13 +48,11 @@ class HearthLM(TemplateLM):
         asked: list[tasks.Prompt] = []
         for before, ending in pairs:
             before = before[1:] if before[:1] == [self.tokenizer.bos] else before
-            alone = tasks.prompt_of(
-                [("", "", "")], [([], before, ending)], 0, "", self.tokenizer.bos, self.context
-            )
+            alone = tasks.prompt_of([([], before, ending)], self.tokenizer.bos, self.context)
             last = asked[-1] if asked else None
             start = alone.starts[0]
             if last and last.starts[0] == start and last.rows[0][:start] == alone.rows[0][:start]:
-                asked[-1] = tasks.Prompt(last.rows + alone.rows, last.starts + alone.starts, [], 0)
+                asked[-1] = tasks.Prompt(last.rows + alone.rows, last.starts + alone.starts)
             else:
                 asked.append(alone)
         found = tasks.outcomes(self.net, asked)
@@ -96,3 +98,40 @@ class HearthLM(TemplateLM):
         (answer,) = self.engine.generate([ids], max_tokens=longest, stop_ids=ends, stop_when=stops)
         said = tokenizer.decode(token for token in answer if token not in ends)
         return min((said.split(stop)[0] for stop in until), key=len, default=said)
+
+
+def lm_eval_scores(
+    loaded: Loaded, names: Sequence[str], *, limit: int | None, own_tasks: str | None = None
+) -> list[Score]:
+    """Tasks of lm-eval, run by lm-eval itself; `own_tasks` is a folder with further task files.
+
+    Raises `UserError` for a task that lm-eval does not know, or whose data cannot be fetched.
+    """
+    manager = TaskManager(include_path=own_tasks)
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise UserError(
+            f"lm-eval has no task {', '.join(unknown)}. `uv run lm_eval ls tasks` lists its tasks."
+        )
+    try:
+        results = simple_evaluate(
+            model=HearthLM(loaded),
+            tasks=list(names),
+            limit=limit,
+            bootstrap_iters=100,
+            log_samples=False,
+            task_manager=manager,
+        )
+    except OSError as error:
+        raise UserError(f"lm-eval cannot fetch the data of {', '.join(names)}: {error}") from error
+    scores = []
+    for task, figures in results["results"].items():
+        n = results["n-samples"].get(task, {}).get("effective", 0)
+        for name, value in figures.items():
+            metric, _, rule = name.partition(",")
+            if not rule or "stderr" in metric or not isinstance(value, int | float):
+                continue
+            error = figures.get(f"{metric}_stderr,{rule}")
+            error = float(error) if isinstance(error, int | float) else None
+            shots, name = results["n-shot"].get(task), f"lm-eval {task}: {metric}"
+            scores.append(Score(name, "share", float(value), error, n=n, shots=shots))
+    return scores

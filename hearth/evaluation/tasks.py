@@ -1,12 +1,12 @@
-"""Tasks with right answers: read them, put them to a base model as texts to go on with, score what
-it finds likely.
+"""Tasks with right answers: read them, put them to a base model as texts to continue, score what it
+finds likely.
 
 In: JSON lines in the layout of llm-foundry's local data, the tasks that CORE draws on (DCLM, arXiv
 2406.11794); a model and its tokenizer. Out: an `Outcome` an item. Prompts, examples and the rule of
 choice are those of llm-foundry 0.9, which CORE is defined by; what differs is that the first token
 is always `<|bos|>`, as in training. Knows nothing of the chat format.
 
-    choice     query | choice A      which choice is likeliest, a token on average?
+    choice     query | choice A      which choice is likeliest, per token on average?
                query | choice B
     schema     context A | ending    after which context is the ending likeliest?
                context B | ending
@@ -128,16 +128,6 @@ CORE = (
 )
 MMLU = Task("mmlu", "world_knowledge/mmlu.jsonl", "choice", 5, 0.25, ANSWER, by_category=True)
 TASKS = {task.name: task for task in (*CORE, MMLU)}
-# on their own
-READ_OUT = (
-    "hellaswag",
-    "arc_easy",
-    "arc_challenge",
-    "piqa",
-    "winogrande",
-    "mmlu",
-    "lambada_openai",
-)
 FILE_NAMES = {  # other names under which a task's file is found
     "hellaswag.jsonl": ("hellaswag_val.jsonl",),
     "mmlu.jsonl": ("mmlu/test.jsonl",),
@@ -250,8 +240,7 @@ class Prompt:
 
     rows: list[list[int]]
     starts: list[int]
-    n_bytes: list[int]  # of the scored texts
-    gold: int
+    gold: int = 0
     category: str = ""
     cut: bool = False  # whether a beginning was left out to fit the context
 
@@ -277,12 +266,11 @@ def prompts(
     ids = dict(zip(each_once, tokenizer.encode_batch(each_once), strict=True))
     return [
         prompt_of(
-            rows,
             [tuple(ids[text] for text in row) for row in rows],
-            gold,
-            category,
             tokenizer.bos,
             context,
+            gold=gold,
+            category=category,
         )
         for category, gold, rows in texts
     ]
@@ -340,12 +328,12 @@ def spaced(ending: str) -> str:
 
 
 def prompt_of(
-    texts: Sequence[tuple[str, str, str]],
     ids: Sequence[tuple[list[int], list[int], list[int]]],
-    gold: int,
-    category: str,
     bos: int,
     context: int,
+    *,
+    gold: int = 0,
+    category: str = "",
 ) -> Prompt:
     """The rows of one item in at most `context` tokens: what is too long loses its beginning, after
     `<|bos|>`.
@@ -359,9 +347,7 @@ def prompt_of(
         before = [bos, *(before[len(before) - room :] if len(before) > room else before)]
         rows.append(before + ending)
         starts.append(len(before))
-    return Prompt(
-        rows, starts, [len(ending.encode()) for _, _, ending in texts], gold, category, cut
-    )
+    return Prompt(rows, starts, gold, category, cut)
 
 
 # ------------------------------------------------------------------------------------------ scoring
@@ -373,15 +359,13 @@ class Outcome:
 
     nats: list[float]  # summed over each row's scored tokens
     n_tokens: list[int]
-    n_bytes: list[int]
     greedy: list[bool]  # whether every scored token was the likeliest one
     gold: int
     category: str = ""
 
-    def choice(self, per: Literal["token", "byte", "text"] = "token") -> int:
-        """The likeliest row, its cross-entropy taken per token (CORE), per byte, or as a whole."""
-        sizes = {"token": self.n_tokens, "byte": self.n_bytes, "text": [1] * len(self.nats)}[per]
-        means = [nats / size for nats, size in zip(self.nats, sizes, strict=True)]
+    def choice(self) -> int:
+        """The likeliest row per token, as CORE chooses."""
+        means = [nats / n for nats, n in zip(self.nats, self.n_tokens, strict=True)]
         return means.index(min(means))
 
     @property
@@ -453,11 +437,7 @@ def score_batch(model: Model, asked: Sequence[Prompt], shared: Sequence[int]) ->
     for prompt in asked:
         here = slice(at, at + len(prompt.rows))
         n_tokens = [stop - start for start, stop in spans[here]]
-        results.append(
-            Outcome(
-                nats[here], n_tokens, prompt.n_bytes, greedy[here], prompt.gold, prompt.category
-            )
-        )
+        results.append(Outcome(nats[here], n_tokens, greedy[here], prompt.gold, prompt.category))
         at = here.stop
     return results
 
@@ -479,7 +459,7 @@ def after_shared(
     """Hidden states (B, T, D) of what follows shared beginnings, which are computed once for all
     rows of a prompt.
 
-    columns    . . a b c | d e .     beginnings end in one column, a prompt's rows go on from there
+    columns    . . a b c | d e .     beginnings end in one column, a prompt's rows continue there
                . . a b c | f . .     padding in front is seen by none, padding behind is not scored
                p q r s t | u v w
     """

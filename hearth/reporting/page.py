@@ -1,12 +1,11 @@
 """A page of figures: blocks of what it shows, and those blocks as HTML, as Markdown, and as charts.
 
-In: sections of blocks. Out: one HTML page with nothing to load, or Markdown with the charts put
-into words. Knows nothing of runs, models or training.
+In: sections of blocks. Out: one HTML page with nothing to load (`page.html`, `report.css`), or
+Markdown with the charts put into words (`page.md`). Knows nothing of runs, models or training.
 """
 
 from __future__ import annotations
 
-import html
 import io
 import math
 import re
@@ -14,6 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     n_left: int = 1  # columns of words; the others hold numbers
     bars: int | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,164 +124,84 @@ class Section:
     title: str
     blocks: list[Any] = field(default_factory=list)
 
-
-# ----------------------------------------------------------------------------------------- Markdown
-
-
-def to_markdown(title: str, sections: list[Section]) -> str:
-    """The page as Markdown: charts as the sentence that describes them."""
-    lines = [f"# {title}", ""]
-    for section in sections:
-        lines += [f"## {section.title}", ""]
-        for block in section.blocks:
-            lines += [*markdown_of(block), ""]
-    return "\n".join(lines).rstrip() + "\n"
+    @property
+    def anchor(self) -> str:
+        return re.sub(r"\W+", "-", self.title.lower()).strip("-")
 
 
-def markdown_of(block: Any) -> list[str]:
-    match block:
-        case Facts():
-            return [f"- {name}: **{md(value)}**" for name, value in block.items]
-        case Table():
-            return [*markdown_table(block), *(["", block.note] if block.note else [])]
-        case Chart() | Bars():
-            return [f"*{block.title}.* {md(describe(block))}"]
-        case Samples():
-            return [
-                f"- {when}: **{md(prompt)}** {md(text)}"
-                for prompt, texts in block.by_prompt
-                for when, text in texts
-            ]
-        case Code():
-            return ["```", block.text, "```"]
-        case Note():
-            return [md(block.text)]
-        case Folded():
-            return [
-                f"**{block.title}**",
-                "",
-                *(line for inner in block.blocks for line in [*markdown_of(inner), ""]),
-            ]
-    raise TypeError(f"no block: {type(block)}")
+# ---------------------------------------------------------------------------------- HTML, Markdown
 
 
-def md(text: str) -> str:
+def to_html(title: str, sections: Sequence[Section], *, going: bool) -> str:
+    """The page as one HTML file; `going` makes it reload itself every half minute."""
+    facts = {
+        "going": going,
+        "drawn": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "style": STYLE.read_text(encoding="utf-8"),
+    }
+    return template("page.html").render(title=title, sections=sections, **facts)
+
+
+def to_markdown(title: str, sections: Sequence[Section]) -> str:
+    """The page as Markdown, each chart as the sentence that describes it."""
+    return template("page.md").render(title=title, sections=sections).rstrip() + "\n"
+
+
+@lru_cache(maxsize=2)
+def template(name: str) -> Any:
+    """One of the two templates beside this file. Both escape every value unless it is marked
+    `safe`: for HTML by Jinja's own rule, for Markdown by `md`.
+    """
+    import jinja2
+
+    as_html = name.endswith(".html")
+    engine = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(STYLE.parent),
+        autoescape=as_html,
+        finalize=None if as_html else lambda v: v if hasattr(v, "__html__") else md(v),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    kinds = {kind.__name__.lower(): kind for kind in (Facts, Table, Samples, Code, Folded)}
+    for name_of_kind, kind in (*kinds.items(), ("drawn", Chart | Bars)):
+        engine.tests[name_of_kind] = lambda block, kind=kind: isinstance(block, kind)
+    engine.filters |= {"describe": describe, "draw": lambda block: draw(block), "aligned": aligned}
+    engine.filters |= {"neighbours": neighbours, "unfolded": unfolded}
+    return engine.get_template(name)
+
+
+def neighbours(blocks: Iterable[Any]) -> Iterable[tuple[bool, Iterable[Any]]]:
+    """Blocks in order, charts that follow each other together: they share a grid."""
+    return groupby(blocks, key=lambda block: isinstance(block, Chart | Bars))
+
+
+def unfolded(blocks: Iterable[Any]) -> Iterable[Any]:
+    """Blocks in order, what is folded after its title."""
+    for block in blocks:
+        yield block
+        if isinstance(block, Folded):
+            yield from unfolded(block.blocks)
+
+
+def md(text: Any) -> str:
     """Text that Markdown shows as it is, on one line."""
     return re.sub(r"([\\`*_<>|#\[\]])", r"\\\1", " ".join(str(text).split()))
 
 
-def markdown_table(table: Table) -> list[str]:
-    """A table whose columns line up in the terminal too."""
+def aligned(table: Table) -> str:
+    """A Markdown table whose columns line up in a terminal too."""
     rows = [[md(cell) for cell in row] for row in (table.head, *table.rows)]
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(table.head))]
-
-    def line(cells: list[str]) -> str:
-        aligned = (
-            c.ljust(w) if i < table.n_left else c.rjust(w)
-            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "| " + " | ".join(aligned) + " |"
-
-    rule = [("-" * w if i < table.n_left else "-" * (w - 1) + ":") for i, w in enumerate(widths)]
-    return [line(rows[0]), line(rule), *(line(row) for row in rows[1:])]
-
-
-# --------------------------------------------------------------------------------------------- HTML
-
-
-def to_html(title: str, sections: list[Section], *, going: bool) -> str:
-    """The page as HTML with nothing to load; one that still changes loads itself anew every half
-    minute.
-    """
-    links = "".join(f'<a href="#{anchor(s.title)}">{html.escape(s.title)}</a>' for s in sections)
-    body = "".join(
-        f'<section id="{anchor(s.title)}"><h2>{html.escape(s.title)}</h2>'
-        f"{html_of_blocks(s.blocks)}</section>"
-        for s in sections
-    )
-    drawn = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    again = '<meta http-equiv="refresh" content="30">' if going else ""
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{again}'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{html.escape(title)} – "
-        f"Hearth</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>"
-        f"<body><header><h1>{html.escape(title)}</h1><p>Drawn "
-        f"{drawn}</p><nav>{links}</nav></header>"
-        f"<main>{body}</main></body></html>\n"
-    )
-
-
-def anchor(title: str) -> str:
-    return re.sub(r"\W+", "-", title.lower()).strip("-")
-
-
-def html_of_blocks(blocks: Iterable[Any]) -> str:
-    """Blocks in order; charts that follow each other share a grid."""
-    parts, figures = [], []
-    for block in blocks:
-        if isinstance(block, Chart | Bars):
-            figures.append(html_of(block))
-            continue
-        parts += [f'<div class="grid">{"".join(figures)}</div>'] if figures else []
-        figures = []
-        parts.append(html_of(block))
-    parts += [f'<div class="grid">{"".join(figures)}</div>'] if figures else []
-    return "".join(parts)
-
-
-def html_of(block: Any) -> str:
-    match block:
-        case Facts():
-            cells = "".join(
-                f"<div><dt>{html.escape(n)}</dt><dd>{html.escape(v)}</dd></div>"
-                for n, v in block.items
-            )
-            return f'<dl class="facts">{cells}</dl>'
-        case Table():
-            return html_table(block)
-        case Chart() | Bars():
-            alt = html.escape(describe(block), quote=True)
-            picture = draw(block).replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1)
-            return f"<figure><figcaption>{html.escape(block.title)}</figcaption>{picture}</figure>"
-        case Samples():
-            samples = "".join(html_sample(*sample) for sample in block.by_prompt)
-            return f'<div class="samples">{samples}</div>'
-        case Code():
-            return f"<pre>{html.escape(block.text)}</pre>"
-        case Note():
-            return f"<p>{html.escape(block.text)}</p>"
-        case Folded():
-            inner = html_of_blocks(block.blocks)
-            return f"<details><summary>{html.escape(block.title)}</summary>{inner}</details>"
-    raise TypeError(f"no block: {type(block)}")
-
-
-def html_sample(prompt: str, texts: tuple[tuple[str, str], ...]) -> str:
-    said = "".join(
-        f"<dt>{html.escape(when)}</dt><dd>{html.escape(text)}</dd>" for when, text in texts
-    )
-    return f"<article><p>{html.escape(prompt)}</p><dl>{said}</dl></article>"
-
-
-def html_table(block: Table) -> str:
-    """A table that scrolls by itself where the screen is narrow."""
-
-    def cell(i: int, text: str, tag: str) -> str:
-        kind = "" if i < block.n_left else ' class="n"'
-        if i == block.bars and tag == "td" and text.endswith("%"):
-            kind = f' class="n bar" style="--share:{text}"'
-        return f"<{tag}{kind}>{html.escape(text)}</{tag}>"
-
-    head = "".join(cell(i, text, "th") for i, text in enumerate(block.head))
-    rows = "".join(
-        f"<tr>{''.join(cell(i, text, 'td') for i, text in enumerate(row))}</tr>"
-        for row in block.rows
-    )
-    note = f"<p>{html.escape(block.note)}</p>" if block.note else ""
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return f'<div class="scroll" tabindex="0">{table}</div>{note}'
+    rule = ["-" * w if i < table.n_left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    lines = []
+    for row in (rows[0], rule, *rows[1:]):
+        cells = [
+            f"{cell:{'<' if i < table.n_left else '>'}{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------ drawing
@@ -343,7 +262,7 @@ DASHES = ("-", (0, (5, 2)), (0, (5, 2, 1, 2)), (0, (1, 1.5)))
 
 @lru_cache(maxsize=256)
 def draw(block: Chart | Bars) -> str:
-    """The chart as SVG in the page's own colours; equal charts are drawn once."""
+    """The chart as SVG behind its `<svg `, in the page's colours; equal charts are drawn once."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -375,14 +294,17 @@ def draw(block: Chart | Bars) -> str:
 
 
 def in_page_colours(svg: str) -> str:
-    """matplotlib's file as a piece of the page: no prologue, no fixed size, colours and letters of
-    the page.
+    """matplotlib's file as a piece of the page, from behind `<svg `: no prologue, no fixed size,
+    colours and letters of the page.
     """
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    svg = re.sub(r"\s*\n\s*", " ", svg)
+    svg = svg[svg.index("<svg ") + 5 :]
+    for pattern, text in (
+        (r"<metadata>(?s:.*?)</metadata>", ""),
+        (r'^([^>]*?) width="[^"]*" height="[^"]*"', r"\1"),
+        (r"font-family: [^;\"]*", "font-family: inherit"),
+        (r"\s*\n\s*", " "),
+    ):
+        svg = re.sub(pattern, text, svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return svg
@@ -420,12 +342,10 @@ def paint_chart(figure: Any, chart: Chart) -> None:
     if not chart.log_y:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    if chart.x == "tokens":
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: log.count(value)))
-    if chart.y == "tokens per second":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: log.count(value)))
-    axes.set_xlabel(chart.x)
-    axes.set_ylabel(chart.y)
+    for axis, unit in ((axes.xaxis, chart.x), (axes.yaxis, chart.y)):
+        if unit.startswith("tokens"):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: log.count(value)))
+    axes.set(xlabel=chart.x, ylabel=chart.y)
     axes.yaxis.set_label_coords(-0.14, 0.5)  # at the figure's edge, whatever stands at the ticks
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -487,7 +407,7 @@ def paint_bars(figure: Any, bars: Bars) -> None:
         y += 1.9
         axes.text(0, y - 0.35, label, color=INK)
         for bar in (bar for bar in bars.bars if bar.label == label):
-            error = bar.stderr if math.isfinite(bar.stderr) else None
+            error = bar.stderr if bar.stderr >= 0 else None  # NaN where it has none
             looks = {"color": COLOURS[bars.groups.index(bar.group) % len(COLOURS)], "ecolor": INK}
             axes.barh(y + 0.45, bar.value, 0.85, xerr=error, error_kw={"elinewidth": 0.7}, **looks)
             if math.isfinite(bar.chance):

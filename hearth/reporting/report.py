@@ -40,11 +40,14 @@ from hearth.reporting.page import (
     to_html,
     to_markdown,
 )
+from hearth.run import STAGES as ROAD
+from hearth.run import TRAINED
 from hearth.storage import write_text
 
-STAGES = {"base": "Pretraining", "sft1": "Fine-tuning, stage 1", "sft2": "Fine-tuning, stage 2"}
+# the stages of training in the order of the road: folder's name → title
+STAGES = {name: ROAD[name].title for name in TRAINED}
 POINTS = 300  # points of a curve at most; more are averaged, and their extremes shown as a band
-BUSY_SHARE = 0.05  # of a training run's time at most goes into drawing while it goes on
+BUSY_SHARE = 0.05  # of the time of a run that trains, at most, goes into drawing
 
 Record = dict[str, Any]
 
@@ -63,13 +66,8 @@ def compare(folders: Sequence[Path], config: Config) -> Path:
     runs = [Run(folder, config) for folder in folders]
     stem = "compare-" + "-".join(run.name for run in runs[1:])
     title = " and ".join(run.name for run in runs)
-    return _write(
-        runs[0].folder / "report",
-        stem,
-        title,
-        comparison_of(runs),
-        going=any(run.going for run in runs),
-    )
+    going = any(run.going for run in runs)
+    return _write(runs[0].folder / "report", stem, title, comparison_of(runs), going=going)
 
 
 def _write(folder: Path, stem: str, title: str, sections: list[Section], *, going: bool) -> Path:
@@ -81,9 +79,7 @@ def _write(folder: Path, stem: str, title: str, sections: list[Section], *, goin
 
 
 class Reporter:
-    """Draws the report of a run in the making; what goes wrong there is said and never stops the
-    run.
-    """
+    """Draws the report of a run while it trains. A failure is printed and never stops the run."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -91,13 +87,14 @@ class Reporter:
 
     def refresh(self, *, due: bool = False) -> None:
         """Draw the report, unless drawing would take more than `BUSY_SHARE` of the time; `due`
-        draws it at any rate.
+        draws it in any case.
         """
         started = time.monotonic()
         if not self.config.report.draw or (started < self._next and not due):
             return
         try:
             write(self.config)
+            write_losses(self.config)
         except Exception as error:
             log.say(
                 f"The report could not be drawn: {type(error).__name__}: {error}. The run "
@@ -107,75 +104,117 @@ class Reporter:
         self._next = now + (now - started) / BUSY_SHARE
 
 
+def write_losses(config: Config) -> None:
+    """Draw report/loss.png: pretraining's loss and held-out figures over the tokens seen."""
+    metrics = config.run_dir / "base" / "metrics.jsonl"
+    picture = config.run_dir / "report" / "loss.png"
+    if not metrics.exists():
+        return
+    if picture.exists() and picture.stat().st_mtime > metrics.stat().st_mtime:
+        return
+    from matplotlib.figure import Figure
+
+    trace = Trace(metrics.parent)
+    charts = learning_charts(trace, x_axes(trace)[0])
+    figure = Figure((6 * len(charts), 4), layout="constrained")
+    for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+        for series in chart.series:
+            marker = "o" if series.style == "marked" else None
+            axes.plot(series.x, series.y, label=series.name, marker=marker)
+        axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(picture, dpi=120)
+
+
 def refresh(config: Config) -> None:
-    """Draw the report of the run at the end of a stage; what goes wrong is said and
-    raises nothing.
-    """
+    """Draw the report of the run at the end of a stage. A failure is printed, never raised."""
     Reporter(config).refresh(due=True)
 
 
-# ------------------------------------------------------------------------- what a run's folder says
+# ------------------------------------------------------------------------------------- what is read
+# Files may be damaged, half written or of another version: whatever is not of the kind expected
+# counts as missing from here on.
+
+
+def read_json(path: Path) -> Record:
+    """A JSON object, empty where the file is missing, being written, or something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_scores(path: Path) -> list[Record]:
+    """The scores in a score.json: records that name a task and hold a finite value."""
+    found = records(read_json(path).get("scores"))
+    return [s for s in found if isinstance(s.get("task"), str) and is_known(s.get("value"))]
+
+
+def part(value: Any, *names: str) -> Record:
+    """The object at `names` inside nested JSON, empty where there is none."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def records(value: Any) -> list[Record]:
+    """The objects in a JSON list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def number(value: Any) -> float:
+    """`value` as a float, NaN where it is no number or larger than any figure of a run."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+    return float(value) if known else math.nan
+
+
+def is_known(value: Any) -> bool:
+    return math.isfinite(number(value))
+
+
+def shown(show: Callable[[float], str], value: Any) -> str:
+    """A figure in words, a dash where it is not known."""
+    return show(number(value)) if is_known(value) else "–"
 
 
 class Trace:
     """What one stage of training noted of itself."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.name = folder, folder.name
-        records = log.read_metrics(folder / "metrics.jsonl")
+        self.name, self.title = folder.name, STAGES.get(folder.name, folder.name)
         self.kinds: dict[str, list[Record]] = {}
-        for record in records:
+        for record in log.read_metrics(folder / "metrics.jsonl"):
             self.kinds.setdefault(str(record.get("kind")), []).append(record)
-        self.steps = self.kinds.get("step", [])
+        self._columns: dict[tuple[str, str], np.ndarray] = {}
+        self.start = self.kinds.get("start", [{}])[-1]  # what the latest start noted
+        self.steps, self.tokens = self.kinds.get("step", []), self.column("tokens")
+        self.step = self.steps[-1]["step"] if self.steps else 0
+        n_steps = number(self.start.get("steps"))
+        self.n_steps = int(n_steps) if n_steps >= 1 else None  # that it takes in all
+        self.done = self.n_steps is not None and self.step >= self.n_steps
         checkpoints = sorted(folder.glob("step-*"))
-        self.state = read_json(checkpoints[-1] / "state.json") if checkpoints else {}
         self.config = read_json(checkpoints[-1] / "config.json") if checkpoints else {}
-
-    @property
-    def title(self) -> str:
-        return STAGES.get(self.name, self.name)
-
-    @cached_property
-    def start(self) -> Record:
-        """What the latest start noted."""
-        return self.kinds["start"][-1] if self.kinds.get("start") else {}
 
     def column(self, name: str, kind: str = "step") -> np.ndarray:
         """A figure of every record of a kind, NaN where it was not noted."""
-        return np.array([number(record.get(name)) for record in self.kinds.get(kind, [])])
-
-    @cached_property
-    def tokens(self) -> np.ndarray:
-        return self.column("tokens")
+        if (name, kind) not in self._columns:
+            values = (record.get(name) for record in self.kinds.get(kind, []))
+            self._columns[name, kind] = np.array(
+                # nearly all are plain floats: asking `number` for each would take twice as long
+                [v if type(v) is float and -1e30 < v < 1e30 else number(v) for v in values]
+            )
+        return self._columns[name, kind]
 
     @cached_property
     def hours(self) -> np.ndarray:
         """Hours of training at each step; estimated from the speed where they were not noted."""
         if np.isfinite(noted := self.column("seconds")).all():
             return noted / 3600
-        taken = np.diff(self.tokens, prepend=0) / self.column("tokens_per_second")
-        return np.cumsum(np.nan_to_num(taken)) / 3600
-
-    @property
-    def step(self) -> int:
-        return int(self.steps[-1]["step"]) if self.steps else 0
-
-    @property
-    def n_steps(self) -> int | None:
-        found = self.start.get("steps") or self.state.get("steps")
-        return int(found) if found else None
-
-    @property
-    def done(self) -> bool:
-        return self.n_steps is not None and self.step >= self.n_steps
-
-    @property
-    def eta(self) -> float:
-        return number(self.steps[-1].get("eta_seconds")) if self.steps else math.nan
-
-    def at(self, records: Sequence[Record], x: np.ndarray) -> np.ndarray:
-        """`x`, which belongs to the steps, at the steps of other records."""
-        return np.interp([r["step"] for r in records], self.column("step"), x)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            taken = np.diff(self.tokens, prepend=0) / self.column("tokens_per_second")
+        return np.cumsum(np.nan_to_num(taken, posinf=0, neginf=0)) / 3600
 
     def kwh(self, report: ReportConfig) -> float:
         """Energy of the stage in kilowatt-hours: as noted, or from the configured power; NaN where
@@ -186,9 +225,8 @@ class Trace:
         watts = self.column("watts")
         if not np.isfinite(watts).any():
             watts = np.full(len(self.steps), number(report.watts))
-        return (
-            float(np.sum(np.diff(self.hours, prepend=0) * watts)) / 1000 if len(watts) else math.nan
-        )
+        spent = np.diff(self.hours, prepend=0) * watts
+        return float(np.sum(spent)) / 1000 if len(watts) else math.nan
 
 
 class Run:
@@ -196,67 +234,24 @@ class Run:
 
     def __init__(self, folder: Path, config: Config) -> None:
         self.folder, self.name = Path(folder), Path(folder).resolve().name
-        self.traces = [
-            Trace(self.folder / name)
-            for name in STAGES
-            if (self.folder / name / "metrics.jsonl").is_file()
-        ]
+        stages = [self.folder / name for name in STAGES]
+        self.traces = [Trace(stage) for stage in stages if (stage / "metrics.jsonl").is_file()]
         saved = [trace.config for trace in self.traces if trace.config]
         self.config = saved[-1] if saved else json.loads(json.dumps(asdict(config)))
-        self.report = config.report
-        self.scores: list[Record] = read_json(self.folder / "report" / "score.json").get(
-            "scores", []
-        )
-
-    @property
-    def going(self) -> bool:
-        return any(not trace.done for trace in self.traces)
+        self.report, self.scores = config.report, read_scores(self.folder / "report" / "score.json")
+        self.going = any(not trace.done for trace in self.traces)
+        self.hours = float(sum(trace.hours[-1] for trace in self.traces if trace.steps))
+        self.tokens = float(sum(trace.tokens[-1] for trace in self.traces if trace.steps))
+        kwh = [trace.kwh(self.report) for trace in self.traces]
+        self.kwh = float(sum(kwh)) if kwh else math.nan
 
     def manifests(self, place: str) -> list[Record]:
         """The finished manifests below one of the run's folders, each with its folder's name as
         `name`.
         """
-        found = sorted((self.folder / place).glob("*/manifest.json"))
-        return [
-            {**manifest, "name": path.parent.name}
-            for path in found
-            if (manifest := read_json(path))
-        ]
-
-    @property
-    def hours(self) -> float:
-        return float(sum(trace.hours[-1] for trace in self.traces if len(trace.hours)))
-
-    @property
-    def kwh(self) -> float:
-        return (
-            float(sum(trace.kwh(self.report) for trace in self.traces)) if self.traces else math.nan
-        )
-
-    @property
-    def tokens(self) -> float:
-        return float(sum(trace.tokens[-1] for trace in self.traces if len(trace.tokens)))
-
-
-def number(value: Any) -> float:
-    """`value` as a float, NaN where it is no number."""
-    return (
-        float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    )
-
-
-def shown(show: Callable[[float], str], value: float) -> str:
-    """A figure in words, a dash where it is not known."""
-    return show(value) if math.isfinite(value) else "–"
-
-
-def read_json(path: Path) -> Record:
-    """A JSON object, empty where the file is missing, being written, or something else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        paths = sorted((self.folder / place).glob("*/manifest.json"))
+        found = [{**read_json(path), "name": path.parent.name} for path in paths]
+        return [manifest for manifest in found if len(manifest) > 1]
 
 
 # ------------------------------------------------------------------------------ what the page shows
@@ -265,6 +260,7 @@ def read_json(path: Path) -> Record:
 def sections_of(run: Run) -> list[Section]:
     """The page of one run, top to bottom; sections with nothing to show are left out."""
     trained = [Section(trace.title, training_blocks(trace)) for trace in run.traces]
+    settings = [f"{name} = {value}" for name, value in flattened(run.config).items()]
     sections = [
         Section("At a glance", [headline(run)]),
         *trained,
@@ -276,35 +272,31 @@ def sections_of(run: Run) -> list[Section]:
         Section("Data", data_blocks(run)),
         Section("Tokenizer", tokenizer_blocks(run)),
         Section("Machine, time and cost", machine_blocks(run)),
-        Section(
-            "Configuration", [Folded("Everything that was set", (Code(config_text(run.config)),))]
-        ),
+        Section("Configuration", [Folded("Everything that was set", (Code("\n".join(settings)),))]),
     ]
     return [section for section in sections if section.blocks]
 
 
 def headline(run: Run) -> Facts:
     """The figures that a person looks for first."""
-    items = [
-        ("Status", status(run)),
-        ("Tokens", shown(log.count, run.tokens)),
-        ("Time", log.duration(run.hours * 3600)),
-    ]
-    parameters = [
-        trace.start.get("parameters") for trace in run.traces if trace.start.get("parameters")
-    ]
-    if parameters:
-        items.insert(1, ("Parameters", log.count(parameters[-1])))
+    items = [("Status", status(run))]
+    parameters = [n for trace in run.traces if is_known(n := trace.start.get("parameters"))]
+    items += [("Parameters", log.count(n)) for n in parameters[-1:]]
+    items += [("Tokens", shown(log.count, run.tokens)), ("Time", time_text(run.hours))]
     for trace in run.traces:
         items += [(f"{name}, {trace.name}", f"{value:.3f}") for name, value in held_out_now(trace)]
     items += [
-        (f"{s['task']}, {s.get('stage', '')}", percent(s["value"]))
+        (f"{s['task']}, {s.get('stage', '')}", percent(number(s["value"])))
         for s in run.scores
         if s.get("headline")
     ]
-    if math.isfinite(run.kwh):
+    if is_known(run.kwh):
         items += [("Energy", f"{run.kwh:.3g} kWh"), ("Cost", cost(run.kwh, run.report))]
     return Facts(tuple(items))
+
+
+def time_text(hours: float) -> str:
+    return shown(log.duration, 3600 * hours)
 
 
 def status(run: Run) -> str:
@@ -315,22 +307,18 @@ def status(run: Run) -> str:
     if last.done:
         return f"{last.title}: done"
     share = f"{last.step / last.n_steps:.0%}" if last.n_steps else f"step {last.step}"
-    return f"{last.title}: {share}" + (
-        f", {log.duration(last.eta)} left" if math.isfinite(last.eta) else ""
-    )
+    left = number(last.steps[-1].get("eta_seconds")) if last.steps else math.nan
+    return f"{last.title}: {share}" + (f", {log.duration(left)} left" if is_known(left) else "")
 
 
 def held_out_now(trace: Trace) -> list[tuple[str, float]]:
     """The mean of the latest held-out figures of each unit, such as bits per byte over
     all corpora.
     """
-    evals = trace.kinds.get("eval", [])
-    if not evals:
-        return []
     units: dict[str, list[float]] = {}
-    for name, value in evals[-1].items():
-        if (group := group_of(name)) in UNITS.values() and math.isfinite(number(value)):
-            units.setdefault(group, []).append(number(value))
+    for name, value in trace.kinds.get("eval", [{}])[-1].items():
+        if (group := group_of(name)) in UNITS.values() and is_known(value):
+            units.setdefault(group, []).append(value)
     return [(f"Held-out {unit}", float(np.mean(values))) for unit, values in units.items()]
 
 
@@ -341,17 +329,13 @@ CYCLES, PROBES = "loss by cycle of the reasoning head", "probes"
 HEAD = "reasoning head: size of its states, change by its last cycle in nats, share of the time"
 
 
-def is_figure(name: str) -> bool:
-    return name not in ("kind", "step", "tokens", "seconds")
-
-
 def group_of(name: str) -> str:
     """The chart that an evaluation's figure belongs to: a unit that its first word names, cycles,
     or probes.
     """
     if name.startswith("head "):
         return HEAD
-    return CYCLES if "cycle" in name else UNITS.get(name.split()[0], PROBES)
+    return CYCLES if "cycle" in name else UNITS.get(name.partition(" ")[0], PROBES)
 
 
 def cost(kwh: float, report: ReportConfig) -> str:
@@ -362,8 +346,20 @@ def cost(kwh: float, report: ReportConfig) -> str:
 # ---- training
 
 
+# how training ran: title, unit if it has one, name in words, figure of a step, axis from zero
+RUNNING = (
+    ("Learning rate", "", "learning rate", "lr", True),
+    ("Gradient norm", "", "gradient norm", "grad_norm", False),
+    ("Speed", "tokens per second", "tokens per second", "tokens_per_second", True),
+    ("Model FLOPs utilisation", "share of the peak", "MFU", "mfu", True),
+    ("Memory", "GB", "memory", "memory_gb", True),
+    ("Power", "watts", "power", "watts", True),
+    ("Temperature", "degrees Celsius", "card", "temperature_c", False),
+)
+
+
 def training_blocks(trace: Trace) -> list[Any]:
-    """Curves of one stage of training: what it learnt in sight, how it ran folded away."""
+    """Curves of one stage of training: what it learned in sight, how it ran folded away."""
     if not trace.steps:
         return []
     tokens, hours = x_axes(trace)
@@ -376,44 +372,18 @@ def training_blocks(trace: Trace) -> list[Any]:
     # loss and bits per byte stand side by side in both views, the rest behind them
     n_main = len(over_time)
     learning = [*learning[:n_main], *over_time, *learning[n_main:]]
-    running = [
-        curve(
-            trace, "Learning rate", "learning rate", {"learning rate": "lr"}, tokens, from_zero=True
-        ),
-        gradient_chart(trace, tokens),
-        curve(
-            trace,
-            "Speed",
-            "tokens per second",
-            {"tokens per second": "tokens_per_second"},
-            tokens,
-            from_zero=True,
-        ),
-        curve(
-            trace,
-            "Model FLOPs utilisation",
-            "share of the peak",
-            {"MFU": "mfu"},
-            tokens,
-            from_zero=True,
-        ),
-        curve(trace, "Memory", "GB", {"memory": "memory_gb"}, tokens, from_zero=True),
-        curve(trace, "Power", "watts", {"power": "watts"}, tokens, from_zero=True),
-        curve(trace, "Temperature", "degrees Celsius", {"card": "temperature_c"}, tokens),
-    ]
-    skipped = max((number(step.get("skipped")) for step in trace.steps), default=math.nan)
-    facts = [("Steps", f"{trace.step}" + (f" of {trace.n_steps}" if trace.n_steps else ""))]
-    facts += [
+    running = [curve(trace, *figure, x=tokens) for figure in RUNNING]
+    facts = [
+        ("Steps", f"{trace.step}" + (f" of {trace.n_steps}" if trace.n_steps else "")),
         ("Tokens", shown(log.count, trace.tokens[-1])),
-        ("Time", log.duration(trace.hours[-1] * 3600)),
+        ("Time", time_text(trace.hours[-1])),
     ]
-    facts += [("Skipped steps", f"{skipped:.0f}")] if math.isfinite(skipped) else []
+    skipped = trace.column("skipped")
+    if np.isfinite(skipped).any():
+        facts.append(("Skipped steps", f"{np.nanmax(skipped):.0f}"))
     drawn = tuple(chart for chart in running if chart)
-    return [
-        Facts(tuple(facts)),
-        *learning,
-        Folded("How it ran: learning rate, gradient, speed, memory", drawn),
-    ]
+    folded = [Folded("How it ran: learning rate, gradient, speed, memory", drawn)] if drawn else []
+    return [Facts(tuple(facts)), *learning, *folded]
 
 
 @dataclass(frozen=True)
@@ -424,29 +394,30 @@ class XAxis:
     at: np.ndarray
 
 
-def x_axes(trace: Trace) -> tuple[XAxis, XAxis]:
-    """Tokens seen, and the time taken, in hours or, where that is short, in minutes."""
-    short = trace.hours[-1] < 2
-    return XAxis("tokens", trace.tokens), XAxis(
-        *(("minutes", trace.hours * 60) if short else ("hours", trace.hours))
-    )
+def x_axes(trace: Trace, short: bool | None = None) -> tuple[XAxis, XAxis]:
+    """Tokens seen, and the time taken, in hours or, where that is `short`, in minutes."""
+    short = trace.hours[-1] < 2 if short is None else short
+    taken = XAxis("minutes", trace.hours * 60) if short else XAxis("hours", trace.hours)
+    return XAxis("tokens", trace.tokens), taken
 
 
 def learning_charts(trace: Trace, x: XAxis) -> list[Chart]:
     """The training loss and every held-out figure over `x`, the curriculum's stages marked."""
-    training = curve(
-        trace, f"Training loss over {x.unit}", "nats per token", {"training loss": "loss"}, x
-    )
+    title = f"Training loss over {x.unit}"
+    training = curve(trace, title, "nats per token", "training loss", "loss", x=x)
     charts = [training] if training else []
     for kind in ("eval", "probe"):
-        names = figure_names(trace, kind)
-        for group in dict.fromkeys(PROBES if kind == "probe" else group_of(name) for name in names):
-            mine = [name for name in names if kind == "probe" or group_of(name) == group]
-            at = trace.at(trace.kinds[kind], x.at)
-            series = tuple(marked(short_name(name), at, trace.column(name, kind)) for name in mine)
+        groups: dict[str, list[Series]] = {}
+        at = np.interp(trace.column("step", kind), trace.column("step"), x.at)
+        for name in figure_names(trace, kind):
+            group = PROBES if kind == "probe" else group_of(name)
+            series = marked(short_name(name), at, trace.column(name, kind))
+            groups.setdefault(group, []).append(series)
+        for group, series in groups.items():
             title = f"Held-out {group}" if group in UNITS.values() else group.capitalize()
+            title, marks = f"{title} over {x.unit}", curriculum(trace, x)
             y = {BPB: group, PROBES: "share", HEAD: "value"}.get(group, "nats per token")
-            charts.append(Chart(f"{title} over {x.unit}", series, x.unit, y, curriculum(trace, x)))
+            charts.append(Chart(title, tuple(series), x.unit, y, marks))
     return charts
 
 
@@ -454,13 +425,9 @@ def figure_names(trace: Trace, kind: str) -> list[str]:
     """The names of all numbers that records of a kind note, in the order of their first
     appearance.
     """
-    names = {
-        n: 0
-        for r in trace.kinds.get(kind, [])
-        for n, v in r.items()
-        if is_figure(n) and math.isfinite(number(v))
-    }
-    return list(names)
+    noted = (figure for record in trace.kinds.get(kind, []) for figure in record.items())
+    names = dict.fromkeys(name for name, value in noted if is_known(value))
+    return [name for name in names if name not in ("step", "tokens", "seconds")]
 
 
 def short_name(name: str) -> str:
@@ -472,42 +439,36 @@ def short_name(name: str) -> str:
 def curriculum(trace: Trace, x: XAxis) -> tuple[tuple[float, str], ...]:
     """Where each stage of the curriculum begins, with its context in tokens."""
     stages = trace.column("stage")
-    contexts = [
-        stage.get("context") for stage in trace.config.get("pretrain", {}).get("stages", [])
-    ]
     if trace.name != "base" or not np.isfinite(stages).all() or stages.max() < 1:
         return ()
+    settings = records(part(trace.config, "pretrain").get("stages"))
+    contexts = {float(i): stage.get("context") for i, stage in enumerate(settings)}
     starts = [0, *(np.flatnonzero(np.diff(stages)) + 1).tolist()]
-    names = [
-        contexts[int(stages[i])] if int(stages[i]) < len(contexts) else f"stage {stages[i]:.0f}"
-        for i in starts
-    ]
-    words = [f"context {names[0]}", *map(str, names[1:])]
-    return tuple(
-        (float(x.at[i]) if i else 0.0, word) for i, word in zip(starts, words, strict=True)
-    )
+    names = [str(contexts.get(stages[i], f"stage {stages[i]:.0f}")) for i in starts]
+    words = [f"context {names[0]}", *names[1:]]
+    places = [0.0, *(float(x.at[i]) for i in starts[1:])]
+    return tuple((at, word) for at, word in zip(places, words, strict=True) if math.isfinite(at))
 
 
 def curve(
-    trace: Trace, title: str, y: str, columns: dict[str, str], x: XAxis, **looks: Any
+    trace: Trace, title: str, y: str, name: str, column: str, from_zero: bool = False, *, x: XAxis
 ) -> Chart | None:
-    """A chart of figures noted at every step; None where none of them was."""
-    noted = {name: trace.column(column) for name, column in columns.items()}
-    series = [
-        thinned(name, x.at, values) for name, values in noted.items() if np.isfinite(values).any()
-    ]
-    return Chart(title, tuple(series), x.unit, y, curriculum(trace, x), **looks) if series else None
-
-
-def gradient_chart(trace: Trace, x: XAxis) -> Chart | None:
-    """The gradient norm, and the steps that were skipped."""
-    chart = curve(trace, "Gradient norm", "norm", {"gradient norm": "grad_norm"}, x, log_y=True)
-    norms, counts = trace.column("grad_norm"), np.nan_to_num(trace.column("skipped"))
-    skipped = np.flatnonzero((np.diff(counts, prepend=0) > 0) & np.isfinite(norms))
-    if chart is None or not len(skipped):
-        return chart
-    points = Series("skipped step", numbers(x.at[skipped]), numbers(norms[skipped]), style="points")
-    return Chart(chart.title, (*chart.series, points), chart.x, chart.y, chart.marks, log_y=True)
+    """A chart of a figure noted at every step, with the steps that were skipped where it is the
+    gradient norm; None where it was never noted.
+    """
+    values = trace.column(column)
+    series = [thinned(name, x.at, values)]
+    if not series[0].y:
+        return None
+    is_norm = column == "grad_norm"
+    if is_norm:
+        counts = np.nan_to_num(trace.column("skipped"))
+        seen = np.isfinite(values) & np.isfinite(x.at)
+        skipped = np.flatnonzero((np.diff(counts, prepend=0) > 0) & seen)
+        points = numbers(x.at[skipped]), numbers(values[skipped])
+        series += [Series("skipped step", *points, style="points")] if len(skipped) else []
+    marks = curriculum(trace, x)
+    return Chart(title, tuple(series), x.unit, y, marks, log_y=is_norm, from_zero=from_zero)
 
 
 def numbers(values: Iterable[float]) -> tuple[float, ...]:
@@ -516,7 +477,7 @@ def numbers(values: Iterable[float]) -> tuple[float, ...]:
 
 
 def marked(name: str, x: np.ndarray, y: np.ndarray) -> Series:
-    known = np.isfinite(y)
+    known = np.isfinite(x) & np.isfinite(y)
     return Series(name, numbers(x[known]), numbers(y[known]), style="marked")
 
 
@@ -528,12 +489,11 @@ def thinned(name: str, x: np.ndarray, y: np.ndarray) -> Series:
     x, y = x[known], y[known]
     if len(x) <= POINTS:
         return Series(name, numbers(x), numbers(y))
-    parts = np.array_split(np.arange(len(x)), POINTS)
-    x, low, mean, high = (
-        numbers(f(a[p]) for p in parts)
-        for f, a in ((np.mean, x), (np.min, y), (np.mean, y), (np.max, y))
-    )
-    return Series(name, x, mean, low, high)
+    sizes = len(x) // POINTS + (np.arange(POINTS) < len(x) % POINTS)
+    starts = np.cumsum(sizes) - sizes
+    low, high = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
+    means = [np.add.reduceat(values, starts) / sizes for values in (x, y)]
+    return Series(name, *map(numbers, (*means, low, high)))
 
 
 # ---- scores
@@ -554,25 +514,18 @@ def score_blocks(scores: list[Record], most: int = 9) -> list[Any]:
     tasks = list(dict.fromkeys(s["task"] for s in shares))
     groups = tuple(dict.fromkeys(checkpoint_name(s) for s in shares))
     charts = []
-    for part in np.array_split(np.array(tasks), -(-len(tasks) // most)) if tasks else []:
-        mine = [s for task in part for s in shares if s["task"] == task]
-        bars = tuple(
-            Bar(
-                s["task"],
-                checkpoint_name(s),
-                number(s["value"]),
-                number(s.get("stderr")),
-                number(s.get("chance")),
-            )
-            for s in mine
-        )
-        charts.append(
-            Bars(
-                "Scores" if len(tasks) <= most else f"Scores: {part[0]} to {part[-1]}", bars, groups
-            )
-        )
+    for first in range(0, len(tasks), most):
+        names = tasks[first : first + most]
+        bars = tuple(bar_of(s) for name in names for s in shares if s["task"] == name)
+        title = "Scores" if len(tasks) <= most else f"Scores: {names[0]} to {names[-1]}"
+        charts.append(Bars(title, bars, groups))
     legend = "A line on a bar is the standard error, an upright tick the chance level."
     return [*charts, *([Note(legend)] if charts else []), score_table(scores)]
+
+
+def bar_of(score: Record) -> Bar:
+    value, error, chance = (number(score.get(name)) for name in ("value", "stderr", "chance"))
+    return Bar(score["task"], checkpoint_name(score), value, error, chance)
 
 
 def checkpoint_name(score: Record) -> str:
@@ -591,27 +544,23 @@ def score_table(scores: list[Record]) -> Table:
     rows = []
     for task, by_group in tasks.items():
         some = next(iter(by_group.values()))
-        chance = percent(number(some.get("chance"))) if some.get("metric") not in NO_SHARES else "–"
-        rows.append(
-            (
-                task,
-                str(some.get("metric", "")),
-                *(score_text(by_group[g]) if g in by_group else "–" for g in groups),
-                chance,
-                str(some.get("n", "–")),
-                str(some.get("shots") if some.get("shots") is not None else "–"),
-            )
-        )
+        metric, chance = str(some.get("metric", "")), percent(number(some.get("chance")))
+        counts = (shown("{:.0f}".format, some.get(name)) for name in ("n", "shots"))
+        cells = (score_text(by_group[g]) if g in by_group else "–" for g in groups)
+        rows.append((task, metric, *cells, "–" if metric in NO_SHARES else chance, *counts))
     return Table(("Task", "Figure", *groups, "Chance", "Items", "Shots"), tuple(rows), n_left=2)
 
 
-def score_text(score: Record) -> str:
+def score_text(score: Record, width: int = 0) -> str:
+    """A score in words, with its standard error in at least `width` characters where it has one."""
     value, error = number(score["value"]), number(score.get("stderr"))
     if score.get("metric") == BPB:
-        return f"{value:.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
-    if score.get("metric") == "tokens":
-        return f"{value:.1f}" + (f" ± {error:.1f}" if math.isfinite(error) else "")
-    return percent(value) + (f" ± {100 * error:.1f}" if math.isfinite(error) else "")
+        said, spread = f"{value:.4f}", f"{error:.4f}"
+    elif score.get("metric") == "tokens":
+        said, spread = f"{value:.1f}", f"{error:{width}.1f}"
+    else:
+        said, spread = percent(value), f"{100 * error:{width}.1f}"
+    return f"{said} ± {spread}" if math.isfinite(error) else said
 
 
 # ---- samples, data, tokenizer, machine
@@ -623,25 +572,18 @@ def samples_of(run: Run, n_times: int = 6) -> list[tuple[Trace, Samples]]:
     """
     found = []
     for trace in reversed(run.traces):
-        records = trace.kinds.get("sample", [])
-        moments = sorted({r["step"] for r in records}, reverse=True)
-        kept = {
-            moments[round(i)] for i in np.linspace(0, len(moments) - 1, min(n_times, len(moments)))
-        }
+        noted = sorted(trace.kinds.get("sample", []), key=lambda record: -record["step"])
+        moments = list(dict.fromkeys(record["step"] for record in noted))
+        last = len(moments) - 1
+        kept = {moments[round(i)] for i in np.linspace(0, last, min(n_times, len(moments)))}
         by_prompt: dict[str, list[tuple[str, str]]] = {}
-        for record in sorted(records, key=lambda r: -r["step"]):
-            if record["step"] in kept:
-                when = f"{shown(log.count, number(record.get('tokens')))} tokens"
-                by_prompt.setdefault(str(record.get("prompt", "")), []).append(
-                    (when, str(record.get("text", "")))
-                )
+        for record in (record for record in noted if record["step"] in kept):
+            when = f"{shown(log.count, record.get('tokens'))} tokens"
+            texts = by_prompt.setdefault(str(record.get("prompt", "")), [])
+            texts.append((when, str(record.get("text", ""))))
         if by_prompt:
-            found.append(
-                (
-                    trace,
-                    Samples(tuple((prompt, tuple(texts)) for prompt, texts in by_prompt.items())),
-                )
-            )
+            texts_of = ((prompt, tuple(texts)) for prompt, texts in by_prompt.items())
+            found.append((trace, Samples(tuple(texts_of))))
     return found
 
 
@@ -650,34 +592,36 @@ def data_blocks(run: Run) -> list[Any]:
     conversations.
     """
     blocks: list[Any] = []
-    texts = [m for m in run.manifests("text") if m.get("kind") != "chat"]
-    if texts:
-        head = (
-            "Corpus",
-            "Source",
-            "Share",
-            "Passes",
-            "Documents",
-            "Text",
-            "Tokens",
-            "Held out",
-            "Dropped",
-        )
-        tokens = {m["name"]: m for m in run.manifests("tokens")}
+    common = ("Documents", "Text", "Held out", "Dropped")
+    if texts := [m for m in run.manifests("text") if m.get("kind") != "chat"]:
+        tokens = {
+            m["name"]: part(m, "splits", "train").get("tokens") for m in run.manifests("tokens")
+        }
         shares = training_shares(run, [m["name"] for m in texts])
-        rows = tuple(corpus_row(run, m, tokens.get(m["name"], {}), shares) for m in texts)
-        note = "Share: of the training tokens. Passes: how often the whole run reads the corpus."
-        blocks.append(Table(head, rows, n_left=2, bars=2, note=note))
-    chats = run.manifests("text/chat")
-    if chats:
-        head = ("Conversations", "Source", "Share", "Kept", "Text", "Held out", "Dropped")
-        total = sum(split(m, "train").get("documents", 0) for m in chats)
-        blocks.append(Table(head, tuple(chat_row(m, total) for m in chats), n_left=2, bars=2))
+        rows = tuple(corpus_row(run, m, number(tokens.get(m["name"])), shares) for m in texts)
+        note = "Share: of the training tokens. Epochs: how often the whole run reads the corpus."
+        head = ("Corpus", "Source", "Share", "Epochs", "Tokens", *common)
+        blocks += [Table(head, rows, n_left=2, bars=2), Note(note)]
+    if chats := run.manifests("text/chat"):
+        counts = [number(part(m, "splits", "train").get("documents")) for m in chats]
+        total = max(1.0, float(np.nansum(counts)))
+        rows = tuple(
+            (m["name"], source_text(m), percent(n / total), *manifest_cells(m))
+            for m, n in zip(chats, counts, strict=True)
+        )
+        blocks.append(Table(("Conversations", "Source", "Share", *common), rows, n_left=2, bars=2))
     return blocks
 
 
-def split(manifest: Record, name: str) -> Record:
-    return manifest.get("splits", {}).get(name, {})
+def manifest_cells(manifest: Record) -> tuple[str, ...]:
+    """Documents, bytes of text, held-out documents, what was dropped."""
+    train, held_out = part(manifest, "splits", "train"), part(manifest, "splits", "validation")
+    return (
+        shown(log.count, train.get("documents")),
+        shown(log.size, train.get("text_bytes")),
+        shown(log.count, held_out.get("documents")),
+        "; ".join(f"{n} {why}" for why, n in part(manifest, "dropped").items()) or "–",
+    )
 
 
 def source_text(manifest: Record) -> str:
@@ -693,131 +637,86 @@ def source_text(manifest: Record) -> str:
     return ", ".join(named or ["–"]) + (f" @ {str(revision)[:8]}" if revision else "")
 
 
-def dropped_text(manifest: Record) -> str:
-    dropped = manifest.get("dropped") or {}
-    return (
-        "; ".join(f"{n} {why}" for why, n in dropped.items())
-        if isinstance(dropped, dict) and dropped
-        else "–"
-    )
-
-
 def training_shares(run: Run, names: list[str]) -> dict[str, float]:
     """Each corpus' share of the training tokens, over all stages of the curriculum."""
-    data = run.config.get("data", {})
-    weight_of = {
-        source.get("name"): number(source.get("weight")) for source in data.get("sources", [])
-    }
-    if data.get("text_files"):
-        weight_of = {}
+    data = part(run.config, "data")
+    sources = [] if data.get("text_files") else records(data.get("sources"))
+    weight_of = {str(source.get("name")): source.get("weight") for source in sources}
     in_order = [name for name in weight_of if name in names] or names
     shares = dict.fromkeys(names, 0.0)
-    for stage in run.config.get("pretrain", {}).get("stages", []) or [{"share": 1.0}]:
-        weights = stage.get("weights") or [weight_of.get(name, 1.0) for name in in_order]
-        for name, weight in zip(in_order, weights, strict=False):
-            shares[name] += number(stage.get("share", 1.0)) * weight / sum(weights)
+    for stage in records(part(run.config, "pretrain").get("stages")) or [{"share": 1.0}]:
+        given = stage.get("weights") or [weight_of.get(name, 1.0) for name in in_order]
+        weights = np.array([number(w) for w in given]) if isinstance(given, list) else np.ones(0)
+        for name, weight in zip(in_order, weights / (weights.sum() or 1.0), strict=False):
+            shares[name] += number(stage.get("share", 1.0)) * float(weight)
     return shares
 
 
-def corpus_row(run: Run, text: Record, tokens: Record, shares: dict[str, float]) -> tuple[str, ...]:
-    train, held_out, share = split(text, "train"), split(text, "validation"), shares[text["name"]]
-    n_tokens = split(tokens, "train").get("tokens", 0)
-    pretrain = run.config.get("pretrain", {})
+def corpus_row(
+    run: Run, text: Record, n_tokens: float, shares: dict[str, float]
+) -> tuple[str, ...]:
+    pretrain, share = part(run.config, "pretrain"), shares[text["name"]]
     seen = share * number(pretrain.get("steps")) * number(pretrain.get("tokens_per_step"))
-    return (
-        text["name"],
-        source_text(text),
-        percent(share),
-        f"{seen / n_tokens:.2f}" if n_tokens and math.isfinite(seen) else "–",
-        log.count(train.get("documents", 0)),
-        log.size(train.get("text_bytes", 0)),
-        log.count(n_tokens) if n_tokens else "–",
-        log.count(held_out.get("documents", 0)),
-        dropped_text(text),
-    )
-
-
-def chat_row(text: Record, total: int) -> tuple[str, ...]:
-    train, held_out = split(text, "train"), split(text, "validation")
-    documents = train.get("documents", 0)
-    share, size = percent(documents / max(1, total)), log.size(train.get("text_bytes", 0))
-    counts = (
-        log.count(documents),
-        size,
-        log.count(held_out.get("documents", 0)),
-        dropped_text(text),
-    )
-    return (text["name"], source_text(text), share, *counts)
+    epochs = shown("{:.2f}".format, seen / n_tokens if n_tokens > 0 else None)
+    counts = percent(share), epochs, shown(log.count, n_tokens)
+    return (text["name"], source_text(text), *counts, *manifest_cells(text))
 
 
 def tokenizer_blocks(run: Run) -> list[Any]:
-    """How large the vocabulary is, and how much text a token stands for in each corpus."""
+    """How large the vocabulary is, and how many bytes a token stands for in each corpus."""
     path = run.folder / "tokenizer" / "tokenizer.json"
     if not path.is_file():
         return []
-    size, unused, longest = vocabulary(path, path.stat().st_mtime_ns)
-    facts = [
-        ("Vocabulary", f"{size:,}"),
-        ("Entries learnt", f"{size - unused:,}"),
-        ("Longest entry", longest),
-    ]
+    size, unused = vocabulary(path, path.stat().st_mtime_ns)
+    facts = (("Vocabulary", f"{size:,}"), ("Learned entries", f"{size - unused:,}"))
     rows = []
     for manifest in run.manifests("tokens"):
-        per_split = [split(manifest, name) for name in ("train", "validation")]
-        ratios = [
-            f"{s['text_bytes'] / s['tokens']:.2f}" if s.get("tokens") else "–" for s in per_split
-        ]
-        rows.append((manifest["name"], *ratios))
-    head = ("Bytes of text a token", "training text", "held-out text")
-    return [Facts(tuple(facts)), *([Table(head, tuple(rows))] if rows else [])]
+        cells = []
+        for part_name in ("train", "validation"):
+            counts = part(manifest, "splits", part_name)
+            n_bytes, n = number(counts.get("text_bytes")), number(counts.get("tokens"))
+            cells.append(shown("{:.2f}".format, n_bytes / n if n > 0 else None))
+        rows.append((manifest["name"], *cells))
+    head = ("Bytes of text per token", "training text", "held-out text")
+    return [Facts(facts), *([Table(head, tuple(rows))] if rows else [])]
 
 
 @lru_cache(maxsize=4)
-def vocabulary(path: Path, changed: int) -> tuple[int, int, str]:
-    """Entries of a tokenizer.json, how many of them are unused, and the longest as it is spelt
-    there.
-    """
+def vocabulary(path: Path, changed: int) -> tuple[int, int]:
+    """Entries of a tokenizer.json, and how many of them are unused."""
     tokenizer = read_json(path)
-    added = [entry.get("content", "") for entry in tokenizer.get("added_tokens", [])]
-    words = set(tokenizer.get("model", {}).get("vocab", {})) | set(added)
-    longest = max((w for w in words if w not in added), key=lambda w: (len(w), w), default="–")
-    return (
-        len(words),
-        sum(word.startswith("<|unused_") for word in words),
-        longest.replace("Ġ", " ").strip(),
-    )
+    words = {str(entry.get("content")) for entry in records(tokenizer.get("added_tokens"))}
+    words |= set(part(tokenizer, "model", "vocab"))
+    return len(words), sum(word.startswith("<|unused_") for word in words)
 
 
 def machine_blocks(run: Run) -> list[Any]:
     """On what it ran, and what each stage took: hours, energy and its price."""
     rows = []
-    for trace in run.traces:
-        if not trace.steps:
-            continue
-        kwh, speed = trace.kwh(run.report), trace.tokens[-1] / max(1e-9, trace.hours[-1] * 3600)
+    for trace in (trace for trace in run.traces if trace.steps):
+        kwh, hours, n_tokens = trace.kwh(run.report), trace.hours[-1], trace.tokens[-1]
+        speed = shown(log.count, n_tokens / max(1e-9, hours * 3600))
         energy = (f"{kwh:.3g}", cost(kwh, run.report)) if math.isfinite(kwh) else ("–", "–")
-        when = log.duration(trace.hours[-1] * 3600)
-        counts = shown(log.count, trace.tokens[-1]), when, shown(log.count, speed)
-        rows.append((trace.title, *counts, *energy))
+        rows.append((trace.title, shown(log.count, n_tokens), time_text(hours), speed, *energy))
     if not rows:
         return []
     start = run.traces[-1].start
     names = {
         "device": "Device",
-        "dtype": "Computing in",
+        "dtype": "Compute dtype",
         "torch": "torch",
         "micro_batch_tokens": "Micro-batch, tokens",
     }
     facts = [(names[key], str(start[key])) for key in names if start.get(key) is not None]
-    if math.isfinite(peak := number(start.get("peak_flops"))):
+    if is_known(peak := start.get("peak_flops")):
         facts.append(("Peak", f"{peak / 1e12:.3g} TFLOP/s"))
     note = "Time is the time spent in steps, over all starts." + (
-        f" Energy at {run.report.price_per_kwh:g} {run.report.currency} a kilowatt-hour."
+        f" Energy at {run.report.price_per_kwh:g} {run.report.currency} per kilowatt-hour."
         if math.isfinite(run.kwh)
         else " The power was not measured: give it as --report.watts to see energy and cost."
     )
-    head = ("Stage", "Tokens", "Time", "Tokens a second", "kWh", "Cost")
-    return [*([Facts(tuple(facts))] if facts else []), Table(head, tuple(rows), note=note)]
+    head = ("Stage", "Tokens", "Time", "Tokens per second", "kWh", "Cost")
+    return [*([Facts(tuple(facts))] if facts else []), Table(head, tuple(rows)), Note(note)]
 
 
 # ---- two runs
@@ -848,28 +747,14 @@ def glance_table(runs: list[Run]) -> Table:
 
 def stage_comparison(runs: list[Run], stage: str) -> list[Chart]:
     """Each chart of a stage with the curves of all runs in it."""
-    traces = [
-        (run.name, trace)
-        for run in runs
-        for trace in run.traces
-        if trace.name == stage and trace.steps
-    ]
+    traces = [(run.name, t) for run in runs for t in run.traces if t.name == stage and t.steps]
     short = max((trace.hours[-1] for _, trace in traces), default=0) < 2
+    speed = next(figure for figure in RUNNING if figure[0] == "Speed")
     charts: dict[str, list[tuple[str, Chart]]] = {}
     for name, trace in traces:
-        time_axis = XAxis("minutes", trace.hours * 60) if short else XAxis("hours", trace.hours)
-        tokens = XAxis("tokens", trace.tokens)
-        drawn = [*learning_charts(trace, tokens), *learning_charts(trace, time_axis)]
-        drawn.append(
-            curve(
-                trace,
-                "Speed",
-                "tokens per second",
-                {"tokens per second": "tokens_per_second"},
-                tokens,
-            )
-        )
-        for chart in drawn:
+        tokens, taken = x_axes(trace, short)
+        drawn = [*learning_charts(trace, tokens), *learning_charts(trace, taken)]
+        for chart in (*drawn, curve(trace, *speed, x=tokens)):
             if chart:
                 charts.setdefault(chart.title, []).append((name, chart))
     return [merged(title, found, [run.name for run in runs]) for title, found in charts.items()]
@@ -904,14 +789,9 @@ def difference_table(runs: list[Run]) -> Table | Note:
     return Table(("Field", *(run.name for run in runs)), tuple(rows), n_left=len(runs) + 1)
 
 
-def config_text(config: Record) -> str:
-    """The configuration, a field a line."""
-    return "\n".join(f"{name} = {value}" for name, value in flattened(config).items())
-
-
 def flattened(value: Any, name: str = "") -> dict[str, str]:
     """Nested dictionaries as one: a.b.c → text."""
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or name.count(".") > 9:  # deeper than any config
         return {name: json.dumps(value, ensure_ascii=False)}
     return {
         k: v

@@ -12,12 +12,14 @@ import sys
 import textwrap
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 JOINERS = "\u200c\u200d"  # invisible, but emoji and several scripts need them
+NO_ANSWER = "(no answer)"
+FILE_COMMANDS = ("/save", "/load", "/compare")  # what follows them is a path
 REFRESH_SECONDS = 0.04  # between two drawings of the block that is being written
 
 
@@ -72,11 +74,33 @@ def fitting(parts: Sequence[str], width: int) -> str:
 
 
 class Screen(Protocol):
-    """Where an answer appears, piece by piece."""
+    """Where an answer appears, piece by piece. An answer without content shows the thinking that
+    was hidden, and that it has none.
+    """
 
     def add(self, thinking: bool, text: str) -> None: ...
 
-    def end(self) -> None: ...
+    def end(self, *, whole: bool) -> None: ...
+
+
+def new_screen(*, thoughts: bool) -> Screen:
+    """The best that standard output can do."""
+    if not sys.stdout.isatty() or is_dumb():
+        return PlainScreen(sys.stdout, thoughts=thoughts)
+    from rich.console import Console
+
+    return RichScreen(Console(highlight=False), thoughts=thoughts)
+
+
+def show(pieces: Iterable[tuple[bool, str]], screen: Screen) -> None:
+    """Draw an answer as it comes; whatever ends it, what was said stays on the screen."""
+    whole = False
+    try:
+        for thinking, text in pieces:
+            screen.add(thinking, text)
+        whole = True
+    finally:
+        screen.end(whole=whole)
 
 
 class PlainScreen:
@@ -86,11 +110,17 @@ class PlainScreen:
 
     def __init__(self, out: TextIO, *, thoughts: bool) -> None:
         self._out, self._thoughts, self._was_thinking, self._last = out, thoughts, False, ""
+        self._hidden, self._said = "", False
 
     def add(self, thinking: bool, text: str) -> None:
         text = neutral(text)
-        if not text or (thinking and not self._thoughts):
-            return
+        self._said |= not thinking and bool(text.strip())
+        if thinking and not self._thoughts:
+            self._hidden += text
+        elif text:
+            self._write(thinking, text)
+
+    def _write(self, thinking: bool, text: str) -> None:
         if thinking and not self._was_thinking:
             text = f"[thinking] {text}"
         elif self._was_thinking and not thinking:
@@ -98,7 +128,11 @@ class PlainScreen:
         self._was_thinking, self._last = thinking, text
         print(text, end="", file=self._out, flush=True)
 
-    def end(self) -> None:
+    def end(self, *, whole: bool) -> None:
+        if not self._said and self._hidden:
+            self._write(True, self._hidden)
+        if not self._said and whole:
+            self._write(False, NO_ANSWER)
         if not self._last.endswith("\n"):
             print(file=self._out, flush=True)
 
@@ -106,7 +140,7 @@ class PlainScreen:
 class RichScreen:
     """An answer on a terminal: the block being written as it comes, each complete one as Markdown.
 
-    thoughts: show the thinking, dimmed, or fold it into one line once it is over.
+    thoughts: show the thinking, dimmed, or fold it into one line once the answer begins.
     """
 
     def __init__(self, console: Any, *, thoughts: bool) -> None:
@@ -114,31 +148,31 @@ class RichScreen:
 
         self._console, self._thoughts = console, thoughts
         self._live = Live(console=console, transient=True, auto_refresh=False)
-        self._thought, self._block, self._thinking = "", "", False
+        self._thought, self._block, self._said = "", "", False
         self._drawn = 0.0
         self._live.start()
 
     def add(self, thinking: bool, text: str) -> None:
-        if self._thinking and not thinking:
-            self._end_thinking()
-        self._thinking = thinking
         if thinking:
             self._thought += neutral(text)
         else:
             self._block += neutral(text)
+            if self._block.strip():
+                self._said = True
+                self._end_thinking(folded=not self._thoughts)
             while (end := block_end(self._block)) is not None:
                 self._print(markdown(self._block[:end]))
                 self._block = self._block[end:]
         if time.monotonic() - self._drawn > REFRESH_SECONDS:
             self._draw()
 
-    def end(self) -> None:
+    def end(self, *, whole: bool) -> None:
         """Leave the whole answer on the screen."""
-        if self._thinking:
-            self._end_thinking()
+        self._end_thinking(folded=False)
         if self._block.strip():
             self._print(markdown(self._block))
-        self._block = ""
+        elif whole and not self._said:
+            self._print(NO_ANSWER)
         self._live.update("")
         self._live.stop()
 
@@ -150,13 +184,11 @@ class RichScreen:
     def _draw(self) -> None:
         from rich.text import Text
 
-        if self._thinking and not self._thoughts:
-            text = Text(f"thinking … {len(self._thought.split())} words", style="dim")
+        style = "dim" if self._thought else ""
+        if self._thought and not self._thoughts:
+            text = Text(f"thinking … {len(self._thought.split())} words", style=style)
         else:
-            text = Text(
-                self._thought if self._thinking else self._block,
-                style="dim" if self._thinking else "",
-            )
+            text = Text(self._thought or self._block, style=style)
         # a live region taller than the screen cannot be taken back: show its end
         lines = text.wrap(self._console, max(1, self._console.width))[
             -max(1, self._console.height - 3) :
@@ -164,18 +196,13 @@ class RichScreen:
         self._live.update(Text("\n").join(lines), refresh=True)
         self._drawn = time.monotonic()
 
-    def _end_thinking(self) -> None:
+    def _end_thinking(self, *, folded: bool) -> None:
         from rich.text import Text
 
-        words = len(self._thought.split())
-        shown = (
-            self._thought.strip()
-            if self._thoughts
-            else f"thought for {words} words (/think show unfolds it)"
-        )
+        if words := len(self._thought.split()):
+            fold = f"thought for {words} words (/think show unfolds it)"
+            self._print(Text(fold if folded else self._thought.strip(), style="dim"))
         self._thought = ""
-        if words:
-            self._print(Text(shown, style="dim"))
 
 
 def block_end(text: str) -> int | None:
@@ -257,14 +284,14 @@ def is_dumb() -> bool:
 
 
 class Keyboard:
-    """Lines typed by a person: with history, several lines and completion where the
+    """Lines typed by a person: with history, several lines, completion and Ctrl-Z where the
     terminal can.
     """
 
     def __init__(
         self, commands: Sequence[str], history: Path | None, status: Callable[[], Sequence[str]]
     ) -> None:
-        self._session = None if is_dumb() else _prompt_session(commands, history, status)
+        self._session = None if is_dumb() else prompt_session(commands, history, status)
 
     def read(self) -> str:
         """What was typed; EOFError where the person is done, KeyboardInterrupt on Ctrl-C."""
@@ -276,13 +303,15 @@ class Keyboard:
         return line
 
 
-def _prompt_session(
+def prompt_session(
     commands: Sequence[str], history: Path | None, status: Callable[[], Sequence[str]]
 ) -> Any:
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.completion import Completer, Completion, PathCompleter, WordCompleter
+    from prompt_toolkit.document import Document
     from prompt_toolkit.history import FileHistory, InMemoryHistory
-    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.keys import Keys
     from prompt_toolkit.styles import Style
 
     class TolerantHistory(FileHistory):
@@ -292,7 +321,32 @@ def _prompt_session(
             with contextlib.suppress(OSError):
                 super().store_string(string.encode("utf-8", "replace").decode())
 
+    words, paths = WordCompleter(list(commands), sentence=True), PathCompleter(expanduser=True)
+
+    class CommandCompleter(Completer):
+        """Commands, and the paths that some of them take."""
+
+        def get_completions(self, document: Document, event: Any) -> Iterable[Completion]:
+            name, space, path = document.text_before_cursor.partition(" ")
+            if space and name in FILE_COMMANDS:
+                return paths.get_completions(Document(path), event)
+            return words.get_completions(document, event)
+
+    def ignore(event: KeyPressEvent) -> None:
+        """An escape before a key that then means nothing; the rest of an unknown sequence goes too.
+        Keys that are more than a character keep their meaning.
+        """
+        key, queue = event.key_sequence[-1], event.key_processor.input_queue
+        if isinstance(key.key, Keys):
+            event.key_processor.feed(key, first=True)
+        elif key.key in "[O":
+            while queue and not "@" <= queue.popleft().data <= "~":
+                pass
+
     keys = KeyBindings()
+    keys.add("escape", "<any>")(ignore)
+    # colours that were pasted look like a mouse that was never asked for
+    keys.add(Keys.Vt100MouseEvent)(lambda event: None)
     keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
     return PromptSession(
@@ -303,8 +357,9 @@ def _prompt_session(
         history=TolerantHistory(str(history))
         if history and os.access(history.parent, os.W_OK)
         else InMemoryHistory(),
-        completer=WordCompleter(list(commands), sentence=True),
+        completer=CommandCompleter(),
         complete_while_typing=False,
+        enable_suspend=True,
         bottom_toolbar=lambda: fitting(status(), shutil.get_terminal_size().columns),
         style=Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack"}),
     )

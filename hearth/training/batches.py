@@ -134,14 +134,17 @@ class PretrainingBatches:
     def stage(self, step: int) -> int:
         return int(self.stage_of_step[step])
 
+    def context_of(self, stage: int) -> int:
+        """The longest segment of a stage of the curriculum."""
+        return self.config.stages[stage].context
+
     def batch(self, step: int) -> Batch:
         """The batch of `step`: `tokens_per_step` tokens, rows as long as its curriculum stage's
         context.
         """
         rows = range(step * self.rows_per_step, (step + 1) * self.rows_per_step)
         tokens = np.stack([self._row(row) for row in rows])
-        row_length = self.config.stages[self.stage(step)].context
-        return _next_token_batch(tokens, self.bos, row_length)
+        return _next_token_batch(tokens, self.bos, self.context_of(self.stage(step)))
 
     def _row(self, row: int) -> np.ndarray:
         corpus, rank = int(self.corpus_of_row[row]), int(self.rank_of_row[row])
@@ -218,7 +221,7 @@ class ConversationBatches:
         pad: int,
         seed: int,
     ) -> None:
-        self.shards, self.config, self.pad = shards, config, pad
+        self.shards, self.config, self.pad, self.context = shards, config, pad, config.context
         self.rows_per_step = max(1, config.tokens_per_step // config.context)
         conversations = [
             (corpus, start, end)
@@ -253,6 +256,9 @@ class ConversationBatches:
 
     def stage(self, step: int) -> int:
         return 0
+
+    def context_of(self, stage: int) -> int:
+        return self.config.context
 
     def batch(self, step: int) -> Batch:
         rows = self._rows[step * self.rows_per_step : (step + 1) * self.rows_per_step]

@@ -11,17 +11,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from config import Config, UserError
-from hearth.cli import from_json, to_json
+from hearth import storage
+from hearth.cli import from_plain, to_json
 from hearth.data.tokenizer import Tokenizer
+from hearth.run import newest
 from hearth.training.optim import Optimizers
 from model import Model, compute_dtype
 
@@ -36,23 +41,6 @@ class Loaded:
     state: dict[str, Any]  # stage, step, steps, tokens and what the stage noted
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint below a stage's folder, or None."""
-    found = sorted(folder.glob("step-*/state.json")) if folder.is_dir() else []
-    return found[-1].parent if found else None
-
-
-def furthest(config: Config) -> Path:
-    """The newest checkpoint of the furthest stage of a run; `UserError` says how to make one."""
-    for stage in ("sft2", "sft1", "base"):
-        if (found := newest(config.run_dir / stage)) is not None:
-            return found
-    raise UserError(
-        f"No checkpoint in {config.run_dir}: looked for sft2, sft1, base. "
-        f"Make one with `{config.command('run_pipeline.py')}`."
-    )
-
-
 def is_finished(folder: Path) -> bool:
     """Whether the stage that writes into `folder` has reached its last step."""
     last = newest(folder)
@@ -63,7 +51,72 @@ def is_finished(folder: Path) -> bool:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    """What a checkpoint notes of itself: at least its stage, step, steps and tokens."""
+    path = checkpoint / "state.json"
+    state = storage.read_json(path)
+    storage.field(state, "stage", str, path)
+    for name in ("step", "steps", "tokens"):
+        storage.field(state, name, int, path)
+    return state
+
+
+def read_config(checkpoint: Path) -> Config:
+    path = checkpoint / "config.json"
+    return from_plain(Config, storage.read_json(path), path)
+
+
+def read_weights(checkpoint: Path, model: Model, device: torch.device) -> dict[str, Tensor]:
+    """The weights of a checkpoint, which must be those of `model`: each of its name and shape, in
+    float32 and finite. The file's header is compared before anything is loaded.
+    """
+    path, held = checkpoint / "model.safetensors", read_header(checkpoint)
+    wanted = {name: f"F32 {list(p.shape)}" for name, p in model.state_dict().items()}
+    for name in sorted(wanted.keys() | held.keys()):
+        if held.get(name) != wanted.get(name):
+            raise UserError(
+                f"{path}: {name} is {held.get(name, 'missing')}, but config.json asks for "
+                f"{wanted.get(name, 'none')}."
+            )
+    try:
+        weights = load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinite values. {REMEDY}")
+    return weights
+
+
+def read_header(checkpoint: Path) -> dict[str, str]:
+    """Kind and shape of each tensor in a checkpoint's weights, such as "F32 [512, 128]"."""
+    path = checkpoint / "model.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {n: f"{part.get_dtype()} {part.get_shape()}" for n, part in parts.items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}. {REMEDY}") from error
+
+
+def read_optimizers(checkpoint: Path, optimizers: Optimizers, device: torch.device) -> None:
+    """Load a checkpoint's optimizer state, its size looked up before it is unpacked."""
+    path = checkpoint / "optimizer.pt"
+    most = 2 * optimizers.saved_bytes() + SMALL
+    try:
+        with zipfile.ZipFile(path) as file:
+            n_bytes = sum(entry.file_size for entry in file.infolist())
+        if n_bytes > most:
+            raise UserError(f"{path} unpacks to {n_bytes} bytes, of which {most} are expected.")
+        optimizers.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+    except UserError:
+        raise
+    except Exception as error:  # pickle, torch and zipfile raise a dozen kinds
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read ({said}). {REMEDY}") from error
+
+
+SMALL = 2**24  # bytes of a checkpoint that are no tensors
+REMEDY = "Remove its folder: training continues from the checkpoint before it, where there is one."
 
 
 def save(
@@ -83,29 +136,26 @@ def save(
     final = folder / f"step-{state['step']:08}"
     part = folder / f".part-{final.name}"
     shutil.rmtree(part, ignore_errors=True)
+    texts = {"config.json": to_json(config), "state.json": json.dumps(state, indent=1)}
     try:
-        part.mkdir(parents=True)
-        with optimizers.inference_weights():
-            weights = {name: p.detach().contiguous() for name, p in model.state_dict().items()}
-            save_file(weights, part / "model.safetensors")
-        torch.save(optimizers.state_dict(), part / "optimizer.pt")
-        tokenizer.save(part / "tokenizer")
-        (part / "config.json").write_text(to_json(config), encoding="utf-8")
-        (part / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for name, text in (files or {}).items():
-            (part / name).write_text(text, encoding="utf-8")
-        _sync(part)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(part, final)
-        _sync_folder(folder)
-    except OSError as error:
+        with storage.writing(folder):
+            part.mkdir(parents=True)
+            with optimizers.inference_weights():
+                weights = {name: p.detach().contiguous() for name, p in model.state_dict().items()}
+                save_file(weights, part / "model.safetensors")
+            torch.save(optimizers.state_dict(), part / "optimizer.pt")
+            tokenizer.save(part / "tokenizer")
+            for name, text in (texts | dict(files or {})).items():
+                storage.write_text(part / name, text)
+            for name in ("model.safetensors", "optimizer.pt"):
+                storage.sync_file(part / name)
+            storage.sync_folder(part)
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(part, final)
+            storage.sync_folder(folder)
+    finally:
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(
-            f"The checkpoint {final} could not be written: {error}. Make room or mend the folder, "
-            "then start again: "
-            f"training continues from the checkpoint before it."
-        ) from error
     for old in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -113,68 +163,20 @@ def save(
 
 def n_bytes(model: Model, optimizers: Optimizers) -> int:
     """About what one checkpoint takes on disk: weights and optimizer state; the rest is small."""
-    weights = 4 * model.n_parameters()
-    return (
-        weights * (2 if optimizers.config.name == "schedulefree" else 1) + optimizers.state_bytes()
-    )
+    return 4 * model.n_parameters() + optimizers.saved_bytes()
 
 
-def resume(
-    folder: Path, model: Model, optimizers: Optimizers, config: Config, section: str
-) -> dict[str, Any] | None:
+def resume(folder: Path, model: Model, optimizers: Optimizers) -> dict[str, Any] | None:
     """Load the newest checkpoint below `folder` into model and optimizers; its state, or None if
     there is none.
-
-    Raises `UserError` when the seed, the precision, the model, the optimizer or the stage's own
-    `section` has changed.
     """
     last = newest(folder)
     if last is None:
         return None
-    saved = from_json(Config, (last / "config.json").read_text(encoding="utf-8"))
-    different = [
-        difference
-        for part in ("seed", "eight_bit", "model", "optim", section)
-        for difference in _differences(getattr(saved, part), getattr(config, part), part)
-    ]
-    if different:
-        raise UserError(
-            f"{last} was trained with other settings: {'; '.join(different)}. Give those again to "
-            "go on, or start "
-            f"another run beside it with --name, or remove {folder} to start over."
-        )
-    model.load_state_dict(load_file(last / "model.safetensors", device=str(model.device)))
-    optimizers.load_state_dict(
-        torch.load(last / "optimizer.pt", map_location=model.device, weights_only=True)
-    )
-    return read_state(last)
-
-
-# what may change between two starts of one run without changing what it computes
-_FREE = {
-    "micro_batch_tokens",
-    "save_every_minutes",
-    "keep_checkpoints",
-    "log_every_steps",
-    "log_to",
-    "prompts",
-    "probe_prompts",
-    "probe_tokens",
-}
-
-
-def _differences(old: Any, new: Any, path: str) -> list[str]:
-    """Fields in which two configs differ, those that do not change the result left out."""
-    if old == new:
-        return []
-    if not (is_dataclass(old) and is_dataclass(new)):
-        return [f"{path} was {old}, is {new}"]
-    names = [name for name in vars(new) if name not in _FREE]
-    return [
-        d
-        for name in names
-        for d in _differences(getattr(old, name), getattr(new, name), f"{path}.{name}")
-    ]
+    state = read_state(last)
+    model.load_state_dict(read_weights(last, model, model.device))
+    read_optimizers(last, optimizers, model.device)
+    return state
 
 
 def load_for_inference(checkpoint: Path, device: torch.device | str = "cpu") -> Loaded:
@@ -199,33 +201,25 @@ def load_for_inference(checkpoint: Path, device: torch.device | str = "cpu") -> 
             f"{checkpoint} holds no checkpoint: {', '.join(missing)} missing (found: "
             f"{found or 'nothing'})."
         )
-    config = from_json(Config, (checkpoint / "config.json").read_text(encoding="utf-8"))
-    device = torch.device(device)
-    with torch.device("meta"):
-        model = Model(config.model)
-    try:
-        model.load_state_dict(
-            load_file(checkpoint / "model.safetensors", device=str(device)), assign=True
-        )
-    except Exception as error:
-        raise UserError(f"{checkpoint / 'model.safetensors'} cannot be read: {error}") from error
+    config, state, device = read_config(checkpoint), read_state(checkpoint), torch.device(device)
+    model = empty_model(checkpoint, config)
+    model.load_state_dict(read_weights(checkpoint, model, device), assign=True)
     model.dtype = compute_dtype(device)
     model.requires_grad_(False)
-    return Loaded(model, config, Tokenizer.load(checkpoint / "tokenizer"), read_state(checkpoint))
+    return Loaded(model, config, Tokenizer.load(checkpoint / "tokenizer"), state)
 
 
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def empty_model(checkpoint: Path, config: Config) -> Model:
+    """The model that a checkpoint's config asks for, without memory for its weights."""
+    c, path = config.model, checkpoint / "config.json"
+    n_layer = c.n_layer + (c.hrm.l_layer + c.hrm.h_layer if c.hrm else 0)
+    n_tensors = len(read_header(checkpoint))
+    if n_layer > n_tensors:  # each layer has several
+        raise UserError(
+            f"{path} asks for {n_layer} layers, but model.safetensors holds {n_tensors} tensors."
+        )
+    try:
+        with torch.device("meta"):
+            return Model(c)
+    except (OverflowError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path} asks for a model beyond all sizes: {error}") from error

@@ -6,9 +6,9 @@ micro-batch.
 In: what torchrun puts into the environment. Knows nothing of models, data or the training loop.
 
 Why not `DistributedDataParallel`: it sums while one backward pass of one forward pass runs. Here a
-step has several of them (deep supervision goes back once a cycle), a head whose gradient is cut
-leaves parameters without one, and rows without loss are left out, on one process and not on the
-other. Summed once, none of that matters; what is lost is the overlap with the last micro-batch.
+step has several of them (deep supervision goes back once a cycle), and rows without loss are left
+out, on one process and not on the other. Summed once, none of that matters; what is lost is the
+overlap with the last micro-batch.
 """
 
 from __future__ import annotations
@@ -78,11 +78,20 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], weight: float) -> No
 
 
 def total(value: float, device: torch.device) -> float:
-    """The sum of `value` over all processes."""
+    """The sum of `value` over all processes; every one of them must ask."""
+    return _reduced(value, device, dist.ReduceOp.SUM)
+
+
+def largest(value: float, device: torch.device) -> float:
+    """The largest `value` of all processes; every one of them must ask."""
+    return _reduced(value, device, dist.ReduceOp.MAX)
+
+
+def _reduced(value: float, device: torch.device, operation: dist.ReduceOp) -> float:
     if n_ranks() == 1:
         return value
-    summed = torch.tensor(
+    held = torch.tensor(
         value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
     )
-    dist.all_reduce(summed)
-    return float(summed)
+    dist.all_reduce(held, operation)
+    return float(held)

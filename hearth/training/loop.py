@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import signal
+import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,29 +19,42 @@ import torch
 
 from config import Config, LoopConfig, UserError
 from hearth import hardware, log
+from hearth.cli import from_plain
+from hearth.data.tokenizer import Tokenizer
+from hearth.reporting.report import Reporter, refresh
 from hearth.reporting.trackers import open_trackers
+from hearth.run import STAGES, newest
 from hearth.training import checkpoint, distributed
 from hearth.training.batches import Batch
-from hearth.training.gradients import HeadPlan, accumulate, head_schedule
-from hearth.training.optim import Optimizers, learning_rate_factor
+from hearth.training.gradients import accumulate
+from hearth.training.optim import Optimizers, build_optimizers
 from hearth.training.planning import ACTIVATION_CHECKPOINTING, GIB, make_plan, measure
-from model import Model, PackedSequences
+from model import Model
 
 # ------------------------------------------------------------------------------------ spiking steps
 
 
+KNOWN = 50  # accepted steps after which the guard judges, and judges a new level
+SPIKE = 6.0  # deviations above the mean of the logarithms
+LASTING = 8  # spikes, less the accepted steps between them, that are no spikes but a new level
+
+
 @dataclass
 class SpikeGuard:
-    """Running mean and deviation of the gradient norm's logarithm; tells steps that must be
-    skipped.
+    """Running mean and variance of the gradient norm's logarithm; tells steps to be skipped.
 
-    A non-finite loss or norm is always skipped, a norm 6 deviations above the mean once 50 steps
-    are known.
+    A non-finite loss or norm is always skipped, a norm `SPIKE` deviations above the mean once
+    `KNOWN` steps are known. No weight moves while steps are skipped, so norms that stay high are
+    those of other data or of another place in weight space, not of one batch: the mean moves to
+    their median, at the cost of `LASTING` steps. That is done once in `KNOWN` accepted steps: a
+    norm that rises again at once is a divergence, and ends the run (`max_skipped_steps`).
     """
 
     mean: float = 0.0
-    square: float = 0.0
-    seen: int = 0
+    variance: float = 0.0
+    seen: int = 0  # accepted steps
+    level_at: int = 0  # of them, those before the last new level
+    high: tuple[float, ...] = ()  # the spikes that may become a new level
     skipped: int = 0  # in all
     in_a_row: int = 0
 
@@ -48,12 +62,17 @@ class SpikeGuard:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return self._skip()
         value = math.log(norm + 1e-12)
-        deviation = math.sqrt(max(self.square - self.mean**2, 1e-2))
-        if self.seen >= 50 and value > self.mean + 6 * deviation:
+        limit = self.mean + SPIKE * math.sqrt(max(self.variance, 1e-2))
+        if self.seen >= KNOWN and value > limit:
+            self.high = (*self.high[1 - LASTING :], value)
+            if len(self.high) == LASTING and self.seen >= self.level_at + KNOWN:
+                self.mean, self.level_at, self.high = statistics.median(self.high), self.seen, ()
             return self._skip()
         weight = max(0.02, 1 / (self.seen + 1))
-        self.mean += weight * (value - self.mean)
-        self.square += weight * (value**2 - self.square)
+        off = value - self.mean
+        self.mean += weight * off
+        self.variance = (1 - weight) * (self.variance + weight * off**2)
+        self.high = self.high[1:]
         self.seen += 1
         self.in_a_row = 0
         return True
@@ -64,36 +83,18 @@ class SpikeGuard:
         return False
 
 
-# --------------------------------------------------------------------------------------- evaluation
-
-
-@torch.no_grad()
-def evaluate_loss(
-    model: Model, batches: Iterable[Batch], h_cycles: int | None = None
-) -> tuple[float, int]:
-    """Summed cross-entropy in nats, and the number of tokens that it sums over."""
-    total, count = 0.0, 0
-    for batch in batches:
-        batch = batch.to(model.device)
-        hidden = model(
-            batch.ids,
-            PackedSequences(batch.starts, batch.row_length, model.device),
-            h_cycles=h_cycles,
-        )
-        total += float(model.loss(hidden, batch.targets, batch.weights))
-        count += int(batch.weights.sum())
-    return total, count
-
-
 # --------------------------------------------------------------------------------------------- loop
 
 
 class Batches(Protocol):
     n_steps: int
+    context: int  # longest segment of all stages of the curriculum
 
     def batch(self, step: int) -> Batch: ...
 
     def stage(self, step: int) -> int: ...
+
+    def context_of(self, stage: int) -> int: ...
 
 
 @dataclass
@@ -109,35 +110,18 @@ class Progress:
     joules: float = 0.0  # drawn over all starts, as far as the hardware tells
 
     @staticmethod
-    def of(state: dict[str, Any] | None) -> Progress:
-        if state is None:
-            return Progress()
-        guard, joules = SpikeGuard(**state["guard"]), state.get("joules", 0.0)
-        return Progress(state["step"], state["tokens"], state["seconds"], guard, joules)
+    def of(state: dict[str, Any], path: Path) -> Progress:
+        """From the state of a checkpoint; `path` is its file, for the error."""
+        own = {f.name: state[f.name] for f in fields(Progress) if f.name in state}
+        return from_plain(Progress, own, path)
 
 
-def resume(
-    folder: Path,
-    model: Model,
-    optimizers: Optimizers,
-    config: Config,
-    section: str,
-    data: dict[str, str],
-) -> Progress:
+def resume(folder: Path, model: Model, optimizers: Optimizers) -> Progress:
     """Bring model and optimizers to the newest checkpoint below `folder`, if there is one; where
     the run then stands.
-
-    Raises `UserError` when settings (see `checkpoint.resume`) or `data`, a fingerprint a set of
-    shards, have changed.
     """
-    state = checkpoint.resume(folder, model, optimizers, config, section)
-    if state and state["data"] != data:
-        raise UserError(
-            f"The token shards have changed since {checkpoint.newest(folder)} was trained. Bring "
-            "them back, or remove "
-            f"{folder} to start over."
-        )
-    return Progress.of(state)
+    state = checkpoint.resume(folder, model, optimizers)
+    return Progress.of(state, newest(folder) / "state.json") if state else Progress()
 
 
 @dataclass
@@ -148,22 +132,61 @@ class Job:
     optimizers: Optimizers
     batches: Batches
     loop: LoopConfig
-    seed: int
     folder: Path  # of the stage: metrics.jsonl and checkpoints
-    context: int  # longest segment, for the FLOPs of a token
     save: Callable[[dict[str, Any]], Path]  # state -> checkpoint folder
     evaluate: Callable[[], dict[str, float]]  # held-out figures, for the log
     sample: Callable[[], list[tuple[str, str]]]  # prompts and what the model makes of them
     command: str  # that continues this run
-    unit: str = "bpb"  # what `evaluate` gives
     after_evaluation: Callable[[], None] = lambda: None  # such as drawing the report
 
 
-def fit(job: Job, progress: Progress) -> Progress:
-    """Train to the last step. A signal (Ctrl-C, SIGTERM) finishes the step, saves and leaves with
-    exit code 0.
+def fit_stage(
+    config: Config,
+    stage: str,
+    model: Model,
+    batches: Batches,
+    tokenizer: Tokenizer,
+    *,
+    evaluate: Callable[[], dict[str, float]],
+    sample: Callable[[], list[tuple[str, str]]],
+    command: str,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Train `model` as `stage` of the run (base, sft1, sft2): from its newest checkpoint, if there
+    is one, to the last step.
 
-    Of several processes (`parallel`) the first one alone logs, saves and evaluates.
+    `files` are further texts of a checkpoint, by their path in its folder; the rest as in `Job`.
+    """
+    loop: LoopConfig = config.pretrain if stage == "base" else getattr(config, stage)
+    folder = config.run_dir / stage
+    optimizers = build_optimizers(model, config.optim, loop.lr)
+    progress = resume(folder, model, optimizers)
+    start = f", continuing from step {progress.step}" if progress.step else ""
+    dtype = str(model.dtype).removeprefix("torch.")
+    log.say(f"device      {hardware.describe(model.device)}, computing in {dtype}")
+    log.say(f"run folder  {folder}{start}")
+    log.say(f"report      {config.run_dir / 'report' / 'index.html'}")
+
+    def save(state: dict[str, Any]) -> Path:
+        state = {"stage": stage, **state}
+        return checkpoint.save(
+            folder, model, optimizers, config, tokenizer, state, loop.keep_checkpoints, files
+        )
+
+    redraw = Reporter(config).refresh
+    job = Job(model, optimizers, batches, loop, folder, save, evaluate, sample, command, redraw)
+    fit(job, progress)
+    if log.is_first():
+        refresh(config)
+    title = STAGES[stage].title.lower()
+    log.say(f"{title}: done in {log.duration(progress.seconds)}, {newest(folder)}")
+
+
+def fit(job: Job, progress: Progress) -> Progress:
+    """Train to the last step. A signal (Ctrl-C, SIGTERM, a closed terminal) finishes the step,
+    saves and leaves with exit code 128 and the signal's number, as a shell would say it.
+
+    Of several processes (`distributed`) the first one alone logs, saves and evaluates.
     """
     with distributed.group(job.model.device), StopSignal() as stop:
         return train(job, progress, stop)
@@ -174,6 +197,7 @@ def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
     model, loop, steps = job.model, job.loop, job.batches.n_steps
     preflight(job)
     micro_tokens = fit_micro_batch(job)
+    hardware.reset_peak_memory(model.device)  # of the trials
     peak = distributed.n_ranks() * hardware.peak_flops(model.device, model.dtype)
     start = {"micro_batch_tokens": micro_tokens, "peak_flops": peak, **facts(job)}
     run_log = log.RunLog(job.folder, progress.step)
@@ -184,12 +208,14 @@ def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
     clock, power = Clock(loop.save_every_minutes), Power(model.device)
     bar = log.progress(steps, "step", job.folder.name, progress.step)
     while progress.step < steps:
-        started = time.perf_counter()
+        started, stage = time.perf_counter(), job.batches.stage(progress.step)
+        if progress.step and stage != job.batches.stage(progress.step - 1):
+            hardware.reset_peak_memory(model.device)
         figures, micro_tokens = train_step(job, progress, micro_tokens)
         seconds = time.perf_counter() - started
         progress.seconds += seconds
         clock.step(seconds)
-        add_speed(figures, job, progress, clock.typical, peak)
+        figures |= speed(job, progress, stage, clock.typical, peak)
         figures |= power.figures(progress)
         run_log.note("step", progress.step, **figures)
         bar.update()
@@ -197,7 +223,7 @@ def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
         if progress.step % loop.log_every_steps == 0 or last or progress.step == 1:
             log.say(log.step_line(progress.step, steps, figures))
         evaluating = progress.step % loop.eval_every_steps == 0 or last
-        stopping = distributed.total(stop.asked, model.device) > 0
+        stopping = int(distributed.largest(stop.number, model.device))
         if log.is_first() and (evaluating or stopping or clock.save_is_due()):
             clock.saved()
             job.save(state_of(progress, steps))
@@ -207,7 +233,7 @@ def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
                 f"Stopped at step {progress.step}, saved in {job.folder}. Continue with: "
                 f"{job.command}"
             )
-            raise SystemExit(0)
+            raise SystemExit(128 + stopping)
         if log.is_first():
             look_back(job, progress, run_log, evaluating=evaluating)
     bar.close()
@@ -254,12 +280,9 @@ def train_step(job: Job, progress: Progress, micro_tokens: int) -> tuple[dict[st
     """
     model, loop, step, steps = job.model, job.loop, progress.step, job.batches.n_steps
     batch = job.batches.batch(step)
-    factor = learning_rate_factor(step, steps, loop)
-    job.optimizers.schedule(step, factor)
-    hrm = model.head.hrm if model.head else None
-    plan = head_schedule(hrm, job.seed, step, steps)
+    factor = job.optimizers.schedule(step, steps, loop)
     mine = share_of(batch)
-    loss, micro_tokens = accumulate_within_memory(job, mine, micro_tokens, plan)
+    loss, micro_tokens = accumulate_within_memory(job, mine, micro_tokens)
     if distributed.n_ranks() > 1:
         weight = float(mine.weights.sum()) / max(1.0, float(batch.weights.sum()))
         distributed.sum_gradients(model.parameters(), weight)
@@ -279,10 +302,8 @@ def train_step(job: Job, progress: Progress, micro_tokens: int) -> tuple[dict[st
     progress.step += 1
     progress.tokens += len(batch.ids)
     figures = {"loss": loss, "lr": loop.lr * factor, "grad_norm": norm, "tokens": progress.tokens}
-    return figures | {
-        "stage": job.batches.stage(step),
-        "skipped": progress.guard.skipped,
-    }, micro_tokens
+    figures |= {"stage": job.batches.stage(step), "skipped": progress.guard.skipped}
+    return figures, micro_tokens
 
 
 def share_of(batch: Batch) -> Batch:
@@ -298,15 +319,13 @@ def share_of(batch: Batch) -> Batch:
     )
 
 
-def accumulate_within_memory(
-    job: Job, batch: Batch, micro_tokens: int, plan: HeadPlan
-) -> tuple[float, int]:
+def accumulate_within_memory(job: Job, batch: Batch, micro_tokens: int) -> tuple[float, int]:
     """`accumulate`; when memory runs out, the same batch again in micro-batches of half the size,
     and when there is but one row in them, with more of its activations recomputed.
     """
     while True:
         try:
-            return accumulate(job.model, batch, micro_tokens, plan), micro_tokens
+            return accumulate(job.model, batch, micro_tokens), micro_tokens
         except torch.OutOfMemoryError as error:
             if (
                 micro_tokens <= batch.row_length
@@ -345,7 +364,7 @@ def fit_micro_batch(job: Job) -> int:
         model,
         job.optimizers,
         loop,
-        stages=[(job.context, 1.0)],
+        stages=[(job.batches.context, 1.0)],
         n_steps=job.batches.n_steps,
         n_ranks=distributed.n_ranks(),
     )
@@ -370,18 +389,20 @@ def fit_micro_batch(job: Job) -> int:
     return row.tokens
 
 
-def add_speed(
-    figures: dict[str, Any], job: Job, progress: Progress, typical: float, peak: float
-) -> None:
-    """Tokens a second, model FLOPs utilisation, memory and time left, from the median step time in
-    seconds.
+def speed(
+    job: Job, progress: Progress, stage: int, typical: float, peak: float
+) -> dict[str, float]:
+    """Tokens a second, model FLOPs utilisation, peak memory of this stage of the curriculum and
+    time left, from the median step time in seconds.
     """
     rate = job.loop.tokens_per_step / typical
-    figures["seconds"] = progress.seconds
-    figures["tokens_per_second"] = rate
-    figures["mfu"] = rate * job.model.flops_per_token(job.context) / peak
-    figures["memory_gb"] = hardware.memory_in_use(job.model.device)
-    figures["eta_seconds"] = (job.batches.n_steps - progress.step) * typical
+    return {
+        "seconds": progress.seconds,
+        "tokens_per_second": rate,
+        "mfu": rate * job.model.flops_per_token(job.batches.context_of(stage)) / peak,
+        "memory_gb": hardware.memory_in_use(job.model.device),
+        "eta_seconds": (job.batches.n_steps - progress.step) * typical,
+    }
 
 
 def state_of(progress: Progress, steps: int) -> dict[str, Any]:
@@ -417,11 +438,14 @@ class Power:
 
     def figures(self, progress: Progress) -> dict[str, float]:
         """Watts since the last call, kWh of the whole run so far, degrees Celsius; all processes
-        together.
+        together, and nothing where one of them has no counter.
         """
         joules, at, found = self.meter.joules(), time.monotonic(), {}
-        if joules is not None:
-            drawn = distributed.total(joules - self._joules, self.meter.device)
+        # every process asks, also one that was told nothing: the others wait for its answer
+        n_told = distributed.total(float(joules is not None), self.meter.device)
+        mine = 0.0 if joules is None else joules - self._joules
+        drawn = distributed.total(mine, self.meter.device)
+        if joules is not None and n_told == distributed.n_ranks():
             progress.joules += drawn
             found = {"watts": drawn / max(1e-9, at - self._at), "kwh": progress.joules / 3.6e6}
             self._joules, self._at = joules, at
@@ -451,21 +475,33 @@ class Clock:
         self._last_save = time.monotonic()
 
 
+# Windows has no terminal that hangs up
+HANG_UP = getattr(signal, "SIGHUP", None)
+
+
 class StopSignal:
-    """SIGINT and SIGTERM noted instead of obeyed at once; a second one is obeyed."""
+    """SIGINT, SIGTERM and SIGHUP noted instead of obeyed at once; a second one is obeyed.
+
+    One that the process was started to ignore, as by nohup, stays ignored.
+    """
 
     def __enter__(self) -> StopSignal:
-        self.asked, self._when = False, 0.0
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.number, self._when = 0, 0.0  # of the first signal that came
+        asking = [s for s in (signal.SIGINT, signal.SIGTERM, HANG_UP) if s is not None]
+        asking = [s for s in asking if signal.getsignal(s) != signal.SIG_IGN]
+        self._before = {s: signal.signal(s, self._note) for s in asking}
         return self
 
     def _note(self, number: int, frame: object) -> None:
-        if self.asked:
-            # torchrun passes on what came already
-            if distributed.n_ranks() == 1 or time.monotonic() > self._when + 10:
+        if self.number:
+            # a terminal that closes sends several, and torchrun passes on what came already
+            repeated = number == HANG_UP or (
+                distributed.n_ranks() > 1 and time.monotonic() < self._when + 10
+            )
+            if not repeated:
                 raise KeyboardInterrupt
             return
-        self.asked, self._when = True, time.monotonic()
+        self.number, self._when = number, time.monotonic()
         log.say("Finishing this step, then saving; once more to stop at once.")
 
     def __exit__(self, *error: object) -> None:

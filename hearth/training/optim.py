@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -134,15 +135,22 @@ class Optimizers:
         for part in self.parts:
             yield from part.param_groups
 
-    def schedule(self, step: int, factor: float) -> None:
-        """Set the learning rates to `factor` times their peaks, and Muon's momentum for its
-        warm-up.
+    def schedule(self, step: int, steps: int, loop: LoopConfig) -> float:
+        """Set the learning rates of `step`, and Muon's momentum for its warm-up; gives the share
+        of the peak.
+
+        The schedule-free rule has no decay: averaging the weights takes its place (arXiv
+        2405.15682, section 2).
         """
+        if self.config.name == "schedulefree":
+            loop = replace(loop, decay_share=0.0)
+        factor = learning_rate_factor(step, steps, loop)
         warm = min(1.0, step / max(1, self.config.momentum_warmup_steps))
         for group in self._groups():
             group["lr"] = group["peak_lr"] * factor
             if "momentum" in group:
                 group["momentum"] = 0.85 + (self.config.momentum - 0.85) * warm
+        return factor
 
     def step(self) -> None:
         for part in self.parts:
@@ -163,10 +171,24 @@ class Optimizers:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`; raises an error for a state that is not of these optimizers,
+        also where torch would find out only at the next step.
+        """
+        kinds = [{name: type(v) for name, v in group.items()} for group in self._groups()]
         for part, saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(saved)
-        if "training_weights" in state:
+            check_state(part)
+        if kinds != [{name: type(v) for name, v in group.items()} for group in self._groups()]:
+            raise ValueError("settings of another kind")
+        if self.config.name == "schedulefree":
             self.model.load_state_dict(state["training_weights"])
+            if not all(p.isfinite().all() for p in self.model.parameters()):
+                raise ValueError("weights that are not finite")
+
+    def saved_bytes(self) -> int:
+        """Size in bytes of what `state_dict` holds."""
+        twice = self.config.name == "schedulefree"
+        return self.state_bytes() + (4 * sum(p.numel() for p in self.model.parameters()) * twice)
 
     def state_bytes(self) -> int:
         """Memory of the whole state in bytes, whether or not it is there yet: Muon keeps one
@@ -202,9 +224,33 @@ class Optimizers:
                     p.copy_(before)
 
 
-def build_optimizers(
-    model: nn.Module, config: OptimConfig, lr: float, warmup_steps: int = 0
-) -> Optimizers:
+# what each rule keeps of a parameter, or of a group of equal matrices
+KEPT = {
+    "Muon": {"momentum_buffer", "second_moment"},
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "AdamWScheduleFree": {"z", "exp_avg_sq"},
+}
+
+
+def check_state(part: torch.optim.Optimizer) -> None:
+    """Raises `ValueError` where the state that was loaded is not one of this optimizer."""
+    for group in part.param_groups:
+        for p in group["params"]:
+            state = part.state.get(p, {})
+            if state and set(state) != KEPT[type(part).__name__]:
+                raise ValueError(f"holds {sorted(state)} of a parameter")
+            shape = (len(group["params"]), *p.shape) if isinstance(part, Muon) else p.shape
+            rows = {(*shape[:-1], 1), (*shape[:-2], 1, *shape[-1:])}  # of `normalize_rows`
+            for name, value in state.items():
+                fits = tuple(value.shape) in {
+                    "step": {()},
+                    "second_moment": rows,
+                }.get(name, {tuple(shape)})
+                if not (fits and value.isfinite().all()):
+                    raise ValueError(f"{name} of a parameter {tuple(p.shape)} does not fit it")
+
+
+def build_optimizers(model: nn.Module, config: OptimConfig, lr: float) -> Optimizers:
     """Matrices, embedding and vectors in their own groups, under the rule that `config.name` asks
     for.
     """
@@ -217,7 +263,7 @@ def build_optimizers(
     vectors = [p for p in model.parameters() if id(p) not in chosen]
     rest = [
         {"params": embedding, "lr": lr * config.embedding_lr_ratio, "weight_decay": 0.0},
-        {"params": vectors, "lr": lr * config.scalar_lr_ratio, "weight_decay": 0.0},
+        {"params": vectors, "lr": lr, "weight_decay": 0.0},
     ]
     dense = {"params": matrices, "lr": lr, "weight_decay": config.weight_decay}
     betas = (config.beta1, config.beta2)
@@ -229,7 +275,7 @@ def build_optimizers(
     else:
         from schedulefree import AdamWScheduleFree
 
-        parts = [AdamWScheduleFree([dense, *rest], betas=betas, warmup_steps=warmup_steps)]
+        parts = [AdamWScheduleFree([dense, *rest], betas=betas)]
         parts[0].train()
     return Optimizers(parts, config, model)
 
@@ -242,10 +288,8 @@ def learning_rate_factor(step: int, steps: int, loop: LoopConfig) -> float:
        /          `-.
     0 /              `- final_lr_ratio
     """
-    warmup, decay = (
-        max(1, round(steps * loop.warmup_share)),
-        max(1, round(steps * loop.decay_share)),
-    )
+    warmup = max(1, round(steps * loop.warmup_share))
+    decay = max(1, round(steps * loop.decay_share))
     climbing = (step + 1) / warmup
     left = min(1.0, (steps - step) / decay)
     return min(climbing, left + (1 - left) * loop.final_lr_ratio, 1.0)

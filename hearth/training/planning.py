@@ -12,16 +12,24 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
-from config import LoopConfig
+from config import Config, LoopConfig, UserError
 from hearth import hardware, log
 from hearth.training.batches import Batch
-from hearth.training.gradients import backward, head_schedule
+from hearth.training.gradients import backward
 from hearth.training.optim import Muon, Optimizers
-from model import LOGITS_PER_CHUNK, ROWS_PER_CHUNK, Block, HRMModule, Model, query_block
+from model import (
+    LOGITS_PER_CHUNK,
+    ROWS_PER_CHUNK,
+    Block,
+    HRMModule,
+    Model,
+    compute_dtype,
+    query_block,
+)
 
 GIB = 2**30
 # what of the activations the backward pass recomputes, fastest first
@@ -172,12 +180,8 @@ def kept_calls(model: Model) -> list[HRMModule]:
     if model.head is None:
         return []
     hrm = model.head.hrm
-    cycles = max(hrm.h_cycles, hrm.random_cycles or 1)
-    calls = ([model.head.fast] * hrm.l_cycles + [model.head.slow]) * (
-        1 if hrm.deep_supervision else cycles
-    )
-    horizon = head_schedule(hrm, 0, 1, 1).horizon
-    return calls if horizon is None else calls[-horizon:]
+    a_cycle = [model.head.fast] * hrm.l_cycles + [model.head.slow]
+    return a_cycle * (1 if hrm.deep_supervision else hrm.h_cycles)
 
 
 def muon_bytes(muon: Muon) -> int:
@@ -235,13 +239,10 @@ def random_batch(model: Model, n_tokens: int, row_length: int) -> Batch:
 
 
 def run_pass(model: Model, batch: Batch) -> float:
-    """One micro-batch there and back, the HRM head at its longest; gives the seconds it took."""
-    hrm = model.head.hrm if model.head else None
-    cycles = max(hrm.h_cycles, hrm.random_cycles or 1) if hrm else None
-    longest = replace(head_schedule(hrm, 0, 1, 1), h_cycles=cycles)
+    """One micro-batch there and back; gives the seconds it took."""
     started = time.perf_counter()
     # reading it waits for a card
-    float(backward(model, batch.to(model.device), 1 / len(batch.ids), longest))
+    float(backward(model, batch.to(model.device), 1 / len(batch.ids)))
     return time.perf_counter() - started
 
 
@@ -518,3 +519,33 @@ def table(plan: Plan, chosen: Row) -> list[str]:
             line += "  does not fit"
         lines.append(line.rstrip())
     return lines
+
+
+# ------------------------------------------------------------------------ is this a machine for it
+
+LONG = 2 * 86_400  # seconds of pretraining on a CPU from which on a preset is said to need a card
+
+
+def seconds_on_cpu(config: Config) -> float:
+    """What pretraining takes on this machine's processor, estimated at 40% of its measured peak."""
+    with torch.device("meta"):
+        model = Model(config.model)
+    loop, cpu = config.pretrain, torch.device("cpu")
+    flops = sum(stage.share * model.flops_per_token(stage.context) for stage in loop.stages)
+    peak = hardware.peak_flops(cpu, compute_dtype(cpu))
+    return loop.steps * loop.tokens_per_step * flops / (0.4 * peak)
+
+
+def require_able_machine(config: Config) -> None:
+    """Raises UserError where training would take days for want of a card, unless the CPU was asked
+    for.
+    """
+    if config.device == "cpu" or hardware.pick_device(config.device).type != "cpu":
+        return
+    if (seconds := seconds_on_cpu(config)) > LONG:
+        raise UserError(
+            f"Preset {config.preset} is made for an NVIDIA card, and torch finds none here: on "
+            f"this processor pretraining would take about {log.duration(seconds)} (estimated). "
+            "Take --preset demo, which any laptop walks in minutes, or add --device cpu to go "
+            "ahead all the same, for instance to prepare the data for another machine."
+        )

@@ -59,7 +59,7 @@ def everything() -> str:
 
 
 def expected(question: str) -> str | None:
-    """The answer worked out anew from the words of the question; None where it is no question with
+    """The answer worked out again from the words of the question; None where it is no question with
     steps.
     """
     number = [int(word) for word in re.findall(r"\d+", question)]

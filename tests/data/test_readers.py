@@ -283,18 +283,86 @@ def test_bad_rows_of_csv_are_counted_by_row_and_the_rest_kept(tmp_path: Path) ->
         b"2",
         b"3,\xff\xfe bad",
         b"4,nul \0 inside",
-        b'5,"good ""two""\nover lines"',
+        '5,"gööd ""two""\nover lines"'.encode(),
     ]
     (tmp_path / "a.csv").write_bytes(b"\n".join(lines))
     kept, lost = dropped(tmp_path / "a.csv")
-    assert kept == ["good one", 'good "two"\nover lines']
+    assert kept == ["good one", 'gööd "two"\nover lines']
     assert lost == [(1, "null"), (2, "invalid UTF-8"), (3, "NUL bytes")]
 
 
-def test_text_file_that_is_not_utf8_is_counted_and_the_next_is_read(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes("caf\xe9, a text in Latin-1".encode("latin-1"))
-    (tmp_path / "b.md").write_text("# a text in UTF-8: café", encoding="utf-8")
-    assert dropped(tmp_path) == (["# a text in UTF-8: café"], [(0, "invalid UTF-8")])
+ACCENTS = "Été à Noël: “ça va”, dit le garçon — 20 €.\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [
+        ("utf-8", ""),
+        ("utf-8-sig", ""),
+        ("utf-16", "UTF-16"),
+        ("cp1252", "read as Latin-1, for it is not UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".csv"])
+def test_text_of_the_usual_encodings_is_read_and_named(
+    tmp_path: Path, suffix: str, encoding: str, said: str
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    head, lines = ("text\n", 40_000) if suffix == ".csv" else ("", 800)
+    plain = "plain words, "  # what is not ASCII comes after the first megabyte, and once in a long
+    text = (plain * 10 + "\n") * (lines // 4) + (plain * 5 + ACCENTS) * 20
+    path.write_bytes((head + text).encode(encoding))
+    rows = list(read_rows(local_files([str(path)]), (0, 0), column_picker(own(path))))
+    found = [item for r in rows for item in r.items]
+    if suffix == ".csv":
+        assert found[-1] == (plain * 5 + ACCENTS).split(",")[0]
+        assert len(found) == text.count("\n")
+    else:
+        assert "".join(piece + "\n" for piece in found) == text
+    column = "column 'text'" if suffix == ".csv" else "text in pieces"
+    assert {r.read_as for r in rows} == {", ".join(filter(None, (column, said)))}
+
+
+def test_a_few_wrong_bytes_in_utf8_do_not_make_it_latin1(tmp_path: Path) -> None:
+    """The piece with the damage is lost, and nothing is read as other letters than it has."""
+    text = "".join(f"{i}{ACCENTS}" + "\n" * (i % 20 == 0) for i in range(2000)).encode()
+    (tmp_path / "a.txt").write_bytes(text[:100] + b"\xff" + text[100:])
+    kept, lost = dropped(tmp_path / "a.txt")
+    assert lost == [(0, "invalid UTF-8")]
+    assert kept
+    assert set("".join(kept)) == {*ACCENTS, *"013456789"}
+
+
+def test_a_picture_called_a_text_is_not_taken_for_latin1(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    (tmp_path / "a.txt").write_bytes(bytes(draw.randrange(1, 256) for _ in range(5000)))
+    assert dropped(tmp_path / "a.txt")[0] == []
+
+
+@pytest.mark.parametrize("size", [readers.PIECE_CHARS, readers.PIECE_CHARS + 1])
+def test_rows_of_a_long_text_file_belong_to_one_document(tmp_path: Path, size: int) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(("word " * 30 + "\n\n") * 600)
+    (tmp_path / "c.txt").write_text("x" * size)
+    (tmp_path / "d.jsonl").write_text('{"text": "' + "y " * size + '"}')
+    found: dict[str, set[int | None]] = {}
+    for rows in read_rows(local_files([str(tmp_path)]), (0, 0), column_picker(own(tmp_path))):
+        found.setdefault(Path(rows.name).name, set()).add(rows.document)
+    assert found["a.txt"] == found["b.txt"]
+    assert len(found["a.txt"]) == 1
+    assert None not in found["a.txt"]
+    assert (found["c.txt"] == {None}) == (size == readers.PIECE_CHARS)
+    assert found["d.jsonl"] == {None}
+
+
+def test_what_a_folder_holds_besides_is_named_and_hidden_files_are_not(tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    for name in ("a.txt", "b.pdf", "c", ".hidden", ".git/d.txt"):
+        (tmp_path / name).write_text("word")
+    skipped: list[Path] = []
+    files = local_files([str(tmp_path)], skipped)
+    assert [Path(file.path).name for file in files] == ["a.txt"]
+    assert [path.name for path in skipped] == ["b.pdf", "c"]
 
 
 def test_hub_file_that_gives_less_than_asked_is_a_network_failure() -> None:

@@ -1,5 +1,6 @@
 """Sources: the text column, reading ahead, the real sets."""
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from config import ChatSource, UserError
 from hearth.data import sources
 from hearth.data.layouts import conversation
 from hearth.data.readers import Rows, local_files, read_rows
-from hearth.data.sources import text_documents
+from hearth.data.sources import identity, text_documents
+from hearth.storage import checksum
 
 
 def test_text_column_is_guessed_and_said(
@@ -33,6 +35,68 @@ def test_unclear_text_column_lists_the_columns(
     (tmp_path / "a.jsonl").write_text('{"title": "a", "story": "b"}\n')
     with pytest.raises(UserError, match=rf"{message}.*title, story"):
         list(text_documents(own(tmp_path, column=column)))
+
+
+# ----------------------------------------------------------------------------- what a source is now
+
+
+def test_a_file_edited_in_place_at_the_same_size_is_another_source(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one text")
+    before, times = identity(own(path), tmp_path), path.stat()
+    assert identity(own(path), tmp_path) == before
+    path.write_text("two text")
+    assert identity(own(path), tmp_path) != before
+    path.write_text("six text")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copy that keeps the time does
+    assert identity(own(path), tmp_path) not in (before, None)
+    path.write_text("one text")
+    assert identity(own(path), tmp_path) == before
+
+
+def test_content_and_order_decide_what_a_source_is_not_names(tmp_path: Path) -> None:
+    names = [tmp_path / name for name in ("a.txt", "b.txt", "other/c.txt", "other/d.txt")]
+    (tmp_path / "other").mkdir()
+    for path in names:
+        path.write_text("first" if path.name in ("a.txt", "c.txt") else "second")
+    a, b, c, d = names
+    assert identity(own(a, b), tmp_path) == identity(own(c, d), tmp_path)
+    assert identity(own(a, b), tmp_path) != identity(own(b, a), tmp_path)
+    (tmp_path / "a.md").write_text("first")
+    assert identity(own(a), tmp_path) != identity(own(tmp_path / "a.md"), tmp_path)
+
+
+def test_a_file_is_hashed_again_only_where_its_state_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+
+    def counting(path: Path) -> str:
+        hashed.append(path.name)
+        return checksum(path)
+
+    monkeypatch.setattr(sources, "checksum", counting)
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"text of {name}")
+    source = own(tmp_path / "*.txt")
+    first = identity(source, tmp_path)
+    assert hashed == ["a.txt", "b.txt", "c.txt"]
+    assert identity(source, tmp_path) == first
+    (tmp_path / "b.txt").write_text("text of B")
+    identity(source, tmp_path)
+    assert hashed == ["a.txt", "b.txt", "c.txt", "b.txt"]
+    identity(source, tmp_path / "not there")
+    assert hashed[4:] == ["a.txt", "b.txt", "c.txt"]
+    assert not (tmp_path / "not there").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"PATH": 7}', '{"PATH": [9, "x"]}'])
+def test_a_harmed_memory_of_hashes_costs_time_only(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    first = identity(own(path), tmp_path)
+    (tmp_path / sources.HASHES).write_text(content.replace("PATH", str(path)))
+    assert identity(own(path), tmp_path) == first
 
 
 # ------------------------------------------------------------------------------------ reading ahead

@@ -2,7 +2,9 @@
 repeats itself.
 """
 
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,7 @@ def test_every_byte_string_comes_back(tokenizer: Tokenizer) -> None:
         bytes(range(255, -1, -1)),
         *(draw.randbytes(40) for _ in range(50)),
     ]:
-        assert tokenizer.decode_bytes(tokenizer.encode_bytes(data)) == data
+        assert tokenizer.decode_bytes(map(tokenizer.byte_id, data)) == data
 
 
 def test_lone_surrogates_become_the_replacement_character(tokenizer: Tokenizer) -> None:
@@ -110,3 +112,66 @@ def test_missing_or_broken_tokenizer_names_the_command(tmp_path: Path) -> None:
 def test_vocabulary_too_small_for_the_bytes_is_refused() -> None:
     with pytest.raises(UserError, match="vocab_size"):
         Tokenizer.train(["abc"], 128)
+
+
+def harm_ids(content: dict) -> None:
+    content["model"]["vocab"]["zz"] = 2**32 - 1
+
+
+def harm_places(content: dict) -> None:
+    vocab = content["model"]["vocab"]
+    vocab["<|bos|>"], vocab["<|pad|>"] = vocab["<|pad|>"], vocab["<|bos|>"]
+
+
+def harm_bytes(content: dict) -> None:
+    model = content["model"]
+    last = max(model["vocab"], key=model["vocab"].get)
+    model["vocab"]["日"] = model["vocab"].pop(last)
+    model["merges"].pop()
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda content: content.pop("model"), "model should be an object, but is missing"),
+        (lambda content: content.update(model=[1]), r"model should be an object, but is \[1\]"),
+        (lambda content: content["model"].pop("merges"), r"model\.merges should be a list"),
+        (lambda content: content["model"].update(vocab="x"), r"model\.vocab should be an object"),
+        (lambda content: content["model"].update(merges=[1]), "Cannot read"),
+        (lambda content: content["model"].update(type="nonsense"), "Cannot read"),
+        (lambda content: content["model"]["vocab"].update(zz=-1), "Cannot read"),
+        (lambda content: content["model"]["vocab"].update(zz=300), "each id from 0 to 512 once"),
+        (harm_ids, "each id from 0 to 512 once"),
+        (harm_places, r"<\|bos\|> should have the id 0, not 7"),
+        (lambda content: content["model"].update(vocab={}, merges=[]), "not one of bytes"),
+        (lambda content: content.update(added_tokens=[], model={}), "model.vocab should be"),
+        (harm_bytes, "not one of bytes: '日'"),
+        (lambda content: content.update(added_tokens=7), "Cannot read"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_one_line_with_the_file(
+    tokenizer: Tokenizer, tmp_path: Path, harm: Callable[[dict], object], message: str
+) -> None:
+    tokenizer.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    harm(content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{message}.* Make it again with `make it`") as found:
+        Tokenizer.load(tmp_path, "make it")
+    assert str(tmp_path / "tokenizer.json") in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"model": ' + "[" * 10**5, "{"])
+def test_a_tokenizer_that_is_no_json_object_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json .* Make it again") as found:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(found.value)
+
+
+def test_a_tokenizer_that_is_absurdly_large_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"tokenizer\.json has 1099511627776 bytes"):
+        Tokenizer.load(tmp_path)

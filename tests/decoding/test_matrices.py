@@ -206,3 +206,14 @@ def test_a_broken_compiler_or_cache_is_survived(broken: str, tmp_path: Path) -> 
     )
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) == pytest.approx(256, rel=0.01)
+
+
+def test_a_compiler_is_missing_only_where_its_kernels_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(matrices, "compiled_kernels", compiled_kernels.__wrapped__)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    for wanted in ("1", "0"):
+        monkeypatch.setenv("HEARTH_KERNELS", wanted)
+        assert matrices.compiler_missing() == (wanted == "1")

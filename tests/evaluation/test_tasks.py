@@ -263,19 +263,19 @@ def test_examples_come_from_the_items_own_category(tokenizer: Tokenizer) -> None
 
 
 def outcome(right: bool, category: str = "") -> Outcome:
-    return Outcome([1.0, 2.0], [1, 1], [1, 1], [False, False], 0 if right else 1, category)
+    return Outcome([1.0, 2.0], [1, 1], [False, False], 0 if right else 1, category)
 
 
 def test_the_choice_is_the_likeliest_per_token() -> None:
-    """Per token the first, per byte the third, as a whole the second."""
-    found = Outcome([4.0, 3.0, 3.5], [8, 2, 2], [8, 6, 35], [False] * 3, 0)
-    assert (found.choice(), found.choice("byte"), found.choice("text")) == (0, 2, 1)
+    """Per token it is the first, as a whole the second."""
+    found = Outcome([4.0, 3.0, 3.5], [8, 2, 2], [False] * 3, 0)
+    assert found.choice() == 0
     assert found.right
 
 
 def test_a_language_item_is_right_when_every_token_is_the_likeliest() -> None:
-    assert Outcome([9.0], [3], [9], [True], 0).right
-    assert not Outcome([0.1], [3], [9], [False], 0).right
+    assert Outcome([9.0], [3], [True], 0).right
+    assert not Outcome([0.1], [3], [False], 0).right
 
 
 def test_categories_count_alike_whatever_their_size() -> None:
@@ -298,7 +298,6 @@ def test_centred_scores_are_zero_at_chance_and_one_when_all_is_right() -> None:
 
 def test_core_is_the_22_tasks_of_dclm() -> None:
     assert len({task.name for task in tasks.CORE}) == 22
-    assert {name for name in tasks.READ_OUT if name not in tasks.TASKS} == set()
 
 
 # -------------------------------------------------------------------------------------------- files

@@ -10,7 +10,7 @@ import exported
 import pytest
 import torch
 
-from config import PRESETS, HRMConfig, ModelConfig, UserError, portable
+from config import PRESETS, Config, HRMConfig, ModelConfig, UserError, portable
 from hearth import cli
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Engine
@@ -20,22 +20,34 @@ from hearth.training.optim import build_optimizers
 from model import Model, PackedSequences, build_model, rms_norm
 
 
+def parsed(*words: str) -> Config:
+    return cli.Script("").parse(words)[0]
+
+
 def test_the_switch_makes_any_preset_portable() -> None:
     for name, preset in PRESETS.items():
-        config = cli.parse_cli("", ["--preset", name, "--model.shape", "portable"])
+        config = parsed("--preset", name, "--model.shape", "portable")
         assert config.model == portable(preset.model)
         assert config.model.beyond_qwen3() == []
 
 
 def test_later_options_still_count() -> None:
     words = ["--model.shape=portable", "--model.n_layer", "5", "--model.d_model", "64"]
-    made = cli.parse_cli("", ["--preset", "demo", *words]).model
+    made = parsed("--preset", "demo", *words).model
     assert (made.n_layer, made.d_model, made.shape) == (5, 64, "portable")
+
+
+def test_words_and_config_say_the_same_of_a_portable_run() -> None:
+    words = ("--preset", "demo", "--model.shape", "portable", "--model.n_layer", "5")
+    config = parsed(*words)
+    assert cli.words_of(config) == list(words[2:])
+    assert parsed("--preset", "demo", *cli.words_of(config)) == config
+    assert cli.words_of(config, config) == []
 
 
 def test_an_unknown_shape_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.parse_cli("", ["--preset", "demo", "--model.shape", "llama"])
+        parsed("--preset", "demo", "--model.shape", "llama")
     assert "must be hearth or portable" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""The report: what it says of a run, whole or in the making, and that it can be read anywhere."""
+"""The report: what it says of a run, whole or while it trains, and that it can be read anywhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -239,9 +239,9 @@ def test_evaluations_stand_at_the_tokens_and_hours_of_their_step(config: Config)
 
 
 def test_skipped_steps_are_marked_at_their_gradient(config: Config) -> None:
-    chart = report.gradient_chart(
-        Trace(config.run_dir / "base"), report.XAxis("tokens", np.arange(1.0, 21.0))
-    )
+    (norm,) = [figure for figure in report.RUNNING if figure[0] == "Gradient norm"]
+    tokens = report.XAxis("tokens", np.arange(1.0, 21.0))
+    chart = report.curve(Trace(config.run_dir / "base"), *norm, x=tokens)
     assert [(s.name, s.x) for s in chart.series if s.style == "points"] == [
         ("skipped step", (16.0,))
     ]
@@ -266,7 +266,7 @@ def test_corpora_share_the_tokens_by_their_weights_in_each_stage(config: Config)
     assert report.training_shares(run, ["sea", "land"]) == {"sea": 0.375, "land": 0.625}
 
 
-# ----------------------------------------------------------------------- runs in the making, damage
+# ----------------------------------------------------------------------- runs that train, damage
 
 
 def remove(*path: str) -> Callable[[Path], None]:
@@ -297,6 +297,11 @@ BROKEN = {
     "no tokenizer": remove("tokenizer"),
     "metrics empty": overwrite("", "base", "metrics.jsonl"),
     "metrics bare": overwrite(BARE, "base", "metrics.jsonl"),
+    "metrics of other kinds": overwrite(
+        '[1]\n"x"\n5\nnull\n{"kind": [], "step": "x"}\n', "base", "metrics.jsonl"
+    ),
+    "metrics binary": lambda run: (run / "base" / "metrics.jsonl").write_bytes(bytes(range(256))),
+    "scores nested deeply": overwrite('{"scores": ' + "[" * 100_000, "report", "score.json"),
     "metrics NaN": lambda run: write_jsonl(
         run / "base" / "metrics.jsonl", metrics(5, loss=lambda step: math.nan)
     ),
@@ -318,7 +323,96 @@ def test_what_is_missing_is_left_out(what: str, config: Config) -> None:
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", html + markdown, flags=re.DOTALL)
 
 
-def test_a_page_of_a_run_in_the_making_loads_itself_again(config: Config) -> None:
+KINDS = ("start", "step", "eval", "sample")
+WRONG = {
+    "null": None,
+    "text": "x",
+    "number": -3,
+    "huge": 10**400,
+    "infinite": math.inf,
+    "truth": True,
+    "list": [1, "x", {}, []],
+    "object": {"a": {"b": 1}},
+}
+
+
+def with_one_wrong(value: Any, wrong: Any) -> Iterator[Any]:
+    """Copies of nested JSON, each with another of its values replaced by `wrong`."""
+    yield wrong
+    pairs = list(value.items() if isinstance(value, dict) else enumerate(value))
+    for key, item in pairs if isinstance(value, dict | list) else ():
+        for changed in with_one_wrong(item, wrong) if isinstance(item, dict | list) else (wrong,):
+            copy = dict(value) if isinstance(value, dict) else list(value)
+            copy[key] = changed
+            yield copy
+
+
+FILES = [
+    ("base", "step-00000020", "config.json"),
+    ("text", "world", "manifest.json"),
+    ("text", "chat", "alpaca", "manifest.json"),
+    ("tokens", "world", "manifest.json"),
+    ("tokenizer", "tokenizer.json"),
+    ("report", "score.json"),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: "/".join(path))
+def test_a_field_of_the_wrong_type_ends_no_report(
+    path: tuple[str, ...], wrong: str, config: Config
+) -> None:
+    file = config.run_dir.joinpath(*path)
+    whole = json.loads(file.read_text())
+    if path[-1] == "config.json":  # what the report reads of it, and not a hundred fields more
+        whole = {
+            "data": {"sources": whole["data"]["sources"][:1], "text_files": []},
+            "pretrain": {**whole["pretrain"], "stages": whole["pretrain"]["stages"][:2]},
+        }
+    for changed in with_one_wrong(whole, WRONG[wrong]):
+        file.write_text(json.dumps(changed))
+        texts = page.to_markdown("a run", report.sections_of(Run(config.run_dir, config)))
+        assert "At a glance" in texts
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_metric_of_the_wrong_type_ends_no_report(wrong: str, config: Config) -> None:
+    """Also a whole line that is no record; each field in the first record of its kind, the last,
+    and all.
+    """
+    records = metrics(20)
+    kinds = {kind: [i for i, r in enumerate(records) if r["kind"] == kind] for kind in KINDS}
+    path = config.run_dir / "base" / "metrics.jsonl"
+    for places in kinds.values():
+        for chosen in (places[:1], places[-1:], places):
+            for name in (None, *records[places[0]]):
+                changed = list(records)
+                for i in chosen:
+                    bad = WRONG[wrong]
+                    changed[i] = {**records[i], name: bad} if name else bad
+                write_jsonl(path, changed)
+                texts = page.to_markdown("a run", report.sections_of(Run(config.run_dir, config)))
+                assert "At a glance" in texts
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_charts_of_wrong_figures_are_drawn(wrong: str, config: Config) -> None:
+    """All numbers of every figure at once, on the page itself."""
+    bad = WRONG[wrong]
+    records = [
+        {name: bad if name not in ("kind", "step") and i % 2 else v for name, v in record.items()}
+        for i, record in enumerate(metrics(20))
+    ]
+    write_jsonl(config.run_dir / "base" / "metrics.jsonl", records)
+    file = config.run_dir / "report" / "score.json"
+    scores = report.read_json(file)["scores"]
+    scores[0] |= {"stderr": bad, "chance": bad, "n": bad}
+    scores[1] |= {"value": bad}
+    file.write_text(json.dumps({"scores": scores}))
+    assert "At a glance" in shown(config)[0]
+
+
+def test_the_page_of_a_run_that_trains_reloads_itself(config: Config) -> None:
     assert 'http-equiv="refresh"' not in shown(config)[0]
     write_jsonl(config.run_dir / "sft1" / "metrics.jsonl", metrics(10)[:5])
     html = shown(config)[0]
@@ -336,6 +430,21 @@ def test_what_goes_wrong_in_drawing_never_stops_a_run(
         capsys.readouterr().out.count("ZeroDivisionError: division by zero. The run continues.")
         == 2
     )
+
+
+def test_the_losses_are_drawn_beside_the_report_and_a_fault_there_stops_nothing(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = config.run_dir / "report" / "loss.png"
+    Reporter(replace(config, report=ReportConfig(draw=False))).refresh(due=True)
+    assert not picture.exists()
+    monkeypatch.setattr(report, "learning_charts", lambda *given: 1 / 0)
+    monkeypatch.setattr(report, "write", lambda config: None)
+    Reporter(config).refresh(due=True)
+    assert "ZeroDivisionError" in capsys.readouterr().out
+    monkeypatch.undo()
+    Reporter(config).refresh(due=True)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_folder_that_cannot_be_written_never_stops_a_run(
@@ -422,7 +531,7 @@ def test_the_page_loads_nothing_and_runs_nothing(config: Config) -> None:
 def test_text_of_a_model_or_a_file_stays_text(config: Config) -> None:
     html, markdown = shown(config)
     assert "<script>" not in html
-    assert "&lt;script&gt;alert(&quot;&amp;amp;&quot;)&lt;/script&gt; **bold**" in html
+    assert "&lt;script&gt;alert(&#34;&amp;amp;&#34;)&lt;/script&gt; **bold**" in html
     assert "\\<script\\>" in markdown
     assert "\\*\\*bold\\*\\* \\| \\`code\\`" in markdown
 
@@ -502,6 +611,23 @@ def test_words_beside_an_axis_stay_on_the_picture_and_off_its_numbers(
     assert all(
         words.x1 <= tick.label1.get_window_extent().x0 for tick in axes.yaxis.get_major_ticks()
     )
+
+
+def test_no_figure_of_a_step_runs_into_its_axis(config: Config) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    write_jsonl(config.run_dir / "base" / "metrics.jsonl", metrics(20, lr=lambda n: 1e-3 - n / 3e4))
+    trace = Trace(config.run_dir / "base")
+    for figure in report.RUNNING:
+        canvas = FigureCanvasAgg(Figure())
+        with matplotlib.rc_context({"font.size": 7.5}):
+            page.paint_chart(canvas.figure, report.curve(trace, *figure, x=report.x_axes(trace)[0]))
+            canvas.draw()
+        (axes,) = canvas.figure.axes
+        words, ticks = axes.yaxis.label.get_window_extent(), axes.yaxis.get_major_ticks()
+        for tick in (tick.label1 for tick in ticks if tick.label1.get_text()):
+            assert not axes.yaxis.label.get_text() or words.x1 <= tick.get_window_extent().x0
 
 
 def test_marks_that_would_run_into_each_other_say_less() -> None:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import io
 import random
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from prompt_toolkit.application import Application, create_app_session
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from hearth.serving.terminal import (
+    Keyboard,
     PlainScreen,
     RichScreen,
     block_end,
@@ -17,7 +25,9 @@ from hearth.serving.terminal import (
     lines_of,
     markdown,
     neutral,
+    prompt_session,
     say,
+    show,
 )
 
 HOSTILE = (
@@ -46,7 +56,12 @@ def test_ordinary_text_of_any_script_stays_as_it_is() -> None:
 
 
 def rich_output(
-    pieces: list[tuple[bool, str]], *, thoughts: bool = True, width: int = 60, **settings
+    pieces: list[tuple[bool, str]],
+    *,
+    thoughts: bool = True,
+    whole: bool = True,
+    width: int = 60,
+    **settings,
 ) -> str:
     file = io.StringIO()
     console = Console(
@@ -55,7 +70,7 @@ def rich_output(
     screen = RichScreen(console, thoughts=thoughts)
     for thinking, text in pieces:
         screen.add(thinking, text)
-    screen.end()
+    screen.end(whole=whole)
     return file.getvalue()
 
 
@@ -96,7 +111,7 @@ def test_an_answer_cannot_send_sequences_of_its_own(text: str) -> None:
     plain = PlainScreen(out, thoughts=True)
     for thinking in (True, False):
         plain.add(thinking, text)
-    plain.end()
+    plain.end(whole=True)
     assert not set(out.getvalue()) & set("\x1b\x9b\r\x07\x08\x00\u202e")
     # colours and lines only
     visible(rich_output([(True, text), (False, f"{text}\n\n`{text}`\n\n```\n{text}\n```\n")]))
@@ -153,8 +168,38 @@ def test_plain_text_marks_thinking_or_leaves_it_out() -> None:
         screen = PlainScreen(out, thoughts=thoughts)
         for thinking, text in ((True, "h"), (True, "m"), (False, "y"), (False, "es")):
             screen.add(thinking, text)
-        screen.end()
+        screen.end(whole=True)
         assert out.getvalue() == expected
+
+
+@pytest.mark.parametrize("pieces", [[], [(False, "")], [(False, " \n\n \n"), (False, "\n")]])
+def test_an_empty_answer_says_so_unless_it_was_broken_off(pieces: list[tuple[bool, str]]) -> None:
+    out = io.StringIO()
+    show(pieces, PlainScreen(out, thoughts=True))
+    assert out.getvalue().strip() == "(no answer)"
+    assert visible(rich_output(pieces)).strip() == "(no answer)"
+    assert visible(rich_output(pieces, whole=False)).strip() == ""
+
+
+def test_folded_thinking_unfolds_where_there_is_nothing_else() -> None:
+    pieces = [(True, "first 2 + 7"), (True, " then 19"), (False, "\n")]
+    shown = visible(rich_output(pieces, thoughts=False))
+    assert shown.split("\n\n")[:2] == ["first 2 + 7 then 19", "(no answer)"]
+    assert "first 2 + 7 then 19" in visible(rich_output(pieces, thoughts=False, whole=False))
+    out = io.StringIO()
+    show(pieces, PlainScreen(out, thoughts=False))
+    assert "[thinking] first 2 + 7 then 19\n[answer] (no answer)\n" in out.getvalue()
+
+
+def test_what_was_said_stays_when_an_answer_is_broken_off() -> None:
+    def pieces() -> Iterator[tuple[bool, str]]:
+        yield False, "the cat"
+        raise KeyboardInterrupt
+
+    out = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        show(pieces(), PlainScreen(out, thoughts=True))
+    assert out.getvalue() == "the cat\n"
 
 
 def test_without_colour_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,3 +269,65 @@ def test_lines_of_a_pipe_survive_any_bytes() -> None:
     assert lines_of(stream) == ["one", "\ufffd\ufffdtwo\x00", "x" * 10**6]
     assert lines_of(None) == []
     assert lines_of(io.StringIO("a\ud800b\n")) == ["a?b"]
+
+
+# ------------------------------------------------------------------------------------- the keyboard
+
+
+def typed(keys: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the prompt gives for these keys and Enter; raises what a key did."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(  # instead of drawing it and waiting for Enter
+        Application,
+        "_handle_exception",
+        lambda app, loop, context: app.exit(exception=context["exception"]),
+    )
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        keyboard = Keyboard(["/help"], None, lambda: ["status"])
+        pipe.send_text(f"{keys}\r")
+        return keyboard.read()
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ("ab\x1b[31mcd", "abcd"),  # a colour
+        ("ab\x1b[1Mcd", "abcd"),
+        ("ab\x1b[<0;1Mcd", "abcd"),
+        ("ab\x1b[M/!!cd", "abcd"),
+        ("ab\x1b[99~cd", "abcd"),  # a sequence that nobody knows
+        ("ab\x1bOzcd", "abcd"),
+        ("ab\x1bzcd", "abcd"),  # Alt-z
+        ("ab\x1b\x1bzcd", "abcd"),
+        ("ab\x1b\x7fcd", "cd"),  # Alt-Backspace has a meaning
+        ("ab\x1b\rcd", "ab\ncd"),  # Alt-Enter has one too
+        ("ab\x1b\x1b[Dcd", "cdab"),  # so has Alt-Left
+        ("ab\x1b\x01cd", "cdab"),  # Ctrl-A keeps its own
+        ("ab\x1b\x1b[200~paste\x1b[201~", "abpaste"),
+    ],
+)
+def test_an_escape_that_means_nothing_is_ignored(
+    keys: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert typed(keys, monkeypatch) == line
+
+
+def test_commands_and_the_paths_behind_them_complete(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    (tmp_path / "conversation.json").touch()
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        completer = prompt_session(["/help", "/save", "/seed"], None, list).completer
+    begun = f"{tmp_path}/conv"
+    for typed, rest in (("/he", ["/help"]), (f"/save {begun}", ["ersation.json"])):
+        found = completer.get_completions(Document(typed), CompleteEvent())
+        assert [completion.text for completion in found] == rest
+    assert not [*completer.get_completions(Document(f"/seed {begun}"), CompleteEvent())]
+
+
+def test_ctrl_z_suspends_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    suspended = []
+    monkeypatch.setattr(Application, "suspend_to_background", lambda *a: suspended.append("Ctrl-Z"))
+    assert typed("ab\x1acd", monkeypatch) == "abcd"
+    assert suspended == ["Ctrl-Z"]

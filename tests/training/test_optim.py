@@ -123,6 +123,20 @@ def test_weights_for_use_leave_the_trained_ones_untouched(tiny: ModelConfig) -> 
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_the_schedule_free_rule_warms_up_once_and_keeps_its_rate(tiny: ModelConfig) -> None:
+    """arXiv 2405.15682: no decay, averaging takes its place."""
+    model = build_model(tiny, seed=0)
+    optimizers = build_optimizers(model, OptimConfig(name="schedulefree"), 3e-3)
+    loop = LoopConfig(warmup_share=0.25, decay_share=0.6)
+    rates = []
+    for step in range(20):
+        factor = optimizers.schedule(step, 20, loop)
+        step_of(model, optimizers)
+        rates.append(optimizers.parts[0].param_groups[0]["scheduled_lr"])
+        assert rates[-1] == pytest.approx(3e-3 * factor)
+    assert rates == pytest.approx([3e-3 * min(1.0, (step + 1) / 5) for step in range(20)])
+
+
 def test_muon_takes_matrices_and_adamw_the_rest(tiny: ModelConfig) -> None:
     model = build_model(tiny, seed=0)
     muon, adamw = build_optimizers(model, OptimConfig(), 1e-3).parts

@@ -198,7 +198,8 @@ def test_the_plan_needs_no_data_and_writes_nothing(tmp_path, capsys) -> None:
 @pytest.mark.gpu
 def test_on_a_card_the_largest_model_is_planned_within_a_tenth() -> None:
     config = replace(PRESETS["16gb"], device="cuda")
-    model, optimizers = pretrain.build(config, torch.device("cuda"))
+    model = pretrain.build(config, torch.device("cuda"))
+    optimizers = build_optimizers(model, config.optim, config.pretrain.lr)
     plan = make_plan(model, optimizers, config.pretrain, stages=((4096, 1.0),), n_steps=1)
     time_update(plan, model, optimizers)
     few = [row for row in plan.rows if row.n_rows in (1, 4)]
