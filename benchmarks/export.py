@@ -155,7 +155,7 @@ def training_rows(tokenizer: Tokenizer) -> Iterator[torch.Tensor]:
 
 
 def save(config: Config, model: Any, tokenizer: Tokenizer) -> Path:
-    state = {"stage": "sft2", "step": 1, "steps": 1}
+    state = {"stage": "sft2", "step": 1, "steps": 1, "tokens": 0}
     optimizers = build_optimizers(model, config.optim, 1e-3)
     return checkpoint.save(
         config.run_dir / "sft2", model, optimizers, config, tokenizer, state, keep=1

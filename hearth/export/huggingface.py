@@ -102,6 +102,7 @@ def own_config(model: Model) -> dict[str, Any]:
         "architectures": ["HearthForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{CODE.stem}.HearthConfig",
+            "AutoModel": f"{CODE.stem}.HearthModel",
             "AutoModelForCausalLM": f"{CODE.stem}.HearthForCausalLM",
         },
         "model_type": "hearth",
@@ -131,10 +132,11 @@ def own_weights(model: Model) -> dict[str, Tensor]:
             matrices = (getattr(module, n) for n in ("q", "k", "v", "o", "gate", "up", "down"))
             modules |= {id(matrix) for matrix in matrices}
     names = {"embedding": "embed_tokens.weight", "head.out": "head.out.weight"}
-    return {
+    found = {
         names.get(name, f"{name}.weight" if id(p) in modules else name): p.detach().contiguous()
         for name, p in model.named_parameters()
     }
+    return {f"model.{name}": weight for name, weight in found.items()}
 
 
 def generation_config(loaded: Loaded) -> dict[str, Any]:

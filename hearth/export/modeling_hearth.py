@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 # B rows, T new columns, C columns in all, K columns of a cache's slot, D hidden_size, H query
@@ -82,8 +82,7 @@ class HearthConfig(PretrainedConfig):
         self.hrm_l_cycles = hrm_l_cycles
         self.hrm_h_cycles = hrm_h_cycles
         self.hrm_trained_cycles = hrm_trained_cycles
-        # one matrix is both, with no second one to tie to it
-        kwargs["tie_word_embeddings"] = False
+        kwargs["tie_word_embeddings"] = True
         self.use_cache = kwargs.pop("use_cache", True)
         super().__init__(**kwargs)
 
@@ -111,13 +110,58 @@ class HearthConfig(PretrainedConfig):
         return fast, "S" * (self.hrm_h_layer - 1) + "L"
 
 
-class HearthForCausalLM(PreTrainedModel, GenerationMixin):
-    """Embedding, trunk of dense blocks, reasoning head, output through the embedding again."""
-
+class HearthPreTrainedModel(PreTrainedModel):
     config_class = HearthConfig
+    base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["HearthBlock"]  # noqa: RUF012
+
+
+class HearthForCausalLM(HearthPreTrainedModel, GenerationMixin):
+    """The network with its output: the embedding again."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: HearthConfig) -> None:
+        super().__init__(config)
+        self.model = HearthModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V) in float32; see `HearthModel` for what it reads.
+
+        `labels` are ids, -100 where no loss is wanted; `logits_to_keep` is how many last columns
+        are read out.
+        """
+        cache = cache if cache is not None else past_key_values
+        hidden, cache = self.model.run(
+            input_ids, attention_mask, position_ids, cache, use_cache, inputs_embeds
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept]).float()
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+
+
+class HearthModel(HearthPreTrainedModel):
+    """Embedding, trunk of dense blocks, reasoning head, the norm before the output."""
 
     def __init__(self, config: HearthConfig) -> None:
         super().__init__(config)
@@ -134,12 +178,6 @@ class HearthForCausalLM(PreTrainedModel, GenerationMixin):
         self.value_gates = nn.Parameter(torch.zeros(n, G, min(GATE_CHANNELS, D))) if n else None
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
-
     @can_return_tuple
     def forward(
         self,
@@ -148,20 +186,30 @@ class HearthForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
-        labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V) in float32 for ids (B, T); `attention_mask` (B, C) marks padding with 0.
-
-        `cache` and `past_key_values` are the newer and the older name of one thing. `labels` are
-        ids, -100 where no loss is wanted; `logits_to_keep` is how many last columns are read out.
+    ) -> BaseModelOutputWithPast:
+        """What the output reads (B, T, D) for ids (B, T); `attention_mask` (B, C) marks padding
+        with 0. `cache` and `past_key_values` are the newer and the older name of one thing.
         """
+        cache = cache if cache is not None else past_key_values
+        hidden, cache = self.run(
+            input_ids, attention_mask, position_ids, cache, use_cache, inputs_embeds
+        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
+
+    def run(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        use_cache: bool | None,
+        inputs_embeds: Tensor | None,
+    ) -> tuple[Tensor, Cache | None]:
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("A Hearth model reads input_ids: its tokens look at the one before.")
-        cache = cache if cache is not None else past_key_values
         if self.trunk[0].gradient_checkpointing and self.training:
             cache = None
         elif cache is None and (self.config.use_cache if use_cache is None else use_cache):
@@ -175,12 +223,8 @@ class HearthForCausalLM(PreTrainedModel, GenerationMixin):
         if self.head is not None:
             x = self.head(x, columns)
         columns.keep_ids(input_ids)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.read_out(x[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+        gain = (self.output_gain / math.sqrt(self.config.hidden_size)).to(x.dtype)
+        return rms_norm(x) * gain, cache
 
     def embed(self, ids: Tensor, columns: Columns) -> Tensor:
         """Normed embeddings (B, T, D), each with a share a channel of the one before."""
@@ -204,10 +248,6 @@ class HearthForCausalLM(PreTrainedModel, GenerationMixin):
             places[i]: (table(ids), self.value_gates[i])
             for i, table in enumerate(self.value_embeddings)
         }
-
-    def read_out(self, x: Tensor) -> Tensor:
-        gain = (self.output_gain / math.sqrt(self.config.hidden_size)).to(x.dtype)
-        return F.linear(rms_norm(x) * gain, self.embed_tokens.weight).float()
 
 
 class HearthHead(nn.Module):

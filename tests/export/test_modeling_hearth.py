@@ -159,6 +159,20 @@ def test_the_loss_is_ours(whole: tuple[Loaded, Any]) -> None:
     assert theirs == pytest.approx(float(ours), rel=1e-5)
 
 
+def test_the_network_without_its_output_gives_what_the_output_reads(export: Export) -> None:
+    """TRL and PEFT take the two apart; the output's matrix is the embedding, not a copy of it."""
+    from transformers import AutoModel
+
+    _, folder = export("whole")
+    model, ids = load(folder), torch.tensor(prompts(1, 40))
+    output = model.get_output_embeddings().weight
+    assert output.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    inner = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        hidden = inner(ids).last_hidden_state
+        assert torch.allclose(hidden @ output.T, model(ids).logits, atol=1e-5)
+
+
 def test_bfloat16_stays_near(export: Export) -> None:
     loaded, folder = export("whole")
     (prompt,) = prompts(1, 100)
