@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 class UserError(Exception):
@@ -137,23 +137,11 @@ class ModelConfig:
     n_value_embeddings: int = 0  # trunk layers that learn a value per token, every other one first
     token_shift: bool = True  # mix into each token's embedding a learnt share of the one before
     hrm: HRMConfig | None = field(default_factory=HRMConfig)  # None is the plain dense model
-    shape: Literal["hearth", "portable"] = "hearth"  # portable is a Qwen3: see `portable`
+    shape: Literal["hearth", "portable"] = "hearth"  # portable: a Qwen3, as PORTABLE says
 
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_head
-
-    def beyond_qwen3(self) -> list[str]:
-        """What this shape has that a Qwen3 has not, each with the setting that takes it away."""
-        parts = {
-            "the HRM head (model.hrm None)": self.hrm is not None,
-            "token shift (model.token_shift False)": self.token_shift,
-            "value embeddings (model.n_value_embeddings 0)": self.n_value_embeddings > 0,
-            "an MLP of squared ReLU (model.gated_mlp True)": not self.gated_mlp,
-            "sliding windows (model.window None)": self.window is not None,
-            "a QK gain per head (model.shape portable)": self.shape != "portable",
-        }
-        return [part for part, is_there in parts.items() if is_there]
 
     def problems(self) -> list[str]:
         if min(self.n_head, self.n_kv_head, self.d_model, self.vocab_size) < 1:
@@ -172,26 +160,14 @@ class ModelConfig:
         if not 0 <= self.n_value_embeddings <= self.n_layer:
             found.append(f"n_value_embeddings must lie between 0 and n_layer {self.n_layer}")
         if self.shape == "portable":
-            found += [f"shape portable has no place for {part}" for part in self.beyond_qwen3()]
+            unlike = [f"{n} {v}" for n, v in PORTABLE.items() if getattr(self, n) != v]
+            found += [f"shape portable needs model.{setting}" for setting in unlike]
         return [f"model.{problem}" for problem in found]
 
 
-def portable(model: ModelConfig) -> ModelConfig:
-    """The same size as a Qwen3: whole attention, a QK gain per channel, none of our additions. The
-    head's blocks join the trunk.
-    """
-    hrm = model.hrm
-    head_blocks = hrm.h_layer + (hrm.l_layer if hrm.l_cycles else 0) if hrm else 0
-    return replace(
-        model,
-        n_layer=model.n_layer + head_blocks,
-        gated_mlp=True,
-        window=None,
-        n_value_embeddings=0,
-        token_shift=False,
-        hrm=None,
-        shape="portable",
-    )
+# what `--model.shape portable` sets: a Qwen3 has none of the rest; the head's blocks join the trunk
+PORTABLE: dict[str, Any] = {"hrm": None, "token_shift": False, "n_value_embeddings": 0}
+PORTABLE |= {"gated_mlp": True, "window": None}
 
 
 @dataclass(frozen=True)
@@ -290,8 +266,7 @@ class SFTConfig(LoopConfig):
         found = self.loop_problems(where)
         if not self.sources and not self.files:
             found.append(f"{where}: no conversations; give --{where}.files or {where}.sources")
-        for source in self.sources:
-            found += source.problems(f"{where}.sources")
+        found += [text for s in self.sources for text in s.problems(f"{where}.sources")]
         if not 0 < self.context <= model_context:
             said = f"{where}.context is {self.context}, must lie between 1 and model.context"
             found.append(f"{said} {model_context}")
@@ -355,11 +330,10 @@ def out_of_bounds(config: Config) -> list[str]:
     """The settings that break their bound, in words; what is None breaks none."""
     found = []
     for rule, (holds, names) in BOUNDS.items():
-        for name in names.split():
-            for full in {name.replace("loop.", f"{loop}."): None for loop in LOOPS}:
-                value = reduce(lambda part, n: getattr(part, n, None), full.split("."), config)
-                if value is not None and not holds(value):
-                    found.append(f"{full} is {value}, must be {rule}")
+        for name in {n.replace("loop.", f"{s}."): 0 for n in names.split() for s in LOOPS}:
+            value = reduce(lambda part, n: getattr(part, n, None), name.split("."), config)
+            if value is not None and not holds(value):
+                found.append(f"{name} is {value}, must be {rule}")
     return found
 
 
@@ -391,8 +365,7 @@ class Config:
             found += self.pretrain.problems(context)
             found += self.sft1.problems("sft1", context) + self.sft2.problems("sft2", context)
         if found:
-            listed = "\n".join(f"  - {problem}" for problem in found)
-            raise UserError(f"This configuration cannot work:\n{listed}")
+            raise UserError("\n  - ".join(["This configuration cannot work:", *found]))
 
     @property
     def run_dir(self) -> Path:
@@ -402,19 +375,14 @@ class Config:
 
 # ------------------------------------------------------------------------------------------ presets
 
-# No `revision` is pinned here: the first start takes the newest commit, writes it into the
-# manifest, and sticks to it.
+# No `revision` is pinned: the first start takes the newest, writes it down and sticks to it.
 HALF = {"column": "text", "max_bytes": 5_000_000_000}
-FINEWEB = TextSource(
-    "fineweb-edu", hub="HuggingFaceFW/fineweb-edu", hub_config="sample-10BT", **HALF
-)
-WEB_MATH = TextSource("open-web-math", hub="open-web-math/open-web-math", weight=0.5, **HALF)
-ALPACA = ChatSource("alpaca", hub="yahma/alpaca-cleaned")
-DOLLY = ChatSource("dolly", hub="databricks/databricks-dolly-15k")
-ULTRACHAT = ChatSource("ultrachat", hub="HuggingFaceH4/ultrachat_200k", split="train_sft")
-OPENR1 = ChatSource(
-    "openr1-math", hub="open-r1/OpenR1-Math-220k", hub_config="default", max_chars=11_000
-)
+FINEWEB = TextSource("fineweb-edu", "HuggingFaceFW/fineweb-edu", "sample-10BT", **HALF)
+WEB_MATH = TextSource("open-web-math", "open-web-math/open-web-math", weight=0.5, **HALF)
+ALPACA = ChatSource("alpaca", "yahma/alpaca-cleaned")
+DOLLY = ChatSource("dolly", "databricks/databricks-dolly-15k")
+ULTRACHAT = ChatSource("ultrachat", "HuggingFaceH4/ultrachat_200k", split="train_sft")
+OPENR1 = ChatSource("openr1-math", "open-r1/OpenR1-Math-220k", "default", max_chars=11_000)
 
 CARD = Config(
     data=DataConfig(sources=(FINEWEB, WEB_MATH)),

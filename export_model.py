@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from config import Config, UserError, portable
+from config import Config, UserError
 from hearth import cli, log, run
+from hearth.cli import portable
 from hearth.export import gguf, huggingface, qwen3
 from hearth.training import checkpoint
 

@@ -35,8 +35,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from exported import awkward_strings, load, load_tokenizer, long_text, our_logits, padded  # noqa: E402
 
-from config import PRESETS, Config, portable  # noqa: E402
-from hearth.cli import run_script  # noqa: E402
+from config import PRESETS, Config  # noqa: E402
+from hearth.cli import portable, run_script  # noqa: E402
 from hearth.data import demo_world  # noqa: E402
 from hearth.data.chat_format import parse_answer, render, stop_ids  # noqa: E402
 from hearth.data.layouts import conversation  # noqa: E402

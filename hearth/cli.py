@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from config import PRESETS, Config, UserError, portable
+from config import PORTABLE, PRESETS, Config, ModelConfig, UserError
 
 DEFAULT_PRESET = "16gb"
 WHOLE_RUN = ("preset", "name", "runs")  # fields that choose the run rather than describe it
@@ -115,6 +115,13 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------- config → words
+
+
+def portable(model: ModelConfig) -> ModelConfig:
+    """The same size as a Qwen3 (`config.PORTABLE`): the head's blocks join the trunk."""
+    hrm = model.hrm
+    head_blocks = hrm.h_layer + (hrm.l_layer if hrm.l_cycles else 0) if hrm else 0
+    return replace(model, n_layer=model.n_layer + head_blocks, shape="portable", **PORTABLE)
 
 
 def words_of(config: Config, base: Config | None = None) -> list[str]:

@@ -12,7 +12,8 @@ from unicodedata import ucd_3_2_0
 
 import torch
 
-from config import PRESETS, HRMConfig, ModelConfig, portable
+from config import PRESETS, HRMConfig, ModelConfig
+from hearth.cli import portable
 from hearth.data.tokenizer import Tokenizer
 from hearth.training import checkpoint
 from hearth.training.checkpoint import Loaded

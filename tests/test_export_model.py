@@ -13,6 +13,7 @@ import export_model
 from config import PRESETS, Config, UserError
 from hearth import cli, run
 from hearth.data.tokenizer import Tokenizer
+from hearth.export import qwen3
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_a_shape_that_llama_cpp_lacks_is_refused_with_a_command_that_works(
     words = shlex.split(command)
     assert words[:3] == ["uv", "run", "run_pipeline.py"]
     trained = cli.Script("").parse(words[3:])[0]
-    assert trained.model.beyond_qwen3() == []
+    assert qwen3.beyond_qwen3(trained.model) == []
     assert trained.run_dir != config.run_dir
 
 

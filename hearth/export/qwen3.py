@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import ModelConfig, UserError
+from config import PORTABLE, ModelConfig, UserError
 from model import Model, rms_norm
 
 BLOCK = {
@@ -29,11 +29,31 @@ BLOCK = {
 NORMS = ("input_layernorm", "post_attention_layernorm")  # ours have no gain
 
 
+BEYOND = {
+    "hrm": "the HRM head",
+    "token_shift": "token shift",
+    "n_value_embeddings": "value embeddings",
+    "gated_mlp": "an MLP of squared ReLU",
+    "window": "sliding windows",
+}
+
+
+def beyond_qwen3(model: ModelConfig) -> list[str]:
+    """What a shape has that a Qwen3 has not, each with the setting that takes it away."""
+    found = [
+        f"{BEYOND[name]} (model.{name} {value})"
+        for name, value in PORTABLE.items()
+        if getattr(model, name) != value
+    ]
+    gain = [] if model.shape == "portable" else ["a QK gain per head (model.shape portable)"]
+    return found + gain
+
+
 def refuse_others(model: ModelConfig, command: str) -> None:
     """`UserError` for a shape that is no Qwen3: what stands against it, and the command that trains
     one that is.
     """
-    if against := model.beyond_qwen3():
+    if against := beyond_qwen3(model):
         raise UserError(
             "This model is no Qwen3, which is what llama.cpp runs. It has "
             f"{', '.join(against)}. `{command}` trains one of its size that can go; "
