@@ -204,6 +204,8 @@ def settings_of(stage: str, config: Config) -> dict[str, Any]:
         if name.rpartition(".")[2] not in FREE
         and any(name == read or name.startswith(read + ".") for read in STAGES[stage].reads)
     }
+    if "model.token_shift" in found:  # the head's own settings are there only where it is
+        found["model.hrm"] = config.model.hrm is not None
     corpora = config.data.corpora()
     if stage == "text":
         for name in ("sources", "text_files", "text_column", "text_weights"):
@@ -320,7 +322,9 @@ class Run:
         for stage in STAGES:
             if (then := self.begun(stage)) is None:
                 continue
-            if found := differences(then["settings"], settings_of(stage, self.config)):
+            now = settings_of(stage, self.config)
+            known = then["settings"].keys() & now  # by both versions of this program
+            if found := [d for d in differences(then["settings"], now) if d.name in known]:
                 listed = "; ".join(map(str, found))
                 again = command(self.config, STAGES[stage].script, "--redo", stage)
                 raise UserError(

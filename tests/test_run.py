@@ -96,6 +96,29 @@ def test_another_preset_for_a_run_that_has_begun_is_refused(tmp_path: Path) -> N
         begin(asked(demo(tmp_path), "--preset", "16gb"), "text")
 
 
+def test_the_head_cannot_be_taken_off_or_put_on_a_model_that_was_trained(tmp_path: Path) -> None:
+    with_head, without = (
+        demo(tmp_path / name, model=replace(PRESETS["demo"].model, **changes))
+        for name, changes in (("with", {}), ("without", {"hrm": None}))
+    )
+    for made, other in ((with_head, without), (without, with_head)):
+        begin(made, "base")
+        with pytest.raises(UserError, match=r"model.hrm was (True|False)"):
+            begin(replace(made, model=other.model), "sft1")
+
+
+def test_a_setting_that_an_earlier_version_lacked_contradicts_nothing(tmp_path: Path) -> None:
+    made = demo(tmp_path)
+    begin(made, "base")
+    path = made.run_dir / "config.json"
+    record = json.loads(path.read_text())
+    del record["stages"]["base"]["settings"]["model.shape"]
+    del record["settings"]["model"]["shape"], record["preset"]["model"]["shape"]
+    path.write_text(json.dumps(record))
+    begin(asked(made), "sft1")
+    assert asked(made) == made
+
+
 def test_files_are_the_same_however_their_place_is_written(tmp_path: Path) -> None:
     def with_files(name: str) -> Config:
         return demo(tmp_path, data=replace(PRESETS["demo"].data, text_files=(name,)))
