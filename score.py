@@ -7,6 +7,8 @@ table on the console, runs/<run>/report/score.json, and the run's report redrawn
     uv run score.py --preset demo
     uv run score.py --preset 16gb --tasks core
         one group of tasks: bpb, world, core, chat
+    uv run score.py --name mine --tasks battery
+        short prompts in many categories for a chat model, each checked by rule
     uv run score.py --preset 16gb --tasks piqa arc_easy --limit 500
         some tasks, the first items of each
     uv run score.py --preset 16gb --compare base sft1 sft2
@@ -27,7 +29,7 @@ from pathlib import Path
 
 from config import Config, UserError
 from hearth import cli, hardware, log, run
-from hearth.evaluation import chat_tasks, scores, tasks
+from hearth.evaluation import battery, chat_tasks, scores, tasks
 from hearth.evaluation.scores import NAMES, Bench, Score, ScoreBook
 from hearth.reporting import report
 from hearth.training import checkpoint
@@ -42,7 +44,7 @@ class Options:
     checkpoint: tuple[str, ...] = ()
     # the same, side by side: takes scores that are there already, draws a page of runs
     compare: tuple[str, ...] = ()
-    # groups (bpb world core chat) or single tasks; none is what suits the checkpoint
+    # groups (bpb world core chat battery) or single tasks; none is what suits the checkpoint
     tasks: tuple[str, ...] = ()
     files: str | None = None  # folder with the tasks' files; None is $HEARTH_DATA, or fetches them
     limit: int | None = None  # score only the first items of each task
@@ -115,15 +117,16 @@ def tasks_wanted(loaded: Loaded, options: Options) -> list[str]:
         names = ("bpb", "core", "mmlu", *(("chat",) if chats else ()))
     groups = {"core": [task.name for task in tasks.CORE], "chat": list(chat_tasks.CHAT)}
     singles = list(dict.fromkeys(single for name in names for single in groups.get(name, [name])))
-    known = ["bpb", "world", *tasks.TASKS, *chat_tasks.CHAT]
+    talks = ["battery", *chat_tasks.CHAT]
+    known = ["bpb", "world", *tasks.TASKS, *talks]
     if unknown := [name for name in singles if name not in known]:
         raise UserError(
-            f"There is no task {', '.join(unknown)}. Groups: bpb, world, core, chat. Tasks: "
-            f"{', '.join(known)}."
+            f"There is no task {', '.join(unknown)}. Groups: bpb, world, core, chat, battery. "
+            f"Tasks: {', '.join(known)}."
         )
     # beside chat models its places in the table stay empty
     alone = chats or len(options.compare) < 2
-    return [name for name in singles if alone or name not in chat_tasks.CHAT]
+    return [name for name in singles if alone or name not in talks]
 
 
 def scored(name: str, bench: Bench, book: ScoreBook, options: Options) -> list[Score]:
@@ -136,6 +139,8 @@ def scored(name: str, bench: Bench, book: ScoreBook, options: Options) -> list[S
         wrong = [answer for answer in book.book["asked"] if not answer["right"]]
         for answer in wrong[: options.show_wrong]:
             log.say(chat_tasks.wrong_line(answer))
+    elif name == "battery":
+        found, book.book["battery"] = battery.battery_scores(bench)
     elif name == "lm-eval":
         found = lm_eval_scores(bench, options)
     elif name in chat_tasks.CHAT:

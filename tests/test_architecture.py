@@ -25,7 +25,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("batches", "distributed", "optim", "eight_bit", "gradients", "held_out", "planning"),
         *("checkpoint", "loop"),
     ),
-    "evaluation": ("tasks", "scores", "chat_tasks", "lm_eval_adapter"),
+    "evaluation": ("tasks", "scores", "chat_tasks", "battery", "lm_eval_adapter"),
     "export": ("modeling_hearth", "qwen3", "card", "huggingface", "gguf"),
     "serving": ("terminal", "conversation", "commands"),
 }
@@ -124,6 +124,7 @@ ERRANDS = {
     "what makes a stage stale": ("hearth/run.py", "def settings_of("),
     "what is in a checkpoint": ("hearth/training/checkpoint.py", "def save("),
     "add a task to score": ("hearth/evaluation/tasks.py", "TASKS"),
+    "add a prompt to the battery for chat models": ("hearth/evaluation/battery.py", "BATTERY"),
     "change a command of the chat": ("hearth/serving/commands.py", "def do_"),
 }
 

@@ -12,8 +12,8 @@ import pytest
 from scored import make_run, write_files
 
 import score
-from config import Config, UserError
-from hearth.evaluation import tasks
+from config import Config, ReportConfig, UserError
+from hearth.evaluation import battery, tasks
 from hearth.reporting import report
 from hearth.training import checkpoint
 from hearth.training.checkpoint import Loaded
@@ -91,15 +91,41 @@ def test_comparing_takes_scores_that_are_there(
         score.main(run, replace(options, limit=5))  # another limit is another score
 
 
+def test_the_battery_of_two_checkpoints_stands_side_by_side(
+    run: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(battery, "MAX_TOKENS", 4)
+    options = Options(checkpoint=("sft2",), tasks=("battery",), limit=1)
+    score.main(run, options)
+    noted = {s["task"]: s for s in scores_of(run) if s["source"] == "battery"}
+    categories = {name.removeprefix("battery: ") for name in noted if name != "battery"}
+    assert categories <= set(battery.BATTERY)
+    assert len(categories) >= 35
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(line.startswith(name) for line in lines) for name in noted)
+    asked = report.read_json(run.run_dir / "report" / "score.json")["battery"]
+    assert {record["category"] for record in asked} == categories
+    # its scores are there already; beside it a base model's places stay empty
+    monkeypatch.setattr(battery, "battery_scores", None)
+    compare = ("base", "sft2")
+    draws = replace(run, report=ReportConfig(draw=True))
+    score.main(draws, replace(options, checkpoint=(), compare=compare))
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[-2] for row in rows if row.startswith("battery: capitals")] == ["–"]
+    (page,) = (run.run_dir / "report").glob("*.html")
+    drawn = page.read_text(encoding="utf-8")
+    assert all(f"battery: {name}" in drawn for name in categories)
+
+
 def test_beside_chat_models_a_base_model_is_not_asked_to_chat(loaded: Loaded) -> None:
     base = replace(loaded, state={**loaded.state, "stage": "base"})
     chat = replace(loaded, state={**loaded.state, "stage": "sft2"})
     several, one = (
-        Options(compare=("base", "sft2"), tasks=("copa", "gsm8k_chat")),
+        Options(compare=("base", "sft2"), tasks=("copa", "gsm8k_chat", "battery")),
         Options(tasks=("gsm8k_chat",)),
     )
     assert score.tasks_wanted(base, several) == ["copa"]
-    assert score.tasks_wanted(chat, several) == ["copa", "gsm8k_chat"]
+    assert score.tasks_wanted(chat, several) == ["copa", "gsm8k_chat", "battery"]
     assert score.tasks_wanted(base, one) == ["gsm8k_chat"]  # and refuses, with the reason
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from config import REASONING_PROMPT, UserError
 from hearth import log
 from hearth.data import demo_world
-from hearth.data.chat_format import Answer, parse_answer, render
+from hearth.data.chat_format import Answer, Message, parse_answer, render
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Engine
 from hearth.evaluation import tasks
@@ -57,11 +57,19 @@ def ask(
     """The likeliest answer to each (question, whether to reason), each asked as a conversation of
     its own.
     """
+    conversations = [messages(text, reasons) for text, reasons in questions]
+    return converse(loaded, conversations, max_tokens, title)
+
+
+def converse(
+    loaded: Loaded, conversations: Sequence[Sequence[Message]], max_tokens: int, title: str = ""
+) -> list[Reply]:
+    """The likeliest next turn of each conversation; reasoning is expected where its system prompt
+    asks for it.
+    """
     engine, tokenizer, context = Engine(loaded.model), loaded.tokenizer, loaded.model.config.context
     room = context - min(max_tokens, context // 4)
-    prompts = [
-        render(messages(text, reasons), tokenizer, answer=True).ids for text, reasons in questions
-    ]
+    prompts = [render(turns, tokenizer, answer=True).ids for turns in conversations]
     prompts = [ids if len(ids) <= room else [ids[0], *ids[-room + 1 :]] for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     looks = {"max_tokens": max_tokens, "stop_ids": [tokenizer.end]}
@@ -71,7 +79,8 @@ def ask(
             group = order[first : first + engine.max_rows]
             answers = engine.generate([prompts[i] for i in group], **looks)
             for i, ids in zip(group, answers, strict=True):
-                replies[i] = reply_of(ids, tokenizer, reasons=questions[i][1])
+                reasons = conversations[i][0]["content"] == REASONING_PROMPT
+                replies[i] = reply_of(ids, tokenizer, reasons=reasons)
             bar.update(len(group))
     return [replies[i] for i in range(len(prompts))]
 
@@ -108,10 +117,15 @@ def behaviour(replies: Sequence[Reply], where: str) -> list[Score]:
     return [*found, *([mean_score(name, "tokens", lengths)] if lengths else [])]
 
 
+def refuse_base(loaded: Loaded) -> None:
+    """Raises `UserError` for a model that was never trained on conversations."""
+    if loaded.state["stage"] == "base":
+        raise UserError("a base model holds no conversations; score sft1 or sft2.")
+
+
 def chat_scores(name: str, bench: Bench) -> list[Score]:
     """A chat task: the share of right answers, and how they behave."""
-    if bench.loaded.state["stage"] == "base":
-        raise UserError("a base model holds no conversations; score sft1 or sft2.")
+    refuse_base(bench.loaded)
     file, read, chance, max_tokens = CHAT[name]
     asked = [read(row) for row in bench.items(file)[: bench.limit]]
     replies = ask(bench.loaded, [(q.text, q.reasons) for q in asked], max_tokens, name)
