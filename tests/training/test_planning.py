@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import pretrain
-from config import PRESETS, HRMConfig, ModelConfig, OptimConfig, PretrainConfig
+from config import PRESETS, HRMConfig, ModelConfig, OptimConfig, PretrainConfig, UserError
+from hearth import hardware
 from hearth.training import planning
 from hearth.training.optim import Optimizers, build_optimizers
 from hearth.training.planning import (
@@ -193,6 +194,46 @@ def test_the_plan_needs_no_data_and_writes_nothing(tmp_path, capsys) -> None:
     ]
     assert "not measured: neither NVML nor RAPL" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_card_that_is_elsewhere_is_planned_from_its_figures(capsys) -> None:
+    config, card = PRESETS["12gb"], hardware.CARDS["RTX 4070"]
+    pretrain.main(config, pretrain.Options(plan=True, card="RTX 4070"))
+    said = capsys.readouterr().out
+    assert "all is estimated" in said
+    assert "Estimates: steps at 40% of the peak" in said
+    (chosen,) = (line.split() for line in said.splitlines() if line.startswith("  >"))
+    assert chosen[1:4] == ["2", "×", "4096"]
+    assert chosen[6] == "none"
+    assert float(chosen[7]) < 0.9 * card.gib
+    assert chosen[8] == "–"  # nothing is measured
+    with torch.device("meta"):
+        model = Model(config.model)
+    loop = config.pretrain
+    flops = sum(stage.share * model.flops_per_token(stage.context) for stage in loop.stages)
+    hours = loop.steps * loop.tokens_per_step * flops / (0.4 * card.tflops * 1e12) / 3600
+    assert float(chosen[-1]) == pytest.approx(hours * card.watts / 1000, abs=0.01)  # kWh
+
+
+def test_what_is_recomputed_is_counted_into_the_assumed_time() -> None:
+    with torch.device("meta"):
+        model = Model(PRESETS["8gb"].model)
+    model.dtype, loop = torch.bfloat16, PRESETS["8gb"].pretrain
+    optimizers = build_optimizers(model, OptimConfig(), 1e-3)
+    card = hardware.CARDS["RTX 4070"]
+    plan = make_plan(model, optimizers, loop, stages=((4096, 1.0),), n_steps=1, card=card)
+    planning.assume_speed(plan, model, card)
+    one = {row.activation_checkpointing: row for row in plan.rows if row.n_rows == 1}
+    none, head, everything = (plan.seconds_of(one[how]) for how in ACTIVATION_CHECKPOINTING)
+    assert none < head < everything
+    assert everything == pytest.approx(none * 4 / 3)
+
+
+def test_a_card_without_figures_is_named_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"'RTX 9999'.*RTX 4070"):
+        pretrain.main(PRESETS["12gb"], pretrain.Options(plan=True, card="RTX 9999"))
+    with pytest.raises(UserError, match="add --plan"):
+        pretrain.main(PRESETS["12gb"], pretrain.Options(card="RTX 4070"))
 
 
 @pytest.mark.gpu
