@@ -91,7 +91,8 @@ def estimate_memory(
     activation (4 in float32, 2 in bfloat16):
 
         weights, gradients   4 P each, in float32; gradients are there from the second
-                             micro-batch of a step on
+                             micro-batch of a step on, those of head and embedding from the second
+                             cycle of deep supervision on
         optimizer            4 P under Muon, 8 P under AdamW: `Optimizers.state_bytes`
         activations          8 N D for the embedding, 3 s N D for the output, 2 s N D for each
                              call of the HRM head,
@@ -104,7 +105,7 @@ def estimate_memory(
         loss                 4 V D for the embedding's gradient, 4 V D for a chunk's part of
                              it, a chunk of logits; in
                              bfloat16 half as much again for their copies
-        update               Muon: six copies of its largest group of equal matrices
+        update               Muon: `muon_bytes`
 
     What the driver, the allocator and the interpreter take comes on top. A block compiled on a card
     keeps less than this says.
@@ -129,13 +130,14 @@ def estimate_memory(
     weights = 4 * model.n_parameters()
     return Memory(
         weights=weights,
-        gradients=weights if accumulates else 0,
+        gradients=weights if accumulates else gradients_between_cycles(model),
         optimizer=optimizers.state_bytes(),
         activations=activations,
         block=recomputed + 2 * s * N * c.d_ff + 4 * V * D,
         loss=4 * V * D + (logits + 4 * V * D if s == 4 else logits * 3 // 2 + 6 * V * D),
         update=max(
-            (muon_bytes(part) for part in optimizers.parts if isinstance(part, Muon)), default=0
+            (muon_bytes(part, on_card) for part in optimizers.parts if isinstance(part, Muon)),
+            default=0,
         ),
     )
 
@@ -186,10 +188,19 @@ def kept_calls(model: Model) -> list[HRMModule]:
     return a_cycle * (1 if hrm.deep_supervision else hrm.h_cycles)
 
 
-def muon_bytes(muon: Muon) -> int:
-    """Temporary matrices of one update: float32 copies of the largest group of equal shapes."""
+def gradients_between_cycles(model: Model) -> int:
+    """The gradients that one cycle of deep supervision leaves to the next, in bytes."""
+    if model.head is None or not model.head.hrm.deep_supervision or model.head.hrm.h_cycles == 1:
+        return 0
+    return 4 * (model.embedding.numel() + sum(p.numel() for p in model.head.parameters()))
+
+
+def muon_bytes(muon: Muon, on_card: bool) -> int:
+    """Temporary matrices of one update: six float32 copies of the largest group of equal shapes;
+    on a card, which orthogonalises in bfloat16, two and five half as large.
+    """
     groups = (sum(4 * p.numel() for p in group["params"]) for group in muon.param_groups)
-    return 6 * max(groups, default=0)
+    return int((4.5 if on_card else 6) * max(groups, default=0))
 
 
 # ----------------------------------------------------------------------------------------- measured
