@@ -43,15 +43,11 @@ def geforce(cores: int, ghz: float, gib: int, watts: int) -> Card:
     return Card(round(4 * cores * ghz / 1e3, 1), gib, watts)
 
 
-# Data-centre cards: NVIDIA's data sheets. GeForce: the same white papers, and for the cards that
-# they leave out, and for laptops' chips at the highest clock of their range, the specifications at
-# nvidia.com/geforce (cores, boost clock, memory, power).
+# Data-centre cards: NVIDIA's data sheets. GeForce: cores, boost clock, memory and board power as
+# NVIDIA specifies its own cards; of laptops' chips the highest clock and power of their range.
 CARDS = {
     "H200": Card(989.0, 139, 700),
-    "H200 NVL": Card(835.5, 139, 600),
     "H100": Card(989.0, 80, 700),
-    "H100 NVL": Card(835.5, 93, 400),
-    "H100 PCIe": Card(756.0, 80, 350),
     "A100": Card(312.0, 80, 400),
     "RTX 5090": geforce(21760, 2.407, 32, 575),
     "RTX 5080": geforce(10752, 2.617, 16, 360),
@@ -93,10 +89,11 @@ def known_card(name: str) -> Card | None:
     SUPER".
 
     None for one that is not listed, also where its name goes on after that of a listed one: a
-    laptop's chip or a cut-down variant is not the card that it is named after.
+    laptop's chip, a cut-down variant or a slice (MIG) is not the card that it is named after.
     """
+    end = r"(?=( GPU|-\S+| \d+GB (HBM\w*|PCIe))?$)"
     for card in sorted(CARDS, key=len, reverse=True):
-        if re.search(rf"\b{card}(?=$| GPU$|-| \d+GB)", name.strip(), re.IGNORECASE):
+        if re.search(rf"\b{card}{end}", name.strip(), re.IGNORECASE):
             return CARDS[card]
     return None
 

@@ -132,9 +132,10 @@ def test_cores_and_clock_give_the_peaks_that_the_white_papers_print(
         ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070 Ti Super"),
         ("NVIDIA GeForce RTX 4070 Laptop GPU", "RTX 4070 Laptop"),
         ("NVIDIA H100 80GB HBM3", "H100"),
-        ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", "A100"),
         ("rtx 3060 ti", "RTX 3060 Ti"),
+        ("RTX 4060 Ti 16GB", "RTX 4060 Ti 16GB"),
     ],
 )
 def test_a_card_is_known_by_its_whole_name(name: str, card: str) -> None:
@@ -146,6 +147,10 @@ def test_a_card_is_known_by_its_whole_name(name: str, card: str) -> None:
     [
         "NVIDIA RTX A1000",
         "NVIDIA GH200",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "RTX 3080 12GB",
+        "NVIDIA H100 PCIe",
         "NVIDIA GeForce RTX 4090 D",
         "NVIDIA GeForce RTX 3070 Ti Laptop GPU",
     ],

@@ -107,8 +107,8 @@ def estimate_memory(
                              bfloat16 half as much again for their copies
         update               Muon: `muon_bytes`
 
-    What the driver, the allocator and the interpreter take comes on top. A block compiled on a card
-    keeps less than this says.
+    What the driver, the allocator, the interpreter and, inside of themselves, kernels take comes on
+    top. A block compiled on a card keeps less than this says.
     """
     c, s = model.config, model.dtype.itemsize
     N, D, V = n_rows * context, c.d_model, c.vocab_size
