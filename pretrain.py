@@ -6,6 +6,8 @@ In: runs/<preset>/tokens/ and tokenizer/. Out: runs/<preset>/base/step-*/, metri
     uv run pretrain.py --preset 16gb
     uv run pretrain.py --preset 16gb --plan
         memory, speed and hours, before anything
+    uv run pretrain.py --preset 12gb --plan --card "RTX 4070"
+        the same for a card that is elsewhere, estimated
     uv run torchrun --nproc-per-node 2 pretrain.py --preset 16gb
         on two cards
 """
@@ -34,6 +36,10 @@ from hearth.training.loop import fit_stage
 from hearth.training.optim import build_optimizers
 from hearth.training.planning import (
     GIB,
+    UTILISATION,
+    Plan,
+    Row,
+    assume_speed,
     make_plan,
     measure,
     require_able_machine,
@@ -49,6 +55,8 @@ class Options:
 
     # measure for about a minute what the run will take, print it, and train nothing
     plan: bool = False
+    # with --plan: for this card, wherever it is; all estimated, nothing measured
+    card: str | None = None
     # remove the base model and all that follows, train it again
     redo: Literal["base"] | None = None
 
@@ -62,8 +70,10 @@ SCRIPT = cli.Script(
 
 def main(config: Config, options: Options) -> None:
     """Train the base model; continue if the run folder holds a checkpoint."""
+    if options.card and not options.plan:
+        raise UserError(f"--card {options.card!r} is for an estimate: add --plan, or leave it.")
     if options.plan:
-        show_plan(config)
+        show_plan_of_card(config, options.card) if options.card else show_plan(config)
         return
     with run.working_on(config, makes=("base",), redo=options.redo) as work:
         tokenizer, train, held_out = open_data(config, work)
@@ -148,6 +158,45 @@ def show_plan(config: Config, seconds: float = 50) -> None:
         f"device      {hardware.describe(device)}, computing in "
         f"{str(model.dtype).removeprefix('torch.')}"
     )
+    say_plan(config, model, plan, plan.choose(loop.micro_batch_tokens, device))
+    log.say(
+        "> is what a run takes. Memory is that of tensors, time that of steps alone; – was not "
+        "measured."
+    )
+    if process:
+        log.say(f"The process itself takes {process * 1e9 / GIB:.1f} GiB more.")
+    if not any(row.watts for row in plan.rows):
+        log.say("power       not measured: neither NVML nor RAPL tells it here")
+
+
+def show_plan_of_card(config: Config, name: str) -> None:
+    """Print what the whole run would take on a card that need not be here: estimates alone.
+
+    Raises UserError that lists the known cards for one without figures.
+    """
+    card, loop = hardware.card_named(name), config.pretrain
+    with torch.device("meta"):
+        model = Model(config.model)
+    model.dtype = torch.bfloat16
+    optimizers = build_optimizers(model, config.optim, loop.lr)
+    stages = [(stage.context, stage.share) for stage in loop.stages]
+    plan = make_plan(model, optimizers, loop, stages=stages, n_steps=loop.steps, card=card)
+    assume_speed(plan, model, card)
+    log.say(f"device      {name}, {card.gib} GiB, {card.watts} W, not asked: all is estimated")
+    # by memory alone: no clock has run
+    say_plan(config, model, plan, plan.choose(loop.micro_batch_tokens, torch.device("cpu")))
+    log.say(
+        f"Estimates: steps at {UTILISATION:.0%} of the peak (what is recomputed included) and at "
+        "the board's full power; the memory of tensors, on a card that shows no desktop."
+    )
+    log.say(
+        "> recomputes least and is the largest that fits; a run on the card measures and chooses."
+    )
+
+
+def say_plan(config: Config, model: Model, plan: Plan, chosen: Row) -> None:
+    """The plan on the console: model, tokens, peak, and the table."""
+    loop = config.pretrain
     log.say(
         f"model       {model.n_parameters():,} parameters, {len(model.block_passes())} block "
         "passes a token"
@@ -160,16 +209,8 @@ def show_plan(config: Config, seconds: float = 50) -> None:
         f"peak        {plan.peak_flops / 1e12:.3g} TFLOP/s; a run may fill {plan.room / GIB:.1f} "
         "GiB"
     )
-    for line in table(plan, plan.choose(loop.micro_batch_tokens, device)):
+    for line in table(plan, chosen):
         log.say(line)
-    log.say(
-        "> is what a run takes. Memory is that of tensors, time that of steps alone; – was not "
-        "measured."
-    )
-    if process:
-        log.say(f"The process itself takes {process * 1e9 / GIB:.1f} GiB more.")
-    if not any(row.watts for row in plan.rows):
-        log.say("power       not measured: neither NVML nor RAPL tells it here")
 
 
 def open_data(

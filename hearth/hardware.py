@@ -14,7 +14,7 @@ import subprocess
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -23,24 +23,86 @@ from config import UserError
 from hearth import log
 from hearth.storage import disk_free
 
-# Dense bfloat16 tensor-core peaks with float32 accumulation, in TFLOP/s, from NVIDIA's data sheets
-# and white papers.
-PEAK_TFLOPS = {
-    "H200": 989.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "RTX 5090": 209.5,
-    "RTX 5080": 112.6,
-    "RTX 5070 Ti": 87.9,
-    "RTX 4090": 165.2,
-    "RTX 4080": 97.5,
-    "RTX 4070 Ti": 80.2,
-    "RTX 4070": 58.3,
-    "RTX 4060 Ti": 44.1,
-    "RTX 3090": 71.2,
-    "RTX 3080": 59.5,
-    "RTX 3060": 25.3,
+
+class Card(NamedTuple):
+    """A card as its maker describes it."""
+
+    tflops: float  # dense bfloat16 products with float32 accumulation, in 10^12 FLOP/s
+    gib: int  # memory
+    watts: int  # board power; of a laptop's chip the most that NVIDIA's range allows without boost
+
+
+def geforce(cores: int, ghz: float, gib: int, watts: int) -> Card:
+    """A GeForce card by its CUDA cores and boost clock.
+
+    Each of a multiprocessor's 128 cores stands for 4 tensor-core FLOPs a clock in bfloat16 with
+    float32 accumulation, in all three generations: this gives the figures printed in the appendices
+    of NVIDIA's white papers on GA102 (RTX 3090: 71 TFLOP/s), Ada (RTX 4090: 165.2) and RTX
+    Blackwell (RTX 5090: 209.5).
+    """
+    return Card(round(4 * cores * ghz / 1e3, 1), gib, watts)
+
+
+# Data-centre cards: NVIDIA's data sheets. GeForce: cores, boost clock, memory and board power as
+# NVIDIA specifies its own cards; of laptops' chips the highest clock and power of their range.
+CARDS = {
+    "H200": Card(989.0, 139, 700),
+    "H100": Card(989.0, 80, 700),
+    "A100": Card(312.0, 80, 400),
+    "RTX 5090": geforce(21760, 2.407, 32, 575),
+    "RTX 5080": geforce(10752, 2.617, 16, 360),
+    "RTX 5070 Ti": geforce(8960, 2.452, 16, 300),
+    "RTX 5070": geforce(6144, 2.512, 12, 250),
+    "RTX 5060 Ti 16GB": geforce(4608, 2.572, 16, 180),
+    "RTX 5060 Ti": geforce(4608, 2.572, 8, 180),
+    "RTX 5060": geforce(3840, 2.497, 8, 145),
+    "RTX 4090": geforce(16384, 2.520, 24, 450),
+    "RTX 4080 Super": geforce(10240, 2.550, 16, 320),
+    "RTX 4080": geforce(9728, 2.505, 16, 320),
+    "RTX 4070 Ti Super": geforce(8448, 2.610, 16, 285),
+    "RTX 4070 Ti": geforce(7680, 2.610, 12, 285),
+    "RTX 4070 Super": geforce(7168, 2.475, 12, 220),
+    "RTX 4070": geforce(5888, 2.475, 12, 200),
+    "RTX 4060 Ti 16GB": geforce(4352, 2.535, 16, 165),
+    "RTX 4060 Ti": geforce(4352, 2.535, 8, 160),
+    "RTX 4060": geforce(3072, 2.460, 8, 115),
+    "RTX 3090 Ti": geforce(10752, 1.860, 24, 450),
+    "RTX 3090": geforce(10496, 1.695, 24, 350),
+    "RTX 3080 Ti": geforce(10240, 1.665, 12, 350),
+    "RTX 3080": geforce(8704, 1.710, 10, 320),
+    "RTX 3070 Ti": geforce(6144, 1.770, 8, 290),
+    "RTX 3070": geforce(5888, 1.725, 8, 220),
+    "RTX 3060 Ti": geforce(4864, 1.665, 8, 200),
+    "RTX 3060": geforce(3584, 1.777, 12, 170),
+    "RTX 4090 Laptop": geforce(9728, 2.040, 16, 150),
+    "RTX 4080 Laptop": geforce(7424, 2.280, 12, 150),
+    "RTX 4070 Laptop": geforce(4608, 2.175, 8, 115),
+    "RTX 4060 Laptop": geforce(3072, 2.370, 8, 115),
+    "RTX 3080 Laptop": geforce(6144, 1.710, 16, 150),
+    "RTX 3070 Laptop": geforce(5120, 1.620, 8, 125),
+    "RTX 3060 Laptop": geforce(3840, 1.703, 6, 115),
 }
+
+
+def known_card(name: str) -> Card | None:
+    """The card that torch, the driver or a user calls `name`, such as "NVIDIA GeForce RTX 4070
+    SUPER".
+
+    None for one that is not listed, also where its name goes on after that of a listed one: a
+    laptop's chip, a cut-down variant or a slice (MIG) is not the card that it is named after.
+    """
+    end = r"(?=( GPU|-\S+| \d+GB (HBM\w*|PCIe))?$)"
+    for card in sorted(CARDS, key=len, reverse=True):
+        if re.search(rf"\b{card}{end}", name.strip(), re.IGNORECASE):
+            return CARDS[card]
+    return None
+
+
+def card_named(name: str) -> Card:
+    """As `known_card`; raises UserError that lists the known cards."""
+    if (card := known_card(name)) is None:
+        raise UserError(f"No figures of a card {name!r}. Known are: {', '.join(CARDS)}.")
+    return card
 
 
 def pick_device(wish: str) -> torch.device:
@@ -140,22 +202,26 @@ def describe(device: torch.device) -> str:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Matrix-product FLOPs per second that model FLOPs utilisation is counted against.
 
-    A known card's data-sheet peak; otherwise the best of ten measured products of 1024×1024
-    matrices in `dtype`.
+    A known card's data-sheet peak; otherwise the best of ten measured products of square matrices
+    in `dtype`, 1024 wide or as much wider as it takes to keep the device busy for 10 ms.
     """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for card, tflops in sorted(PEAK_TFLOPS.items(), key=lambda item: -len(item[0])):
-            if card in name:
-                return tflops * 1e12
+    if device.type == "cuda" and (card := known_card(torch.cuda.get_device_name(device))):
+        return card.tflops * 1e12
     n = 1024
+    while (seconds := seconds_of_product(n, device, dtype)) < 0.01 and n < 16384:
+        n *= 2
+    return 2 * n**3 / seconds
+
+
+def seconds_of_product(n: int, device: torch.device, dtype: torch.dtype) -> float:
+    """The best of ten products of matrices n × n, with what it takes to start one and to wait."""
     a = torch.randn(n, n, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(10):
         start = time.perf_counter()
         float((a @ a)[0, 0])  # reading a value waits for the card
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return best
 
 
 def memory_limit(device: torch.device) -> int:

@@ -103,6 +103,75 @@ def test_a_laptop_on_its_battery_is_warned_not_stopped(tmp_path: Path, monkeypat
         assert ("battery" in capsys.readouterr().out) == warned
 
 
+# -------------------------------------------------------------------------------------------- cards
+
+
+@pytest.mark.parametrize(
+    ("card", "tflops"),
+    [
+        ("RTX 3090", 71.2),
+        ("RTX 3070", 40.6),
+        ("RTX 4090", 165.2),
+        ("RTX 4080", 97.5),
+        ("RTX 4070 Ti", 80.2),
+        ("RTX 5090", 209.5),
+        ("RTX 5080", 112.6),
+    ],
+)
+def test_cores_and_clock_give_the_peaks_that_the_white_papers_print(
+    card: str, tflops: float
+) -> None:
+    assert hardware.CARDS[card].tflops == pytest.approx(tflops, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA GeForce RTX 4070", "RTX 4070"),
+        ("NVIDIA GeForce RTX 4070 SUPER", "RTX 4070 Super"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070 Ti Super"),
+        ("NVIDIA GeForce RTX 4070 Laptop GPU", "RTX 4070 Laptop"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", "A100"),
+        ("rtx 3060 ti", "RTX 3060 Ti"),
+        ("RTX 4060 Ti 16GB", "RTX 4060 Ti 16GB"),
+    ],
+)
+def test_a_card_is_known_by_its_whole_name(name: str, card: str) -> None:
+    assert hardware.known_card(name) is hardware.CARDS[card]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA RTX A1000",
+        "NVIDIA GH200",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "RTX 3080 12GB",
+        "NVIDIA H100 PCIe",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3070 Ti Laptop GPU",
+    ],
+)
+def test_a_variant_is_not_taken_for_the_card_it_is_named_after(name: str) -> None:
+    assert hardware.known_card(name) is None
+    with pytest.raises(UserError, match=r"No figures of a card.*RTX 4070 Super.*RTX 3060 Laptop"):
+        hardware.card_named(name)
+
+
+def test_an_unknown_cards_peak_is_not_that_of_waiting_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card of next year")
+    monkeypatch.setattr(
+        hardware, "seconds_of_product", lambda n, device, dtype: 5e-5 + 2 * n**3 / 1e14
+    )
+    measured = hardware.peak_flops.__wrapped__(CARD, torch.bfloat16)
+    assert measured == pytest.approx(1e14, rel=0.01)
+
+
 # ------------------------------------------------------------------------------------------- energy
 
 

@@ -38,6 +38,9 @@ ACTIVATION_CHECKPOINTING = ("none", "head", "all")
 LARGEST = {"cpu": 2**14, "cuda": 2**17}
 # share of the memory that a run may fill; a CPU's memory is wanted by others too
 FILLED = {"cpu": 0.5, "cuda": 0.9}
+# share of the peak that a step is taken to reach where nothing was timed, what it computes twice
+# included
+UTILISATION = 0.4
 
 # ---------------------------------------------------------------------------------------- estimated
 
@@ -79,19 +82,21 @@ def estimate_memory(
     context: int,
     activation_checkpointing: str,
     accumulates: bool,
+    on_card: bool,
 ) -> Memory:
     """Peak memory of a training step with micro-batches of `n_rows` rows of `context` tokens, one
-    document a row.
+    document a row, on a card or on a CPU, wherever the model lies.
 
     With N tokens in the micro-batch, P parameters, V vocab_size, D d_model, F d_ff, s bytes an
     activation (4 in float32, 2 in bfloat16):
 
         weights, gradients   4 P each, in float32; gradients are there from the second
-                             micro-batch of a step on
+                             micro-batch of a step on, those of head and embedding from the second
+                             cycle of deep supervision on
         optimizer            4 P under Muon, 8 P under AdamW: `Optimizers.state_bytes`
         activations          8 N D for the embedding, 3 s N D for the output, 2 s N D for each
                              call of the HRM head,
-                             `block_bytes` for each pass, or s N D for a trunk's pass that is
+                             s `block_elements` for each pass, or s N D for a trunk's pass that is
                              recomputed
         block                2 s N F while one block's gradient is made, the block or the
                              head's module that is
@@ -100,63 +105,62 @@ def estimate_memory(
         loss                 4 V D for the embedding's gradient, 4 V D for a chunk's part of
                              it, a chunk of logits; in
                              bfloat16 half as much again for their copies
-        update               Muon: six copies of its largest group of equal matrices
+        update               Muon: `muon_bytes`
 
-    What the driver, the allocator and the interpreter take comes on top. A block compiled on a card
-    keeps less than this says.
+    What the driver, the allocator, the interpreter and, inside of themselves, kernels take comes on
+    top. A block compiled on a card keeps less than this says.
     """
     c, s = model.config, model.dtype.itemsize
     N, D, V = n_rows * context, c.d_model, c.vocab_size
     x = s * N * D
-    trunk = [block_bytes(block, n_rows, context, model) for block in model.trunk]
-    activations = 8 * N * D + 3 * x + mask_bytes(model, n_rows, context)
+    varlen = on_card and model.dtype != torch.float32
+
+    def kept(block: Block) -> int:
+        return s * block_elements(block, n_rows, context, varlen=varlen)
+
+    trunk = [kept(block) for block in model.trunk]
+    activations = 8 * N * D + 3 * x + (0 if varlen else mask_bytes(model, n_rows, context))
     activations += len(trunk) * x if activation_checkpointing == "all" else sum(trunk)
     recomputed = max(trunk) if activation_checkpointing == "all" else 0
     for module in kept_calls(model):
-        inside = sum(block_bytes(block, n_rows, context, model) for block in module.blocks) + x
+        inside = sum(map(kept, module.blocks)) + x
         activations += 2 * x + (inside if activation_checkpointing == "none" else 0)
         recomputed = max(recomputed, 0 if activation_checkpointing == "none" else inside)
-    logits = (
-        4 * V * min(N, LOGITS_PER_CHUNK // V if model.device.type == "cuda" else ROWS_PER_CHUNK)
-    )
+    logits = 4 * V * min(N, LOGITS_PER_CHUNK // V if on_card else ROWS_PER_CHUNK)
     weights = 4 * model.n_parameters()
     return Memory(
         weights=weights,
-        gradients=weights if accumulates else 0,
+        gradients=weights if accumulates else gradients_between_cycles(model),
         optimizer=optimizers.state_bytes(),
         activations=activations,
         block=recomputed + 2 * s * N * c.d_ff + 4 * V * D,
         loss=4 * V * D + (logits + 4 * V * D if s == 4 else logits * 3 // 2 + 6 * V * D),
         update=max(
-            (muon_bytes(part) for part in optimizers.parts if isinstance(part, Muon)), default=0
+            (muon_bytes(part, on_card) for part in optimizers.parts if isinstance(part, Muon)),
+            default=0,
         ),
     )
 
 
-def block_bytes(block: Block, n_rows: int, context: int, model: Model) -> int:
+def block_elements(block: Block, n_rows: int, context: int, *, varlen: bool) -> int:
     """What the graph of one pass through a block keeps: a token's norms (4 D), heads (A + 2K, A +
-    K), attention's queries and output, the MLP (2 F, or 4 F with a gate); the keys and values that
-    a CPU's attention copies for each block of queries; the weights that were laid one under the
-    other. A and K are the widths of all query heads and all key heads.
+    K), attention's queries and output, the MLP (2 F, or 4 F with a gate); without varlen attention
+    the keys and values that are copied for each block of queries; the weights that were laid one
+    under the other. A and K are the widths of all query heads and all key heads.
     """
     D, A, K, F = block.q.shape[1], len(block.q), len(block.k), len(block.up)
     gated = block.gate is not None
-    on_card = model.device.type == "cuda" and model.dtype != torch.float32
-    tokens = (
-        n_rows * context * (4 * D + (4 if on_card else 5) * A + 3 * K + (4 if gated else 2) * F)
-    )
+    tokens = n_rows * context * (4 * D + (4 if varlen else 5) * A + 3 * K + (4 if gated else 2) * F)
     copies = (
         0
-        if on_card
+        if varlen
         else n_rows * 2 * K * sum(keys for _, keys in query_blocks(context, block.window))
     )
-    return model.dtype.itemsize * (tokens + copies + D * (A + 2 * K) + (2 * D * F if gated else 0))
+    return tokens + copies + D * (A + 2 * K) + (2 * D * F if gated else 0)
 
 
 def mask_bytes(model: Model, n_rows: int, context: int) -> int:
-    """The masks of a CPU's attention, one for each window, shared by all passes."""
-    if model.device.type == "cuda" and model.dtype != torch.float32:
-        return 0
+    """The masks of attention in blocks, one for each window, shared by all passes."""
     windows = {block.window for block in model.block_passes()}
     pairs = sum(
         queries * keys for window in windows for queries, keys in query_blocks(context, window)
@@ -184,10 +188,19 @@ def kept_calls(model: Model) -> list[HRMModule]:
     return a_cycle * (1 if hrm.deep_supervision else hrm.h_cycles)
 
 
-def muon_bytes(muon: Muon) -> int:
-    """Temporary matrices of one update: float32 copies of the largest group of equal shapes."""
+def gradients_between_cycles(model: Model) -> int:
+    """The gradients that one cycle of deep supervision leaves to the next, in bytes."""
+    if model.head is None or not model.head.hrm.deep_supervision or model.head.hrm.h_cycles == 1:
+        return 0
+    return 4 * (model.embedding.numel() + sum(p.numel() for p in model.head.parameters()))
+
+
+def muon_bytes(muon: Muon, on_card: bool) -> int:
+    """Temporary matrices of one update: six float32 copies of the largest group of equal shapes;
+    on a card, which orthogonalises in bfloat16, two and five half as large.
+    """
     groups = (sum(4 * p.numel() for p in group["params"]) for group in muon.param_groups)
-    return 6 * max(groups, default=0)
+    return int((4.5 if on_card else 6) * max(groups, default=0))
 
 
 # ----------------------------------------------------------------------------------------- measured
@@ -350,13 +363,17 @@ def make_plan(
     stages: Sequence[tuple[int, float]],
     n_steps: int,
     n_ranks: int = 1,
+    card: hardware.Card | None = None,
 ) -> Plan:
     """Every micro-batch worth a look, its memory estimated; nothing is run yet. `stages` are
-    contexts and shares.
+    contexts and shares. With `card` as on that card, which nobody else uses; else for this machine.
     """
     device, context = model.device, max(context for context, _ in stages)
+    kind = "cuda" if card else device.type
+    peak = card.tflops * 1e12 if card else hardware.peak_flops(device, model.dtype)
+    memory = card.gib * GIB if card else hardware.memory_limit(device)
     a_rank = loop.tokens_per_step // n_ranks
-    most = max(1, min(a_rank, LARGEST[device.type]) // context)
+    most = max(1, min(a_rank, LARGEST[kind]) // context)
     sizes = {2**n for n in range(most.bit_length())}
     if loop.micro_batch_tokens:
         sizes.add(max(1, loop.micro_batch_tokens // context))
@@ -372,6 +389,7 @@ def make_plan(
                 context=context,
                 activation_checkpointing=activation_checkpointing,
                 accumulates=n_rows * context < a_rank,
+                on_card=kind == "cuda",
             ),
         )
         for activation_checkpointing in ACTIVATION_CHECKPOINTING
@@ -384,13 +402,26 @@ def make_plan(
         n_steps * loop.tokens_per_step,
         loop.tokens_per_step,
         {length: model.flops_per_token(length) for length, _ in stages},
-        hardware.peak_flops(device, model.dtype),
-        int(
-            FILLED[device.type]
-            * hardware.memory_limit(device)
-            / (n_ranks if device.type == "cpu" else 1)
-        ),
+        peak,
+        int(FILLED[kind] * memory / (n_ranks if kind == "cpu" else 1)),
     )
+
+
+def assume_speed(plan: Plan, model: Model, card: hardware.Card) -> None:
+    """Note for each row that fits what `card` would take at `UTILISATION` and its board power."""
+    head = model.head.block_passes() if model.head else []
+    passes = {"none": [], "head": head, "all": model.block_passes()}
+    weights = {
+        name: sum(p.numel() for block in blocks for p in block.parameters())
+        for name, blocks in passes.items()
+    }
+    for row in plan.rows:
+        if row.fits(plan.room):
+            # a third of a step is forward; what of it is run twice goes by the weights
+            share = weights[row.activation_checkpointing] / weights["all"]
+            rate = UTILISATION * plan.peak_flops / (1 + share / 3)
+            row.seconds = {length: row.tokens * f / rate for length, f in plan.flops.items()}
+            row.watts = float(card.watts)
 
 
 def measure(
@@ -403,7 +434,7 @@ def measure(
     left, stay unmeasured. Weights and optimizer state are left as they are.
     """
     deadline = time.perf_counter() + seconds
-    rate = 0.4 * plan.peak_flops  # FLOPs per second, until a pass was timed
+    rate = UTILISATION * plan.peak_flops  # FLOPs per second, until a pass was timed
     before, missing = (
         model.activation_checkpointing,
         optimizers.state_bytes() - state_bytes_now(optimizers),
@@ -527,13 +558,13 @@ LONG = 2 * 86_400  # seconds of pretraining on a CPU from which on a preset is s
 
 
 def seconds_on_cpu(config: Config) -> float:
-    """What pretraining takes on this machine's processor, estimated at 40% of its measured peak."""
+    """What pretraining takes on this processor, estimated at `UTILISATION` of its measured peak."""
     with torch.device("meta"):
         model = Model(config.model)
     loop, cpu = config.pretrain, torch.device("cpu")
     flops = sum(stage.share * model.flops_per_token(stage.context) for stage in loop.stages)
     peak = hardware.peak_flops(cpu, compute_dtype(cpu))
-    return loop.steps * loop.tokens_per_step * flops / (0.4 * peak)
+    return loop.steps * loop.tokens_per_step * flops / (UTILISATION * peak)
 
 
 def require_able_machine(config: Config) -> None:

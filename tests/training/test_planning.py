@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import pretrain
-from config import PRESETS, HRMConfig, ModelConfig, OptimConfig, PretrainConfig
+from config import PRESETS, HRMConfig, ModelConfig, OptimConfig, PretrainConfig, UserError
+from hearth import hardware
 from hearth.training import planning
+from hearth.training.batches import Batch
+from hearth.training.gradients import backward
 from hearth.training.optim import Optimizers, build_optimizers
 from hearth.training.planning import (
     ACTIVATION_CHECKPOINTING,
     Memory,
     Plan,
     Row,
+    estimate_memory,
     make_plan,
     measure,
     time_update,
 )
-from model import Model, build_model
+from model import LOGITS_PER_CHUNK, Model, attend_varlen, build_model
 
 DENSE = ModelConfig(
     vocab_size=512,
@@ -71,6 +79,125 @@ def test_estimated_memory_is_within_a_tenth_of_the_measured(
             row.n_rows,
             row.activation_checkpointing,
         )
+
+
+class FusedNorm(torch.autograd.Function):
+    """`rms_norm` as a card's kernel does it: input and a number a row are kept. On meta torch would
+    take the norm apart and keep float32 copies.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
+class StorageCounter(TorchDispatchMode):
+    """Inside, every storage that an operation makes on meta counts until nothing holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+        self.alive = self.peak = 0
+
+    def count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) not in self.seen:
+            self.seen.add(id(storage))
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self.gone, id(storage), storage.nbytes())
+
+    def gone(self, which: int, n_bytes: int) -> None:
+        self.seen.remove(which)
+        self.alive -= n_bytes
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                self.count(tensor)
+        return out
+
+
+def traced_peaks(model: Model, n_rows: int, context: int, monkeypatch) -> tuple[int, int]:
+    """Peak bytes of a training step of one micro-batch, and of one that accumulates several, of a
+    model on meta that takes a card's branches. Scratch memory inside of kernels is not seen.
+    """
+    optimizers = build_optimizers(model, OptimConfig(), 1e-3)
+    for part in optimizers.parts:
+        for group in part.param_groups:  # on meta there is no fused AdamW
+            group.update({"fused": False, "foreach": False} if "fused" in group else {})
+    n = n_rows * context
+    with torch.device("meta"):
+        ids, weights = torch.zeros(n, dtype=torch.long), torch.ones(n)
+    batch = Batch(ids, ids, weights, torch.arange(n) % context == 0, context)
+    counter = StorageCounter()
+    for p in model.parameters():
+        counter.count(p)
+
+    def step() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True), raising=False)
+            optimizers.step()
+
+    def peak_of(work: Callable[[], object]) -> int:
+        counter.peak = 0
+        work()
+        return counter.peak
+
+    monkeypatch.setattr("model.attend", attend_varlen)
+    monkeypatch.setattr("model.rms_norm", FusedNorm.apply)
+    monkeypatch.setattr("model.ROWS_PER_CHUNK", LOGITS_PER_CHUNK // model.config.vocab_size)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with counter:
+        step()  # makes the state
+        optimizers.zero_grad()
+        first, later = (peak_of(lambda: backward(model, batch, 1.0)) for _ in range(2))
+        update = peak_of(step)
+    return max(first, update), max(later, update)
+
+
+DEEP = replace(SMALL, hrm=HRMConfig(h_cycles=3, l_cycles=1, deep_supervision=True))
+
+
+@pytest.mark.parametrize("activation_checkpointing", ACTIVATION_CHECKPOINTING)
+@pytest.mark.parametrize(
+    ("config", "n_rows", "context"),
+    [
+        (PRESETS["12gb"].model, 4, 4096),
+        (PRESETS["12gb"].model, 1, 4096),
+        (PRESETS["12gb"].model, 8, 1024),
+        (PRESETS["demo"].model, 2, 512),
+        (replace(SMALL, gated_mlp=False), 4, 256),
+        (DEEP, 4, 256),
+    ],
+    ids=["4x4096", "1x4096", "8x1024", "demo", "ungated", "deep"],
+)
+def test_a_cards_estimated_memory_is_within_a_tenth_of_a_traced_step(
+    config: ModelConfig, n_rows: int, context: int, activation_checkpointing: str, monkeypatch
+) -> None:
+    with torch.device("meta"):
+        model = Model(config)
+    model.dtype, model.activation_checkpointing = torch.bfloat16, activation_checkpointing
+    optimizers = build_optimizers(model, OptimConfig(), 1e-3)
+    alone, accumulating = traced_peaks(model, n_rows, context, monkeypatch)
+    for traced, accumulates in ((alone, False), (accumulating, True)):
+        estimated = estimate_memory(
+            model,
+            optimizers,
+            n_rows=n_rows,
+            context=context,
+            activation_checkpointing=activation_checkpointing,
+            accumulates=accumulates,
+            on_card=True,
+        )
+        assert estimated.peak == pytest.approx(traced, rel=0.1), accumulates
 
 
 def test_a_measured_peak_holds_what_is_alive_at_once() -> None:
@@ -193,6 +320,46 @@ def test_the_plan_needs_no_data_and_writes_nothing(tmp_path, capsys) -> None:
     ]
     assert "not measured: neither NVML nor RAPL" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_card_that_is_elsewhere_is_planned_from_its_figures(capsys) -> None:
+    config, card = PRESETS["12gb"], hardware.CARDS["RTX 4070"]
+    pretrain.main(config, pretrain.Options(plan=True, card="RTX 4070"))
+    said = capsys.readouterr().out
+    assert "all is estimated" in said
+    assert "Estimates: steps at 40% of the peak" in said
+    (chosen,) = (line.split() for line in said.splitlines() if line.startswith("  >"))
+    assert chosen[1:4] == ["2", "×", "4096"]
+    assert chosen[6] == "none"
+    assert float(chosen[7]) < 0.9 * card.gib
+    assert chosen[8] == "–"  # nothing is measured
+    with torch.device("meta"):
+        model = Model(config.model)
+    loop = config.pretrain
+    flops = sum(stage.share * model.flops_per_token(stage.context) for stage in loop.stages)
+    hours = loop.steps * loop.tokens_per_step * flops / (0.4 * card.tflops * 1e12) / 3600
+    assert float(chosen[-1]) == pytest.approx(hours * card.watts / 1000, abs=0.01)  # kWh
+
+
+def test_what_is_recomputed_is_counted_into_the_assumed_time() -> None:
+    with torch.device("meta"):
+        model = Model(PRESETS["8gb"].model)
+    model.dtype, loop = torch.bfloat16, PRESETS["8gb"].pretrain
+    optimizers = build_optimizers(model, OptimConfig(), 1e-3)
+    card = hardware.CARDS["RTX 4070"]
+    plan = make_plan(model, optimizers, loop, stages=((4096, 1.0),), n_steps=1, card=card)
+    planning.assume_speed(plan, model, card)
+    one = {row.activation_checkpointing: row for row in plan.rows if row.n_rows == 1}
+    none, head, everything = (plan.seconds_of(one[how]) for how in ACTIVATION_CHECKPOINTING)
+    assert none < head < everything
+    assert everything == pytest.approx(none * 4 / 3)
+
+
+def test_a_card_without_figures_is_named_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"'RTX 9999'.*RTX 4070"):
+        pretrain.main(PRESETS["12gb"], pretrain.Options(plan=True, card="RTX 9999"))
+    with pytest.raises(UserError, match="add --plan"):
+        pretrain.main(PRESETS["12gb"], pretrain.Options(card="RTX 4070"))
 
 
 @pytest.mark.gpu
