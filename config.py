@@ -244,8 +244,9 @@ class PretrainConfig(LoopConfig):
         ]
         row = self.micro_batch_tokens or self.tokens_per_step
         if row % context:
-            said = f"micro-batch of {row} tokens must be a multiple of model.context {context}"
-            found.append(f"pretrain: {said}")
+            found.append(
+                f"pretrain: micro-batch {row} must be a multiple of model.context {context}"
+            )
         return found
 
 

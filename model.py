@@ -283,8 +283,7 @@ class HRMModule(nn.Module):
 # ------------------------------------------------------------------------------------------- blocks
 
 
-# of a block's normed input, from which it decides how far to open for a token's value
-GATE_CHANNELS = 12
+GATE_CHANNELS = 12  # of a block's input, which decide how far it opens for a token's value
 
 
 class Block(nn.Module):
@@ -393,13 +392,9 @@ def rms_norm(x: Tensor) -> Tensor:
 def rotary_table(
     positions: Tensor, head_dim: int, base: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (N, 1, E/2) of the rotary angles of positions (N,), in float32 (arXiv
-    2104.09864).
-    """
-    frequencies = base ** (
-        -torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    )
-    angles = positions.float()[:, None, None] * frequencies
+    """Cosine and sine (N, 1, E/2) of positions (N,), angles in float32 (arXiv 2104.09864)."""
+    pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float()[:, None, None] * base ** (-pair / head_dim)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -413,8 +408,7 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 # --------------------------------------------------------------------------------------------- loss
 
 LOGITS_PER_CHUNK = 2**25  # logits alive at once on a card: 128 MiB in float32
-# tokens at once on a CPU: their logits stay in its caches while the vocabulary is small
-ROWS_PER_CHUNK = 512
+ROWS_PER_CHUNK = 512  # tokens at once on a CPU: the logits of few stay in its caches
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -481,26 +475,21 @@ def initialise(model: Model, seed: int) -> Model:
             gain = LARGEST_SCORE / math.sqrt(model.config.head_dim)
             weight.fill_(gain if kind == "qk_gain" else math.sqrt(gain))
         else:
-            scale = {"embedding": 2 / math.sqrt(D), "fast_start": 1.0}.get(
-                kind, 1 / math.sqrt(weight.shape[-1])
-            )
+            special = {"embedding": 2 / math.sqrt(D), "fast_start": 1.0}
+            scale = special.get(kind, 1 / math.sqrt(weight.shape[-1]))
             weight.copy_(torch.randn(weight.shape, generator=rng) * scale)
     return model
 
 
 def build_model(config: ModelConfig, *, seed: int, device: torch.device | str = "cpu") -> Model:
-    """A freshly initialised model on `device`, computing in the fastest dtype that keeps its
-    quality there.
-    """
+    """A freshly initialised model on `device`, computing in that device's `compute_dtype`."""
     model = initialise(Model(config), seed).to(device)
     model.dtype = compute_dtype(torch.device(device))
     return model
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively, float32 elsewhere (emulated bfloat16 is
-    far slower).
-    """
+    """bfloat16 where the hardware multiplies it natively, float32 where it would emulate it."""
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
@@ -520,14 +509,10 @@ class AttentionContext(Protocol):
         """Called once before each pass over the blocks."""
 
     def before(self, x: Tensor, ids: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
-        """The embeddings (N, D) of the tokens before these, 0 where a document begins; x (N, D) is
-        `embed(ids)`.
-        """
+        """Embeddings (N, D) of the tokens before, 0 where a document begins; x is `embed(ids)`."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """Attention of q (N, H, E) over k, v (N, G, E), reaching back `window` tokens; gives (N, H,
-        E).
-        """
+        """Attention (N, H, E) of q (N, H, E) over k, v (N, G, E), back to `window` tokens."""
 
 
 class PackedSequences:
@@ -617,9 +602,7 @@ def attend_varlen(
 
 @cache
 def varlen_attention() -> Callable[..., Tensor]:
-    """The flash-attn package where it is installed (its extra), else `varlen_attn` of torch, told
-    about grouped queries where that must be told.
-    """
+    """The flash-attn package where it is installed (its extra), else `varlen_attn` of torch."""
     try:
         from flash_attn import flash_attn_varlen_func
     except ModuleNotFoundError:
