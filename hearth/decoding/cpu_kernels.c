@@ -228,9 +228,15 @@ static inline float exponential(float x) {
 }
 
 typedef struct {
-  void *keys, *values; /* (rows, G, entries, E), a ring of columns */
+  void *keys, *values; /* (slots, G, entries, E), each slot a ring of columns */
   int64_t store, entries;
 } cache;
+
+/* Where the tokens of the rows of x stand: row r reads and writes slot[r] of the cache, sees its columns from pad[r]
+   on, and joins it as column end[r] - 1. */
+typedef struct {
+  const int64_t *slot, *pad, *end;
+} seats;
 
 typedef struct {
   float largest, total; /* score, and the sum of e^(score - largest) */
@@ -325,13 +331,17 @@ static void attend_share(float *restrict y, weight *restrict sums, const float *
   free(copied);
 }
 
-/* y (rows, H, E): attention of q (rows, ·, E), `q_stride` floats a row, over keys and values (rows, G, entries, E),
-   stored in float32 or bfloat16: row r sees the columns from pad[r] to `end` that the ring still holds. Shares of the
-   columns are worked on apart and put together at the end. */
-static void attend(float *restrict y, const float *q, int64_t q_stride, const cache *c, const int64_t *pad,
-                   int64_t rows, int64_t end, int64_t H, int64_t G, int64_t E) {
-  int64_t entries = c->entries, oldest = end > entries ? end - entries : 0, heads = H / G;
-  int64_t shares = (end - oldest + SHARE - 1) / SHARE, each = (end - oldest + shares - 1) / shares;
+/* y (rows, H, E): attention of q (rows, ·, E), `q_stride` floats a row, over keys and values (slots, G, entries, E),
+   stored in float32 or bfloat16: row r sees the columns from pad[r] to end[r] that its ring still holds. Shares of the
+   columns are worked on apart and put together at the end; how a row is cut does not depend on the others. */
+static void attend(float *restrict y, const float *q, int64_t q_stride, const cache *c, const seats *at_seat,
+                   int64_t rows, int64_t H, int64_t G, int64_t E) {
+  int64_t entries = c->entries, heads = H / G, columns = 0, shares = 1;
+  for (int64_t r = 0; r < rows; r++) {
+    int64_t held = at_seat->end[r] < entries ? at_seat->end[r] : entries;
+    columns += held;
+    if ((held + SHARE - 1) / SHARE > shares) shares = (held + SHARE - 1) / SHARE;
+  }
   int64_t stride = (E + 31) / 32 * 32, width = c->store == BFLOAT16 ? 2 : 4;
   int64_t order = stride > E ? FLOAT32 : c->store; /* of a head's channels */
   float *queries = calloc(rows * H * stride, sizeof(float));
@@ -341,12 +351,15 @@ static void attend(float *restrict y, const float *q, int64_t q_stride, const ca
     for (int64_t h = 0; h < H; h++)
       for (int64_t e = 0; e < E; e++)
         queries[(r * H + h) * stride + place(e, order)] = q[r * q_stride + h * E + e] / sqrtf(E);
-#pragma omp parallel for schedule(static) if (rows * (end - oldest) * G * E >= SHARED / 4)
+#pragma omp parallel for schedule(static) if (columns * G * E >= SHARED / 4)
   for (int64_t task = 0; task < rows * shares * G; task++) {
     int64_t r = task / (shares * G), share = task / G % shares, g = task % G;
-    int64_t from = oldest + share * each, to = from + each < end ? from + each : end;
-    if (from < pad[r]) from = pad[r];
-    int64_t at = (r * G + g) * entries * E * width, out = (r * shares + share) * H + g * heads;
+    int64_t end = at_seat->end[r], held = end < entries ? end : entries;
+    int64_t own_shares = (held + SHARE - 1) / SHARE, each = (held + own_shares - 1) / own_shares;
+    /* shares beyond a row's own are empty */
+    int64_t from = end - held + share * each, to = from + each < end ? from + each : end;
+    if (from < at_seat->pad[r]) from = at_seat->pad[r];
+    int64_t at = (at_seat->slot[r] * G + g) * entries * E * width, out = (r * shares + share) * H + g * heads;
     const float *query = queries + (r * H + g * heads) * stride;
     const char *keys = (const char *)c->keys + at, *values = (const char *)c->values + at;
     attend_share(part + out * stride, sums + out, query, keys, values, c->store, from, to, entries, heads, E, stride);
@@ -376,10 +389,10 @@ typedef struct {
   int64_t H, G, E;
 } block;
 
-/* y (rows, D): what the block makes of x (rows, D). The rows' keys and values join the cache as column `end` - 1. cos
-   and sin (rows, E/2) turn the rows' positions. */
+/* y (rows, D): what the block makes of x (rows, D). The rows' keys and values join the cache at their seats. cos and
+   sin (rows, E/2) turn the rows' positions. */
 void run_block(float *restrict y, const block *b, const float *restrict x, const float *restrict cos,
-               const float *restrict sin, const cache *c, const int64_t *pad, int64_t rows, int64_t end) {
+               const float *restrict sin, const cache *c, const seats *at_seat, int64_t rows) {
   int64_t H = b->H, G = b->G, E = b->E, D = b->o.n, F = b->down.d, U = b->up.n, all = (H + 2 * G) * E;
   float *normed = malloc(sizeof(float) * rows * (D + all + H * E + U + F));
   float *heads = normed + rows * D, *attended = heads + rows * all, *up = attended + rows * H * E;
@@ -399,12 +412,13 @@ void run_block(float *restrict y, const block *b, const float *restrict x, const
       }
     }
     for (int64_t g = 0; g < G; g++) {
-      int64_t entry = ((r * G + g) * c->entries + (end - 1) % c->entries) * E;
+      int64_t column = (at_seat->end[r] - 1) % c->entries;
+      int64_t entry = ((at_seat->slot[r] * G + g) * c->entries + column) * E;
       pack(c->keys, c->store, entry, heads + r * all + (H + g) * E, E);
       pack(c->values, c->store, entry, heads + r * all + (H + G + g) * E, E);
     }
   }
-  attend(attended, heads, all, c, pad, rows, end, H, G, E);
+  attend(attended, heads, all, c, at_seat, rows, H, G, E);
   times_rows(y, &b->o, attended, x, rows);
 
   for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, y + r * D, D);
