@@ -26,6 +26,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 STORES = ("float32", "bfloat16", "int8")  # in the order of `enum store` of cpu_kernels.c
 FEW_ROWS = 48  # up to here unpacking the weights along the way beats unpacking them first
+SAME_ROWS = 8  # up to here a float32 product is ours too: its rows do not depend on one another
 
 
 class _Matrix(ctypes.Structure):
@@ -90,9 +91,8 @@ class Matrix:
     def __call__(self, x: Tensor) -> Tensor:
         """The product of x (N, d) with the transposed matrix: (N, n)."""
         N = x.shape[0]
-        if self.kernels is not None and (
-            N == 1 or (N <= FEW_ROWS and self.weight.dtype != x.dtype)
-        ):
+        few = SAME_ROWS if self.weight.dtype == x.dtype else FEW_ROWS
+        if self.kernels is not None and few >= N:
             return self._times_few(x.contiguous(), N)
         if self.weight.dtype == x.dtype:
             return F.linear(x, self.weight)
