@@ -26,7 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("checkpoint", "loop"),
     ),
     "evaluation": ("tasks", "lm_eval_adapter"),
-    "serving": ("terminal",),
+    "serving": ("terminal", "requests", "answers", "workers", "api"),
 }
 PLACE = {
     (room, name): (r, n)

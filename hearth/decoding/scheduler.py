@@ -196,7 +196,7 @@ class Scheduler:
         oldest = min(free, key=lambda seat: (bool(seat.held), seat.last_used))
         if whole:
             return oldest, 0
-        common = {seat.slot: _n_common(seat.held, ids[:-1]) for seat in free}
+        common = {seat.slot: n_common(seat.held, ids[:-1]) for seat in free}
         best = max(free, key=lambda seat: reach(seat.cache, common[seat.slot]))
         kept = reach(best.cache, common[best.slot])
         seat = best if 2 * kept >= len(best.held) and kept > 0 else oldest
@@ -275,7 +275,7 @@ class Scheduler:
         job.emit(Finished(reason))
 
 
-def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+def n_common(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common beginning."""
     for n, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
@@ -295,7 +295,7 @@ def _score(logits: Tensor, tokens: Sequence[int], n_top: int) -> list[Scored]:
     ]
 
 
-# --------------------------------------------------------------------------------- one thread a process
+# ------------------------------------------------------------------------ one thread a process
 
 
 class Full(Exception):
@@ -306,7 +306,7 @@ class EngineThread:
     """Owns the models of this process: the only thread that runs them, one pass at a time.
 
     load: a model's name → its scheduler, called in the thread the first time the name is asked for.
-    limit: requests under way at most; `submit` raises `Full` beyond.
+    limit: requests under way at most; `submit` raises `Full` beyond. preload: a name to load now.
     """
 
     def __init__(
@@ -315,19 +315,20 @@ class EngineThread:
         *,
         limit: int = ROWS + QUEUE,
         threads: int | None = None,
+        preload: str | None = None,
     ) -> None:
+        self.schedulers: dict[str, Scheduler] = {} if preload is None else {preload: load(preload)}
         self._load, self.limit, self._threads = load, limit, threads
         self._changed = threading.Condition()
         self._new: deque[tuple[str, Job]] = deque()
         self._under_way: list[Job] = []
         self._stopping = False
-        self.schedulers: dict[str, Scheduler] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     @property
-    def load(self) -> int:
-        """Requests under way."""
+    def under_way(self) -> int:
+        """Requests that are not at their end."""
         with self._changed:
             self._under_way = [job for job in self._under_way if not job.ended]
             return len(self._under_way)
@@ -337,7 +338,7 @@ class EngineThread:
     ) -> list[Job]:
         """Begin these answers, all or none. `emit` is called in the engine's thread."""
         jobs = [Job(request, emit) for request, emit in zip(requests, emits, strict=True)]
-        if self.load + len(jobs) > self.limit:
+        if self.under_way + len(jobs) > self.limit:
             raise Full(f"{self.limit} answers are under way or waiting; try again later")
         with self._changed:
             self._new += [(model, job) for job in jobs]

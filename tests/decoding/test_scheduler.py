@@ -206,7 +206,7 @@ def test_a_prompt_beyond_the_context_fails_alone(model: Model) -> None:
     assert len(good.ids) == 20
 
 
-# ------------------------------------------------------------------------------- joining and leaving
+# ------------------------------------------------------------------------------ joining and leaving
 
 
 def test_others_go_on_while_a_long_prompt_is_read(model: Model) -> None:
@@ -313,7 +313,7 @@ def test_a_conversation_that_only_begins_alike_gives_up_no_text(model: Model) ->
     assert run(scheduler, wanted(40, seed=1, tokens=3))[0].reused > 30
 
 
-# ---------------------------------------------------------------------------------------- the scores
+# --------------------------------------------------------------------------------------- the scores
 
 
 @torch.no_grad()
@@ -394,7 +394,7 @@ def test_models_share_one_thread_and_are_loaded_when_asked_for(model: Model, thr
             engine, wanted(9, seed=1)
         )
     assert sorted(loaded) == [("a", "engine"), ("b", "engine")]
-    assert engines.load == 0
+    assert engines.under_way == 0
 
 
 def test_no_more_than_the_limit_are_taken_and_all_or_none(thread) -> None:
@@ -403,7 +403,7 @@ def test_no_more_than_the_limit_are_taken_and_all_or_none(thread) -> None:
     engines.submit("a", [long, long], heard[:2])
     with pytest.raises(Full):
         engines.submit("a", [long, long], heard[2:4])
-    assert engines.load == 2
+    assert engines.under_way == 2
     (job,) = engines.submit("a", [long], heard[4:])
     job.cancel()
     assert all(one.done.wait(60) for one in heard[:2])
