@@ -25,7 +25,7 @@ from hearth import cli, hardware
 from hearth.cli import from_json
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.scheduler import QUEUE, ROWS, EngineThread
-from hearth.serving.api import Safety, build_app
+from hearth.serving.api import Safety, build_app, uvicorn_settings
 from hearth.serving.requests import Served
 from hearth.serving.workers import Loader, WorkerPool
 from hearth.training import checkpoint
@@ -188,19 +188,7 @@ def answer(app: object, listener: socket.socket) -> None:
 
     # uvicorn raises the signal that ended it once more: SIGTERM is an ordinary end
     signal.signal(signal.SIGTERM, lambda *_: None)
-    settings = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,  # addresses may hold what nobody else should read
-        server_header=False,
-        lifespan="off",
-        ws="none",
-        http="h11",
-        loop="asyncio",
-        limit_concurrency=512,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
+    settings = uvicorn_settings(app, timeout_graceful_shutdown=GRACE_SECONDS)
     uvicorn.Server(settings).run(sockets=[listener])
 
 

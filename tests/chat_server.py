@@ -32,7 +32,7 @@ from hearth.decoding.scheduler import (
     Scored,
     Token,
 )
-from hearth.serving.api import Safety, build_app
+from hearth.serving.api import Safety, build_app, uvicorn_settings
 from hearth.serving.requests import Served
 from hearth.serving.workers import Loader
 from model import build_model
@@ -144,15 +144,8 @@ def serve(
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
-    settings = uvicorn.Config(
-        build_app(engines, models, safety=safety, report=report),
-        log_level="error",
-        lifespan="off",
-        ws="none",
-        http="h11",
-        loop="asyncio",
-        timeout_graceful_shutdown=1,
-    )
+    app = build_app(engines, models, safety=safety, report=report)
+    settings = uvicorn_settings(app, timeout_graceful_shutdown=1)
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -215,7 +215,7 @@ class Scheduler:
         seat = min(reading, key=by)
         row, cache, request = seat.row, seat.cache, seat.job.request
         if cache.length + CHUNK_TOKENS >= len(row.ids):
-            cache.mark()  # a regenerated answer comes back to here
+            cache.mark()  # another answer to this prompt comes back to here
         chunk = row.ids[cache.length : cache.length + CHUNK_TOKENS]
         ids = torch.tensor([chunk], device=self.model.device)
         following = row.ids[cache.length + 1 : cache.length + len(chunk) + 1]
@@ -226,6 +226,7 @@ class Scheduler:
         seat.job.emit(Read(cache.length, seat.reused))
         if seat.left:
             return
+        cache.mark()  # and a conversation that says this answer in other tokens to here
         if request.score_prompt:
             seat.job.emit(PromptScores(tuple(seat.scores)))
         if row.finish:  # no token is wanted

@@ -121,9 +121,9 @@ class AnswerText:
             return [Piece(thinking, parts)]
         self._held += parts
         text = "".join(part.text for part in self._held)
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, safe = True, min(found)
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:  # the one that is complete first
+            self.stopped, safe = True, min(found)[1]
         else:
             safe = len(text) - self._overlap(text)
         gone: list[Part] = []

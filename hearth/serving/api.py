@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
@@ -106,6 +107,23 @@ def build_app(
     ]
     handlers = {Refused: _refused, HTTPException: _http_error, Exception: _crashed}
     return Guard(Starlette(routes=routes, exception_handlers=handlers), safety or Safety())
+
+
+def uvicorn_settings(app: ASGIApp, **more: Any) -> uvicorn.Config:
+    """How uvicorn serves it."""
+    return uvicorn.Config(
+        app,
+        log_level="error",
+        access_log=False,  # addresses may hold what nobody else should read
+        server_header=False,
+        lifespan="off",
+        ws="none",
+        http="h11",
+        loop="asyncio",
+        limit_concurrency=512,
+        timeout_keep_alive=30,
+        **more,
+    )
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -219,13 +237,14 @@ class Guard:
     def _has_key(self, headers: Any) -> bool:
         if self.safety.api_key is None:
             return True
-        kind, _, given = headers.get("authorization", "").partition(" ")
+        kind, _, text = headers.get("authorization", "").partition(" ")
+        given = text.encode("latin-1")  # the bytes that came
         if kind.lower() == "basic":  # what a browser asks a person for, who opens the report
             with suppress(ValueError):
-                given = b64decode(given, validate=True).decode().partition(":")[2]
+                given = b64decode(given, validate=True).partition(b":")[2]
         elif kind.lower() != "bearer":
             return False
-        return hmac.compare_digest(given.encode(errors="replace"), self.safety.api_key.encode())
+        return hmac.compare_digest(given, self.safety.api_key.encode())
 
     def _headers(self, request: HttpRequest) -> list[tuple[bytes, bytes]]:
         headers = {
