@@ -210,9 +210,7 @@ class Bench:
 
         def alone() -> float:
             began = time.perf_counter()
-            stream = engine.stream(
-                self.ids(16), max_tokens=n, sampling=Sampling(1.0, top_p=1.0), seed=0
-            )
+            stream = engine.stream(self.ids(16), max_tokens=n, sampling=Sampling(1.0), seed=0)
             said = sum(1 for _ in stream)
             return said / (time.perf_counter() - began)
 

@@ -101,6 +101,8 @@ class AnswerText:
                 self._unfinished[-1].text += text  # a character that this token cuts off
             if text:
                 pieces += self._say(thinking)
+        if not self.chat and not data:  # a text's tokens are all counted, also those without text
+            self._unfinished.append(Part("", b"", token.scored, token.n_cycles))
         return pieces
 
     def end(self) -> list[Piece]:
@@ -198,7 +200,8 @@ def completion_scores(parts: Sequence[Part], tokenizer: Tokenizer, offset: int) 
             continue
         best = {part.text: max(LOWEST, part.scored.logprob)}
         for i, p in part.scored.top:
-            best.setdefault(tokenizer.decode([i]), max(LOWEST, p))
+            text = tokenizer.decode([i])  # of two tokens with one text, the likelier
+            best[text] = max(LOWEST, p, best.get(text, LOWEST))
         top.append(best)
     return {
         "tokens": [part.text for part in parts],

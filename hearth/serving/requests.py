@@ -223,12 +223,13 @@ class Wishes:
             value = getattr(self, name)
             return getattr(chat, name) if value is None else value
 
-        top_k = given("top_k")
+        top_k, top_p, min_p = given("top_k"), given("top_p"), given("min_p")
         return Sampling(
             given("temperature"),
+            # what leaves everything in is not looked at: that spares a sort a token
             top_k if top_k and top_k > 0 else None,
-            given("top_p"),
-            given("min_p"),
+            top_p if top_p is not None and top_p < 1 else None,
+            min_p or None,
             given("repetition_penalty"),
         )
 
