@@ -11,9 +11,8 @@
 #include <string.h>
 
 #define AHEAD 1024    /* entries of a row that are fetched from memory ahead of the arithmetic */
-#define BLOCK_ROWS 6  /* rows of w in one tile; times 16 rows of x, they make as many sums as the registers hold */
-#define GROUP_ROWS 48 /* rows of w that share a stay of x's columns in the nearest cache */
-#define DEPTH 256     /* columns of w unpacked at once, few enough for that */
+#define TILE_ROWS 8   /* rows of w that a core takes at a time */
+#define TILE_X 8      /* rows of x that they are multiplied with at a time */
 #define SHARED 262144 /* multiplications from which the work is shared between the processor's cores */
 #define KEYS 64       /* keys scored at a time */
 #define TRIO 3        /* query heads that share a stay of keys and values in registers */
@@ -88,22 +87,6 @@ static inline void unpack(float *restrict to, int64_t stride, const void *w, int
 
 /* -------------------------------------------------------------------------------------------- one row */
 
-#define TIMES_ROW(name, type, value)                                                             \
-  static float name(const type *restrict w, const float *restrict x, int64_t d) {                \
-    float sum[32] = {0}, total = 0;                                                              \
-    int64_t i = 0;                                                                               \
-    for (; i + 32 <= d; i += 32) {                                                               \
-      __builtin_prefetch(w + i + AHEAD);                                                         \
-      for (int k = 0; k < 32; k++) sum[k] += value(w[i + k]) * x[i + k];                         \
-    }                                                                                            \
-    for (; i < d; i++) total += value(w[i]) * x[i];                                              \
-    for (int k = 0; k < 32; k++) total += sum[k];                                                \
-    return total;                                                                                \
-  }
-
-TIMES_ROW(float32_times, float, )
-TIMES_ROW(bfloat16_times, uint16_t, from_bf16)
-
 static int32_t int8_times(const int8_t *restrict w, const int16_t *restrict x, int64_t d) {
   int32_t total = 0;
   int64_t i = 0;
@@ -128,74 +111,124 @@ static float round_row(int16_t *restrict to, const float *restrict x, int64_t d)
   return unit;
 }
 
-/* y (n) = w x for x (d); `add` (n) is added unless it is NULL. */
-void times_row(float *restrict y, const matrix *m, const float *restrict x, const float *add) {
-  int16_t *rounded = m->store == INT8 ? malloc(sizeof(int16_t) * m->d) : NULL;
-  float unit = rounded ? round_row(rounded, x, m->d) : 1;
+/* y (n) = w x for x (d) and w in INT8; `add` (n) is added unless it is NULL. */
+static void int8_times_row(float *restrict y, const matrix *m, const float *restrict x, const float *add) {
+  int16_t *rounded = malloc(sizeof(int16_t) * m->d);
+  float unit = round_row(rounded, x, m->d);
 #pragma omp parallel for schedule(static) if (m->n * m->d >= SHARED)
   for (int64_t r = 0; r < m->n; r++) {
-    int64_t at = r * m->d;
-    float product = m->store == INT8       ? int8_times((const int8_t *)m->w + at, rounded, m->d) * (m->scale[r] * unit)
-                    : m->store == BFLOAT16 ? bfloat16_times((const uint16_t *)m->w + at, x, m->d)
-                                           : float32_times((const float *)m->w + at, x, m->d);
+    float product = int8_times((const int8_t *)m->w + r * m->d, rounded, m->d) * (m->scale[r] * unit);
     y[r] = add ? add[r] + product : product;
   }
   free(rounded);
 }
 
-/* --------------------------------------------------------------------------------------- several rows
+/* ---------------------------------------------------------------------------------------- any rows
 
-   BLOCK_ROWS rows of w are unpacked, DEPTH columns at a time, and multiplied with tiles of 8 or 16 rows of x.
-   columns[c][j] holds x[j][c]: a tile's sums grow by w[r][c] times one vector of neighbouring rows. */
+   A product is summed along the columns, a vector at a time, always in the same order: what a row of x gives depends
+   on no other row, to the bit. A vector of w that was loaded serves several rows of x, and one of x several of w. */
 
-static inline __attribute__((always_inline)) void add_tile(float *sums, float unpacked[BLOCK_ROWS][DEPTH],
-                                                           const float *columns, int64_t depth, int64_t stride,
-                                                           const int vectors) {
-  vec s[BLOCK_ROWS][2];
-  for (int r = 0; r < BLOCK_ROWS; r++)
-    for (int v = 0; v < vectors; v++) s[r][v] = *(const vec *)(sums + r * stride + 8 * v);
-  for (int64_t c = 0; c < depth; c++)
-    for (int r = 0; r < BLOCK_ROWS; r++)
-      for (int v = 0; v < vectors; v++) s[r][v] += unpacked[r][c] * *(const vec *)(columns + c * stride + 8 * v);
-  for (int r = 0; r < BLOCK_ROWS; r++)
-    for (int v = 0; v < vectors; v++) *(vec *)(sums + r * stride + 8 * v) = s[r][v];
+#ifdef __AVX512F__
+#define LANES 16
+#define ONE_X_ROWS 2  /* rows of w at a time with one row of x: enough sums that none waits for the last */
+#define MANY_X_ROWS 2 /* with TILE_X rows of x: as many sums as the registers hold */
+#else
+#define LANES 8
+#define ONE_X_ROWS 4
+#define MANY_X_ROWS 1
+#endif
+
+typedef float wide __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t wide_words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+/* Neighbouring entries of w from `at` on. */
+static inline __attribute__((always_inline)) wide load_wide(const void *w, int64_t at, const int store) {
+  if (store == FLOAT32) return *(const wide *)((const float *)w + at);
+  return (wide)(__builtin_convertvector(*(const halves *)((const uint16_t *)w + at), wide_words) << 16);
 }
 
-/* y (rows, n) = x w for x (rows, d); `add` (rows, n) is added unless it is NULL. */
+static inline float load_one(const void *w, int64_t at, int store) {
+  return store == FLOAT32 ? ((const float *)w)[at] : from_bf16(((const uint16_t *)w)[at]);
+}
+
+/* Spelled out, so that every caller adds in the same order. */
+static inline float sum_of(wide v) {
+  vec half[LANES / 8];
+  memcpy(half, &v, sizeof(v));
+  vec eight = half[0];
+  for (int i = 1; i < LANES / 8; i++) eight += half[i];
+  eight += SHUFFLE(eight, eight, 4, 5, 6, 7, 0, 1, 2, 3);
+  eight += SHUFFLE(eight, eight, 2, 3, 0, 1, 6, 7, 4, 5);
+  return eight[0] + eight[1];
+}
+
+/* sums (R, J): `n_rows` = R rows of w (·, d), from entries `at` on, times `n_x` = J rows of x; both constants. */
+static inline __attribute__((always_inline)) void dot_tile(float *sums, const void *w, const int64_t *at,
+                                                           const float *const *x, int64_t d, const int store,
+                                                           const int n_rows, const int n_x) {
+  wide s[TILE_ROWS * TILE_X];
+  int64_t c = 0;
+  for (int i = 0; i < n_rows * n_x; i++) s[i] = (wide){0};
+  for (; c + LANES <= d; c += LANES) {
+    wide rows[TILE_ROWS];
+    for (int r = 0; r < n_rows; r++) {
+      __builtin_prefetch((const char *)w + (at[r] + c + n_rows * d) * (store == FLOAT32 ? 4 : 2));
+      rows[r] = load_wide(w, at[r] + c, store);
+    }
+    for (int j = 0; j < n_x; j++) {
+      wide column = *(const wide *)(x[j] + c);
+      for (int r = 0; r < n_rows; r++) s[r * n_x + j] += rows[r] * column;
+    }
+  }
+  for (int r = 0; r < n_rows; r++)
+    for (int j = 0; j < n_x; j++) {
+      float total = sum_of(s[r * n_x + j]);
+      for (int64_t i = c; i < d; i++) total += load_one(w, at[r] + i, store) * x[j][i];
+      sums[r * n_x + j] = total;
+    }
+}
+
+/* y (rows, n) = x w for x (rows, d); `add` (rows, n) is added unless it is NULL. Rows of w in INT8 are unpacked first. */
 void times_rows(float *restrict y, const matrix *m, const float *restrict x, const float *add, int64_t rows) {
-  if (rows == 1) {
-    times_row(y, m, x, add);
+  if (rows == 1 && m->store == INT8) {
+    int8_times_row(y, m, x, add);
     return;
   }
-  int64_t n = m->n, d = m->d, stride = (rows + 7) / 8 * 8;
-  float *columns = calloc(d * stride, sizeof(float));
-  for (int64_t j = 0; j < rows; j++)
-    for (int64_t c = 0; c < d; c++) columns[c * stride + j] = x[j * d + c];
+  int64_t n = m->n, d = m->d;
 #pragma omp parallel for schedule(static) if (n * d * rows >= SHARED)
-  for (int64_t group = 0; group < n; group += GROUP_ROWS) {
-    float unpacked[BLOCK_ROWS][DEPTH], *sums = calloc(GROUP_ROWS * stride, sizeof(float));
-    int64_t in_group = n - group < GROUP_ROWS ? n - group : GROUP_ROWS;
-    for (int64_t c = 0; c < d; c += DEPTH) {
-      int64_t depth = d - c < DEPTH ? d - c : DEPTH;
-      for (int64_t first = 0; first < in_group; first += BLOCK_ROWS) {
-        for (int64_t r = 0; r < BLOCK_ROWS; r++) { /* the last block may reach past the end of w: it repeats a row */
-          int64_t row = first + r < in_group ? group + first + r : n - 1;
-          unpack(unpacked[r], DEPTH, m->w, m->store, row * d + c, 1, depth);
+  for (int64_t first = 0; first < n; first += TILE_ROWS) {
+    int64_t n_rows = n - first < TILE_ROWS ? n - first : TILE_ROWS, at[TILE_ROWS];
+    float *unpacked = m->store == INT8 ? malloc(sizeof(float) * n_rows * d) : NULL;
+    const void *w = unpacked ? unpacked : m->w;
+    if (unpacked) unpack(unpacked, d, m->w, INT8, first * d, n_rows, d);
+    /* a tile may reach past the end: it repeats a row */
+    for (int r = 0; r < TILE_ROWS; r++) at[r] = ((unpacked ? 0 : first) + (r < n_rows ? r : n_rows - 1)) * d;
+    for (int64_t j = 0; j < rows; j += TILE_X) {
+      int64_t left = rows - j, n_x = left > 4 ? TILE_X : left > 2 ? 4 : left;
+      const float *columns[TILE_X];
+      float sums[TILE_ROWS * TILE_X];
+      for (int i = 0; i < n_x; i++) columns[i] = x + (j + (i < left ? i : left - 1)) * d;
+#define DOTS(store, n_rows, n_x) \
+  for (int r = 0; r < TILE_ROWS; r += n_rows) dot_tile(sums + r * n_x, w, at + r, columns, d, store, n_rows, n_x)
+#define DOTS_OF(store)                              \
+  if (n_x == 1) DOTS(store, ONE_X_ROWS, 1);         \
+  else if (n_x == 2) DOTS(store, 4, 2);             \
+  else if (n_x == 4) DOTS(store, 2, 4);             \
+  else DOTS(store, MANY_X_ROWS, TILE_X)
+      if (m->store == BFLOAT16) {
+        DOTS_OF(BFLOAT16);
+      } else {
+        DOTS_OF(FLOAT32);
+      }
+      for (int64_t i = 0; i < n_x && i < left; i++)
+        for (int64_t r = 0; r < n_rows; r++) {
+          int64_t out = (j + i) * n + first + r;
+          y[out] = sums[r * n_x + i] * (unpacked ? m->scale[first + r] : 1) + (add ? add[out] : 0);
         }
-        int64_t j = 0;
-        for (; j + 16 <= stride; j += 16)
-          add_tile(sums + first * stride + j, unpacked, columns + c * stride + j, depth, stride, 2);
-        if (j < stride) add_tile(sums + first * stride + j, unpacked, columns + c * stride + j, depth, stride, 1);
-      }
     }
-    for (int64_t j = 0; j < rows; j++)
-      for (int64_t r = 0; r < in_group; r++) {
-        int64_t at = j * n + group + r;
-        y[at] = sums[r * stride + j] * (m->store == INT8 ? m->scale[group + r] : 1) + (add ? add[at] : 0);
-      }
-    free(sums);
+    free(unpacked);
   }
-  free(columns);
 }
 
 /* ---------------------------------------------------------------- a block of model.py, a token of each row */
@@ -228,9 +261,15 @@ static inline float exponential(float x) {
 }
 
 typedef struct {
-  void *keys, *values; /* (rows, G, entries, E), a ring of columns */
+  void *keys, *values; /* (slots, G, entries, E), each slot a ring of columns */
   int64_t store, entries;
 } cache;
+
+/* Where the tokens of the rows of x stand: row r reads and writes slot[r] of the cache, sees its columns from pad[r]
+   on, and joins it as column end[r] - 1. */
+typedef struct {
+  const int64_t *slot, *pad, *end;
+} seats;
 
 typedef struct {
   float largest, total; /* score, and the sum of e^(score - largest) */
@@ -325,13 +364,17 @@ static void attend_share(float *restrict y, weight *restrict sums, const float *
   free(copied);
 }
 
-/* y (rows, H, E): attention of q (rows, ·, E), `q_stride` floats a row, over keys and values (rows, G, entries, E),
-   stored in float32 or bfloat16: row r sees the columns from pad[r] to `end` that the ring still holds. Shares of the
-   columns are worked on apart and put together at the end. */
-static void attend(float *restrict y, const float *q, int64_t q_stride, const cache *c, const int64_t *pad,
-                   int64_t rows, int64_t end, int64_t H, int64_t G, int64_t E) {
-  int64_t entries = c->entries, oldest = end > entries ? end - entries : 0, heads = H / G;
-  int64_t shares = (end - oldest + SHARE - 1) / SHARE, each = (end - oldest + shares - 1) / shares;
+/* y (rows, H, E): attention of q (rows, ·, E), `q_stride` floats a row, over keys and values (slots, G, entries, E),
+   stored in float32 or bfloat16: row r sees the columns from pad[r] to end[r] that its ring still holds. Shares of the
+   columns are worked on apart and put together at the end; how a row is cut does not depend on the others. */
+static void attend(float *restrict y, const float *q, int64_t q_stride, const cache *c, const seats *at_seat,
+                   int64_t rows, int64_t H, int64_t G, int64_t E) {
+  int64_t entries = c->entries, heads = H / G, columns = 0, shares = 1;
+  for (int64_t r = 0; r < rows; r++) {
+    int64_t held = at_seat->end[r] < entries ? at_seat->end[r] : entries;
+    columns += held;
+    if ((held + SHARE - 1) / SHARE > shares) shares = (held + SHARE - 1) / SHARE;
+  }
   int64_t stride = (E + 31) / 32 * 32, width = c->store == BFLOAT16 ? 2 : 4;
   int64_t order = stride > E ? FLOAT32 : c->store; /* of a head's channels */
   float *queries = calloc(rows * H * stride, sizeof(float));
@@ -341,12 +384,15 @@ static void attend(float *restrict y, const float *q, int64_t q_stride, const ca
     for (int64_t h = 0; h < H; h++)
       for (int64_t e = 0; e < E; e++)
         queries[(r * H + h) * stride + place(e, order)] = q[r * q_stride + h * E + e] / sqrtf(E);
-#pragma omp parallel for schedule(static) if (rows * (end - oldest) * G * E >= SHARED / 4)
+#pragma omp parallel for schedule(static) if (columns * G * E >= SHARED / 4)
   for (int64_t task = 0; task < rows * shares * G; task++) {
     int64_t r = task / (shares * G), share = task / G % shares, g = task % G;
-    int64_t from = oldest + share * each, to = from + each < end ? from + each : end;
-    if (from < pad[r]) from = pad[r];
-    int64_t at = (r * G + g) * entries * E * width, out = (r * shares + share) * H + g * heads;
+    int64_t end = at_seat->end[r], held = end < entries ? end : entries;
+    int64_t own_shares = (held + SHARE - 1) / SHARE, each = (held + own_shares - 1) / own_shares;
+    /* shares beyond a row's own are empty */
+    int64_t from = end - held + share * each, to = from + each < end ? from + each : end;
+    if (from < at_seat->pad[r]) from = at_seat->pad[r];
+    int64_t at = (at_seat->slot[r] * G + g) * entries * E * width, out = (r * shares + share) * H + g * heads;
     const float *query = queries + (r * H + g * heads) * stride;
     const char *keys = (const char *)c->keys + at, *values = (const char *)c->values + at;
     attend_share(part + out * stride, sums + out, query, keys, values, c->store, from, to, entries, heads, E, stride);
@@ -376,10 +422,10 @@ typedef struct {
   int64_t H, G, E;
 } block;
 
-/* y (rows, D): what the block makes of x (rows, D). The rows' keys and values join the cache as column `end` - 1. cos
-   and sin (rows, E/2) turn the rows' positions. */
+/* y (rows, D): what the block makes of x (rows, D). The rows' keys and values join the cache at their seats. cos and
+   sin (rows, E/2) turn the rows' positions. */
 void run_block(float *restrict y, const block *b, const float *restrict x, const float *restrict cos,
-               const float *restrict sin, const cache *c, const int64_t *pad, int64_t rows, int64_t end) {
+               const float *restrict sin, const cache *c, const seats *at_seat, int64_t rows) {
   int64_t H = b->H, G = b->G, E = b->E, D = b->o.n, F = b->down.d, U = b->up.n, all = (H + 2 * G) * E;
   float *normed = malloc(sizeof(float) * rows * (D + all + H * E + U + F));
   float *heads = normed + rows * D, *attended = heads + rows * all, *up = attended + rows * H * E;
@@ -399,12 +445,13 @@ void run_block(float *restrict y, const block *b, const float *restrict x, const
       }
     }
     for (int64_t g = 0; g < G; g++) {
-      int64_t entry = ((r * G + g) * c->entries + (end - 1) % c->entries) * E;
+      int64_t column = (at_seat->end[r] - 1) % c->entries;
+      int64_t entry = ((at_seat->slot[r] * G + g) * c->entries + column) * E;
       pack(c->keys, c->store, entry, heads + r * all + (H + g) * E, E);
       pack(c->values, c->store, entry, heads + r * all + (H + G + g) * E, E);
     }
   }
-  attend(attended, heads, all, c, pad, rows, end, H, G, E);
+  attend(attended, heads, all, c, at_seat, rows, H, G, E);
   times_rows(y, &b->o, attended, x, rows);
 
   for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, y + r * D, D);

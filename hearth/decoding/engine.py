@@ -430,12 +430,10 @@ class FastBlock(torch.nn.Module):
     def forward(
         self, x: Tensor, attn_ctx: Any, value: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        if value is not None or not isinstance(attn_ctx, KVCache) or attn_ctx.n_new > 1:
+        if value is not None or getattr(attn_ctx, "n_new", 0) != 1:
             return self.block(x, attn_ctx, value)
         keys, values = attn_ctx.slot(*self.heads[1:], self.window)
-        return self.kernel(
-            x, attn_ctx.rotary, keys, values, pad=attn_ctx.pad, end=attn_ctx.length + 1
-        )
+        return self.kernel(x, attn_ctx.rotary, keys, values, attn_ctx.seats)
 
 
 # ----------------------------------------------------------------------------------------- sampling

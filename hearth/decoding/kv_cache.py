@@ -66,6 +66,8 @@ class KVCache:
             )
         self.n_new = n_new
         self.columns = torch.arange(self.length, self.length + n_new, device=self.device)
+        rows, end = torch.arange(len(self.pad)), self.length + n_new
+        self.seats = (rows, self.pad, torch.full_like(rows, end))  # of `BlockKernel`
         self._masks: dict[int | None, Tensor | None] = {}
         return self
 

@@ -26,6 +26,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 STORES = ("float32", "bfloat16", "int8")  # in the order of `enum store` of cpu_kernels.c
 FEW_ROWS = 48  # up to here unpacking the weights along the way beats unpacking them first
+SAME_ROWS = 8  # up to here a float32 product is ours too: its rows do not depend on one another
 
 
 class _Matrix(ctypes.Structure):
@@ -57,6 +58,12 @@ class _Cache(ctypes.Structure):
     )
 
 
+class _Seats(ctypes.Structure):
+    """`seats` of cpu_kernels.c."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("slot", "pad", "end"))
+
+
 class Matrix:
     """A weight matrix (n, d) for inference, stored as `store` says; int8 has one scale a row.
 
@@ -84,9 +91,8 @@ class Matrix:
     def __call__(self, x: Tensor) -> Tensor:
         """The product of x (N, d) with the transposed matrix: (N, n)."""
         N = x.shape[0]
-        if self.kernels is not None and (
-            N == 1 or (N <= FEW_ROWS and self.weight.dtype != x.dtype)
-        ):
+        few = SAME_ROWS if self.weight.dtype == x.dtype else FEW_ROWS
+        if self.kernels is not None and few >= N:
             return self._times_few(x.contiguous(), N)
         if self.weight.dtype == x.dtype:
             return F.linear(x, self.weight)
@@ -147,13 +153,11 @@ class BlockKernel:
         rotary: tuple[Tensor, Tensor],
         keys: Tensor,
         values: Tensor,
-        *,
-        pad: Tensor,
-        end: int,
+        seats: tuple[Tensor, Tensor, Tensor],
     ) -> Tensor:
-        """The block's output (B, D) for x (B, D). Its keys and values join keys and values (B, G,
-        entries, E), a ring, float32 or bfloat16, as column `end` - 1; row r attends to the columns
-        from pad[r] on that the ring holds.
+        """The block's output (B, D) for x (B, D). Keys and values (S, G, entries, E) are rings,
+        float32 or bfloat16. `seats` are the rows' slots, pads and ends (B,), int64: row r writes
+        column end[r] - 1 of its slot and attends to the columns from pad[r] on that the ring holds.
         """
         x, y = x.contiguous(), torch.empty(x.shape)
         cache = _Cache(
@@ -167,9 +171,8 @@ class BlockKernel:
             cos,
             sin,
             cache,
-            pad.data_ptr(),
+            _Seats(*(t.data_ptr() for t in seats)),
             x.shape[0],
-            end,
         )
         return y
 
@@ -194,8 +197,7 @@ def compiled_kernels() -> ctypes.CDLL | None:
             kernels.run_block.argtypes = [
                 *[pointer] * 5,
                 ctypes.POINTER(_Cache),
-                pointer,
-                size,
+                ctypes.POINTER(_Seats),
                 size,
             ]
             kernels.times_rows.restype = kernels.run_block.restype = None

@@ -217,3 +217,14 @@ def test_a_compiler_is_missing_only_where_its_kernels_are_wanted(
     for wanted in ("1", "0"):
         monkeypatch.setenv("HEARTH_KERNELS", wanted)
         assert matrices.compiler_missing() == (wanted == "1")
+
+
+@pytest.mark.parametrize("store", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("n", "d"), [(7, 50), (33, 40), (130, 256)])
+def test_a_row_of_a_product_does_not_depend_on_its_neighbours(store: str, n: int, d: int) -> None:
+    if compiled_kernels() is None:
+        pytest.skip("no C compiler")
+    matrix, x = Matrix(torch.randn(n, d), store), torch.randn(8, d)
+    together = matrix(x)
+    for rows in range(1, 9):
+        assert torch.equal(matrix(x[:rows]), together[:rows])
