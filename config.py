@@ -217,10 +217,8 @@ class LoopConfig:
     def loop_problems(self, where: str) -> list[str]:
         found = []
         if (self.micro_batch_tokens or 0) > 0 and self.tokens_per_step % self.micro_batch_tokens:
-            found.append(
-                f"{where}.tokens_per_step {self.tokens_per_step} must be a multiple of "
-                f"micro_batch_tokens {self.micro_batch_tokens}"
-            )
+            sizes = f"{self.tokens_per_step} must be a multiple of {self.micro_batch_tokens}"
+            found.append(f"{where}.tokens_per_step {sizes}, its micro_batch_tokens")
         if not 0 <= self.warmup_share + self.decay_share <= 1:
             found.append(f"{where}.warmup_share + decay_share is above 1")
         return found
