@@ -242,11 +242,8 @@ class PretrainConfig(LoopConfig):
             for stage in self.stages
             if not 0 < stage.context <= context or context % stage.context
         ]
-        row = self.micro_batch_tokens or self.tokens_per_step
-        if row % context:
-            found.append(
-                f"pretrain: micro-batch {row} must be a multiple of model.context {context}"
-            )
+        if (self.micro_batch_tokens or self.tokens_per_step) % context:
+            found.append(f"pretrain: the micro-batch must be a multiple of model.context {context}")
         return found
 
 

@@ -36,15 +36,15 @@ def geforce(cores: int, ghz: float, gib: int, watts: int) -> Card:
     """A GeForce card by its CUDA cores and boost clock.
 
     Each of a multiprocessor's 128 cores stands for 4 tensor-core FLOPs a clock in bfloat16 with
-    float32 accumulation, in all three generations: this gives the figures printed in the appendices
-    of NVIDIA's white papers on GA102 (RTX 3090: 71 TFLOP/s), Ada (RTX 4090: 165.2) and RTX
-    Blackwell (RTX 5090: 209.5).
+    float32 accumulation, in all three generations: it gives the published peaks of the RTX 3090 (71
+    TFLOP/s), 4090 (165.2) and 5090 (209.5).
     """
     return Card(round(4 * cores * ghz / 1e3, 1), gib, watts)
 
 
-# Data-centre cards: NVIDIA's data sheets. GeForce: cores, boost clock, memory and board power as
-# NVIDIA specifies its own cards; of laptops' chips the highest clock and power of their range.
+# Data-centre cards: peaks of NVIDIA's data sheets. GeForce: cores, boost clock, memory and board
+# power of the reference cards as listings of them say, not read in NVIDIA's own papers; of laptops'
+# chips the highest clock and power of their range. Watts serve estimates alone.
 CARDS = {
     "H200": Card(989.0, 139, 700),
     "H100": Card(989.0, 80, 700),
@@ -52,23 +52,19 @@ CARDS = {
     "RTX 5090": geforce(21760, 2.407, 32, 575),
     "RTX 5080": geforce(10752, 2.617, 16, 360),
     "RTX 5070 Ti": geforce(8960, 2.452, 16, 300),
-    "RTX 5070": geforce(6144, 2.512, 12, 250),
     "RTX 5060 Ti 16GB": geforce(4608, 2.572, 16, 180),
     "RTX 5060 Ti": geforce(4608, 2.572, 8, 180),
     "RTX 5060": geforce(3840, 2.497, 8, 145),
     "RTX 4090": geforce(16384, 2.520, 24, 450),
     "RTX 4080 Super": geforce(10240, 2.550, 16, 320),
     "RTX 4080": geforce(9728, 2.505, 16, 320),
-    "RTX 4070 Ti Super": geforce(8448, 2.610, 16, 285),
     "RTX 4070 Ti": geforce(7680, 2.610, 12, 285),
-    "RTX 4070 Super": geforce(7168, 2.475, 12, 220),
     "RTX 4070": geforce(5888, 2.475, 12, 200),
     "RTX 4060 Ti 16GB": geforce(4352, 2.535, 16, 165),
     "RTX 4060 Ti": geforce(4352, 2.535, 8, 160),
     "RTX 4060": geforce(3072, 2.460, 8, 115),
     "RTX 3090 Ti": geforce(10752, 1.860, 24, 450),
     "RTX 3090": geforce(10496, 1.695, 24, 350),
-    "RTX 3080 Ti": geforce(10240, 1.665, 12, 350),
     "RTX 3080": geforce(8704, 1.710, 10, 320),
     "RTX 3070 Ti": geforce(6144, 1.770, 8, 290),
     "RTX 3070": geforce(5888, 1.725, 8, 220),
