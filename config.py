@@ -166,8 +166,10 @@ class ModelConfig:
 
 
 # what `--model.shape portable` sets: a Qwen3 has none of the rest; the head's blocks join the trunk
-PORTABLE: dict[str, Any] = {"hrm": None, "token_shift": False, "n_value_embeddings": 0}
-PORTABLE |= {"gated_mlp": True, "window": None}
+PORTABLE: dict[str, Any] = {
+    **{"hrm": None, "token_shift": False, "n_value_embeddings": 0},
+    **{"gated_mlp": True, "window": None},
+}
 
 
 @dataclass(frozen=True)
