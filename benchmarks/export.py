@@ -45,7 +45,7 @@ from hearth.decoding.engine import Engine  # noqa: E402
 from hearth.export import gguf, huggingface  # noqa: E402
 from hearth.training import checkpoint  # noqa: E402
 from hearth.training.checkpoint import Loaded  # noqa: E402
-from hearth.training.optim import build_optimizers, learning_rate_factor  # noqa: E402
+from hearth.training.optim import build_optimizers  # noqa: E402
 from model import PackedSequences, build_model  # noqa: E402
 
 QUESTION = "What is 12 + 7?"
@@ -125,7 +125,7 @@ def export(place: Path, name: str, shape: Any, tokenizer: Tokenizer, steps: int)
         hidden = model(ids[:-1], PackedSequences(ids[:-1] == tokenizer.bos, len(ids) - 1))
         loss = model.loss(hidden, ids[1:], torch.full((len(ids) - 1,), 1 / (len(ids) - 1)))
         loss.backward()
-        optimizers.schedule(step, learning_rate_factor(step, steps, config.pretrain))
+        optimizers.schedule(step, steps, config.pretrain)
         optimizers.step()
         optimizers.zero_grad()
     folder = save(config, model, tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import warnings
 from dataclasses import replace
@@ -19,8 +18,6 @@ from hearth.training import checkpoint
 from hearth.training.checkpoint import Loaded
 from hearth.training.optim import build_optimizers
 from model import PackedSequences, build_model
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # what would fetch something fails at once
 
 SHAPE = ModelConfig(
     vocab_size=512,
