@@ -11,8 +11,7 @@
 #include <string.h>
 
 #define AHEAD 1024    /* entries of a row that are fetched from memory ahead of the arithmetic */
-#define TILE_ROWS 8   /* rows of w that a core takes at a time */
-#define TILE_X 8      /* rows of x that they are multiplied with at a time */
+#define TILE_ROWS 12  /* rows of w that a core takes at a time */
 #define SHARED 262144 /* multiplications from which the work is shared between the processor's cores */
 #define KEYS 64       /* keys scored at a time */
 #define TRIO 3        /* query heads that share a stay of keys and values in registers */
@@ -87,6 +86,18 @@ static inline void unpack(float *restrict to, int64_t stride, const void *w, int
 
 /* -------------------------------------------------------------------------------------------- one row */
 
+static float bfloat16_times(const uint16_t *restrict w, const float *restrict x, int64_t d) {
+  float sum[32] = {0}, total = 0;
+  int64_t i = 0;
+  for (; i + 32 <= d; i += 32) {
+    __builtin_prefetch(w + i + AHEAD);
+    for (int k = 0; k < 32; k++) sum[k] += from_bf16(w[i + k]) * x[i + k];
+  }
+  for (; i < d; i++) total += from_bf16(w[i]) * x[i];
+  for (int k = 0; k < 32; k++) total += sum[k];
+  return total;
+}
+
 static int32_t int8_times(const int8_t *restrict w, const int16_t *restrict x, int64_t d) {
   int32_t total = 0;
   int64_t i = 0;
@@ -111,13 +122,15 @@ static float round_row(int16_t *restrict to, const float *restrict x, int64_t d)
   return unit;
 }
 
-/* y (n) = w x for x (d) and w in INT8; `add` (n) is added unless it is NULL. */
-static void int8_times_row(float *restrict y, const matrix *m, const float *restrict x, const float *add) {
-  int16_t *rounded = malloc(sizeof(int16_t) * m->d);
-  float unit = round_row(rounded, x, m->d);
+/* y (n) = w x for x (d) and w in 16 or 8 bits; `add` (n) is added unless it is NULL. */
+static void times_row(float *restrict y, const matrix *m, const float *restrict x, const float *add) {
+  int16_t *rounded = m->store == INT8 ? malloc(sizeof(int16_t) * m->d) : NULL;
+  float unit = rounded ? round_row(rounded, x, m->d) : 1;
 #pragma omp parallel for schedule(static) if (m->n * m->d >= SHARED)
   for (int64_t r = 0; r < m->n; r++) {
-    float product = int8_times((const int8_t *)m->w + r * m->d, rounded, m->d) * (m->scale[r] * unit);
+    int64_t at = r * m->d;
+    float product = rounded ? int8_times((const int8_t *)m->w + at, rounded, m->d) * (m->scale[r] * unit)
+                            : bfloat16_times((const uint16_t *)m->w + at, x, m->d);
     y[r] = add ? add[r] + product : product;
   }
   free(rounded);
@@ -126,16 +139,18 @@ static void int8_times_row(float *restrict y, const matrix *m, const float *rest
 /* ---------------------------------------------------------------------------------------- any rows
 
    A product is summed along the columns, a vector at a time, always in the same order: what a row of x gives depends
-   on no other row, to the bit. A vector of w that was loaded serves several rows of x, and one of x several of w. */
+   on no other row, to the bit. A vector of w that was loaded serves several rows of x, and one of x several of w: as
+   many as the registers hold sums of. Only a single row of x times w in 16 or 8 bits, where memory is what counts, goes
+   its own way. */
 
 #ifdef __AVX512F__
 #define LANES 16
-#define ONE_X_ROWS 2  /* rows of w at a time with one row of x: enough sums that none waits for the last */
-#define MANY_X_ROWS 2 /* with TILE_X rows of x: as many sums as the registers hold */
+#define TILE_X 8    /* rows of x multiplied at a time */
+#define ROWS_BY_4 6 /* rows of w with 4 of them */
 #else
 #define LANES 8
-#define ONE_X_ROWS 4
-#define MANY_X_ROWS 1
+#define TILE_X 4
+#define ROWS_BY_4 3
 #endif
 
 typedef float wide __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -189,19 +204,21 @@ static inline __attribute__((always_inline)) void dot_tile(float *sums, const vo
     }
 }
 
-/* y (rows, n) = x w for x (rows, d); `add` (rows, n) is added unless it is NULL. Rows of w in INT8 are unpacked first. */
+/* y (rows, n) = x w for x (rows, d); `add` (rows, n) is added unless it is NULL. Rows of w in INT8 are
+   unpacked first, those in BFLOAT16 where short vectors meet so many rows of x that it pays. */
 void times_rows(float *restrict y, const matrix *m, const float *restrict x, const float *add, int64_t rows) {
-  if (rows == 1 && m->store == INT8) {
-    int8_times_row(y, m, x, add);
+  if (rows == 1 && m->store != FLOAT32) {
+    times_row(y, m, x, add);
     return;
   }
   int64_t n = m->n, d = m->d;
+  int first_unpack = m->store == INT8 || (m->store == BFLOAT16 && LANES == 8 && rows > 8);
 #pragma omp parallel for schedule(static) if (n * d * rows >= SHARED)
   for (int64_t first = 0; first < n; first += TILE_ROWS) {
     int64_t n_rows = n - first < TILE_ROWS ? n - first : TILE_ROWS, at[TILE_ROWS];
-    float *unpacked = m->store == INT8 ? malloc(sizeof(float) * n_rows * d) : NULL;
+    float *unpacked = first_unpack ? malloc(sizeof(float) * n_rows * d) : NULL;
     const void *w = unpacked ? unpacked : m->w;
-    if (unpacked) unpack(unpacked, d, m->w, INT8, first * d, n_rows, d);
+    if (unpacked) unpack(unpacked, d, m->w, m->store, first * d, n_rows, d);
     /* a tile may reach past the end: it repeats a row */
     for (int r = 0; r < TILE_ROWS; r++) at[r] = ((unpacked ? 0 : first) + (r < n_rows ? r : n_rows - 1)) * d;
     for (int64_t j = 0; j < rows; j += TILE_X) {
@@ -212,11 +229,11 @@ void times_rows(float *restrict y, const matrix *m, const float *restrict x, con
 #define DOTS(store, n_rows, n_x) \
   for (int r = 0; r < TILE_ROWS; r += n_rows) dot_tile(sums + r * n_x, w, at + r, columns, d, store, n_rows, n_x)
 #define DOTS_OF(store)                              \
-  if (n_x == 1) DOTS(store, ONE_X_ROWS, 1);         \
-  else if (n_x == 2) DOTS(store, 4, 2);             \
-  else if (n_x == 4) DOTS(store, 2, 4);             \
-  else DOTS(store, MANY_X_ROWS, TILE_X)
-      if (m->store == BFLOAT16) {
+  if (n_x == 1) DOTS(store, 4, 1);                  \
+  else if (n_x == 2) DOTS(store, 6, 2);             \
+  else if (n_x == 4) DOTS(store, ROWS_BY_4, 4);     \
+  else DOTS(store, 3, TILE_X)
+      if (m->store == BFLOAT16 && !unpacked) {
         DOTS_OF(BFLOAT16);
       } else {
         DOTS_OF(FLOAT32);
@@ -224,7 +241,7 @@ void times_rows(float *restrict y, const matrix *m, const float *restrict x, con
       for (int64_t i = 0; i < n_x && i < left; i++)
         for (int64_t r = 0; r < n_rows; r++) {
           int64_t out = (j + i) * n + first + r;
-          y[out] = sums[r * n_x + i] * (unpacked ? m->scale[first + r] : 1) + (add ? add[out] : 0);
+          y[out] = sums[r * n_x + i] * (m->store == INT8 ? m->scale[first + r] : 1) + (add ? add[out] : 0);
         }
     }
     free(unpacked);
