@@ -14,12 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import chats
 import uvicorn
-from safetensors.torch import save_file
 
-from config import PRESETS, Config, HRMConfig, ModelConfig
-from hearth.cli import to_json
+from config import Config
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.scheduler import (
     EngineThread,
@@ -35,47 +33,19 @@ from hearth.decoding.scheduler import (
 from hearth.serving.api import Safety, build_app, uvicorn_settings
 from hearth.serving.requests import Served
 from hearth.serving.workers import Loader
-from model import build_model
 
 CONFIG = replace(
-    PRESETS["demo"],
-    model=ModelConfig(
-        vocab_size=384,
-        n_layer=2,
-        d_model=32,
-        n_head=4,
-        n_kv_head=2,
-        d_ff=48,
-        context=256,
-        window=16,
-        hrm=HRMConfig(l_layer=1, h_layer=1, h_cycles=1, l_cycles=1),
-    ),
-    pretrain=replace(
-        PRESETS["demo"].pretrain, stages=(replace(PRESETS["demo"].pretrain.stages[0], share=1.0),)
-    ),
-    sft1=replace(PRESETS["demo"].sft1, context=128),
-    sft2=replace(PRESETS["demo"].sft2, context=128),
-    chat=replace(PRESETS["demo"].chat, max_tokens=24),
+    chats.CONFIG,
+    model=replace(chats.CONFIG.model, context=256),
+    chat=replace(chats.CONFIG.chat, max_tokens=24),
 )
 
 
 def write_checkpoint(folder: Path, stage: str, config: Config = CONFIG) -> Path:
     """A checkpoint of a random model that says letters, as training leaves it."""
-    place = folder / stage / "step-00000001"
-    place.mkdir(parents=True)
-    tokenizer = Tokenizer.train(["the cat sat on a mat: 12 + 7 = 19, köttur"] * 9, 384)
-    model = build_model(config.model, seed=0)
-    rng = torch.Generator().manual_seed(1)
-    weights = {
-        n: p.detach() + 0.2 * torch.randn(p.shape, generator=rng)
-        for n, p in model.named_parameters()
-    }
-    save_file(weights, place / "model.safetensors")
-    (place / "config.json").write_text(to_json(config))
-    state = {"stage": stage, "step": 1, "steps": 1, "tokens": 10}
-    (place / "state.json").write_text(json.dumps(state))
-    tokenizer.save(place / "tokenizer")
-    return place
+    return chats.write_checkpoint(
+        folder / stage, stage, config=config, text=f"{chats.TEXT}, köttur"
+    )
 
 
 def describe(name: str, folder: Path, config: Config = CONFIG) -> Served:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from config import PRESETS, ChatConfig, HRMConfig, ModelConfig
+from config import PRESETS, ChatConfig, Config, HRMConfig, ModelConfig
 from hearth.cli import to_json
 from hearth.data.chat_format import render
 from hearth.data.tokenizer import Tokenizer
@@ -40,22 +40,27 @@ CONFIG = replace(
 )
 
 
-def write_checkpoint(folder: Path, stage: str, step: int = 1) -> Path:
-    """A checkpoint of a random model, as training leaves it."""
+TEXT = "the cat sat on a mat: 12 + 7 = 19"
+
+
+def write_checkpoint(
+    folder: Path, stage: str, step: int = 1, config: Config = CONFIG, text: str = TEXT
+) -> Path:
+    """A checkpoint of a random model whose tokenizer knows `text`, as training leaves it."""
     place = folder / f"step-{step:08}"
     place.mkdir(parents=True)
-    model = build_model(CONFIG.model, seed=0)
+    model = build_model(config.model, seed=0)
     rng = torch.Generator().manual_seed(1)
     weights = {
         n: p.detach() + 0.2 * torch.randn(p.shape, generator=rng)
         for n, p in model.named_parameters()
     }
     save_file(weights, place / "model.safetensors")
-    (place / "config.json").write_text(to_json(CONFIG))
+    (place / "config.json").write_text(to_json(config))
     (place / "state.json").write_text(
         json.dumps({"stage": stage, "step": step, "steps": step, "tokens": 10})
     )
-    Tokenizer.train(["the cat sat on a mat: 12 + 7 = 19"] * 9, 384).save(place / "tokenizer")
+    Tokenizer.train([text] * 9, 384).save(place / "tokenizer")
     return place
 
 
