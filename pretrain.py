@@ -40,6 +40,7 @@ from hearth.training.planning import (
     Plan,
     Row,
     assume_speed,
+    card_wanted,
     make_plan,
     measure,
     require_able_machine,
@@ -163,6 +164,8 @@ def show_plan(config: Config, seconds: float = 50) -> None:
         "> is what a run takes. Memory is that of tensors, time that of steps alone; – was not "
         "measured."
     )
+    if said := card_wanted(config):
+        log.say(said)
     if process:
         log.say(f"The process itself takes {process * 1e9 / GIB:.1f} GiB more.")
     if not any(row.watts for row in plan.rows):

@@ -70,3 +70,8 @@ def test_the_file_map_names_every_module() -> None:
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_uv_compiles_no_bytecode_at_every_start() -> None:
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]
+    assert not tool.get("compile-bytecode", False)

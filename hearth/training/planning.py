@@ -567,16 +567,21 @@ def seconds_on_cpu(config: Config) -> float:
     return loop.steps * loop.tokens_per_step * flops / (UTILISATION * peak)
 
 
+def card_wanted(config: Config) -> str | None:
+    """What to say where training would take days for want of a card; None where it would not."""
+    if hardware.pick_device(config.device).type != "cpu":
+        return None
+    if (seconds := seconds_on_cpu(config)) <= LONG:
+        return None
+    return (
+        f"Preset {config.preset} is made for an NVIDIA card, and torch finds none here: on "
+        f"this processor pretraining would take about {log.duration(seconds)} (estimated). "
+        "Take --preset demo, which any laptop walks in minutes, or add --device cpu to go "
+        "ahead all the same, for instance to prepare the data for another machine."
+    )
+
+
 def require_able_machine(config: Config) -> None:
-    """Raises UserError where training would take days for want of a card, unless the CPU was asked
-    for.
-    """
-    if config.device == "cpu" or hardware.pick_device(config.device).type != "cpu":
-        return
-    if (seconds := seconds_on_cpu(config)) > LONG:
-        raise UserError(
-            f"Preset {config.preset} is made for an NVIDIA card, and torch finds none here: on "
-            f"this processor pretraining would take about {log.duration(seconds)} (estimated). "
-            "Take --preset demo, which any laptop walks in minutes, or add --device cpu to go "
-            "ahead all the same, for instance to prepare the data for another machine."
-        )
+    """Raises UserError with what `card_wanted` says, unless the CPU was asked for."""
+    if config.device != "cpu" and (said := card_wanted(config)):
+        raise UserError(said)

@@ -376,3 +376,17 @@ def test_on_a_card_the_largest_model_is_planned_within_a_tenth() -> None:
             row.n_rows,
             row.activation_checkpointing,
         )
+
+
+def test_a_cards_preset_on_a_machine_without_one_says_how_long_and_what_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planning.hardware, "pick_device", lambda wish: torch.device("cpu"))
+    monkeypatch.setattr(planning.hardware, "peak_flops", lambda device, dtype: 1e11)
+    said = r"16gb is made for .*\d+d\d+h.*--preset demo.*--device cpu"
+    with pytest.raises(UserError, match=said):
+        planning.require_able_machine(PRESETS["16gb"])
+    planning.require_able_machine(PRESETS["demo"])
+    planning.require_able_machine(replace(PRESETS["16gb"], device="cpu"))
+    assert "--preset demo" in planning.card_wanted(replace(PRESETS["16gb"], device="cpu"))
+    assert planning.card_wanted(PRESETS["demo"]) is None
