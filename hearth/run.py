@@ -455,9 +455,12 @@ def _lock(file: Any) -> None:
 
 
 def _start() -> str:
-    """What the processes that torchrun started together have in common, and no others."""
+    """What the processes that torchrun started together have in common, and those of no other
+    start: on one machine its own process id, which a restart does not share.
+    """
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-    return "/".join(os.environ.get(name, "") for name in names)
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return "/".join([str(os.getppid() if alone else ""), *(os.environ.get(n, "") for n in names)])
 
 
 def _note_ready(folder: Path) -> None:
