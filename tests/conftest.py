@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,13 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for more threads
 import torch
+
+# Behind `&` SIGINT is ignored, under nohup SIGHUP, by all that is started there: tests of what
+# signals do begin with the handlers of a terminal.
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    number = getattr(signal, name, None)  # Windows has no SIGHUP
+    if number and signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
