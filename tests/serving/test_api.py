@@ -995,8 +995,9 @@ def test_no_request_makes_the_server_fail(engines: EngineThread, url: str) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_no_request_of_ten_thousand_makes_the_server_fail(engines: EngineThread, url: str) -> None:
-    fuzz(engines, url, 10_000, seed=1)
+def test_no_request_of_thousands_makes_the_server_fail(engines: EngineThread, url: str) -> None:
+    """HEARTH_FUZZ=10000 asks for as many; a thousand takes most of a minute."""
+    fuzz(engines, url, int(os.environ.get("HEARTH_FUZZ", 2000)), seed=1)
 
 
 # ---------------------------------------------------------------------------------- several workers
