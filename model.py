@@ -131,7 +131,7 @@ class Model(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Sum of `weights` (N,) times the cross-entropy of `targets` (N,) in nats."""
-        # a Function is told that a parameter wants its gradient also where none is taken
+        # needs_input_grad is True of a parameter also where no gradient is taken
         matrix = self.embedding if torch.is_grad_enabled() else self.embedding.detach()
         return ChunkedCrossEntropy.apply(self.output(hidden), matrix, targets, weights)
 

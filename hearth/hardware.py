@@ -84,7 +84,7 @@ def known_card(name: str) -> Card | None:
     """The card that torch, the driver or a user calls `name`, such as "NVIDIA GeForce RTX 4070
     SUPER".
 
-    None for one that is not listed, also where its name goes on after that of a listed one: a
+    None for one that is not listed, also where its name continues after that of a listed one: a
     laptop's chip, a cut-down variant or a slice (MIG) is not the card that it is named after.
     """
     end = r"(?=( GPU|-\S+| \d+GB (HBM\w*|PCIe))?$)"

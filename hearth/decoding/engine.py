@@ -396,6 +396,14 @@ class _Row:
             self.finish = "context"
 
 
+SMALL = 20_000_000  # parameters up to which float32 is fast enough
+
+
+def store_for(n_parameters: int) -> str:
+    """How weights are stored where nobody says: float32 where they are few, else bfloat16."""
+    return "float32" if n_parameters < SMALL else "bfloat16"
+
+
 def compress(model: Model, store: str) -> Model:
     """A copy of `model` for decoding, its matrices stored as float32, bfloat16 or int8; keys and
     values as float32 only where the weights are.

@@ -24,13 +24,12 @@ from hearth.data.chat_format import (
     render_turn,
     stop_ids,
 )
-from hearth.decoding.engine import Budget, Engine, Sampling
+from hearth.decoding.engine import Budget, Engine, Sampling, store_for
 from hearth.decoding.matrices import compiler_missing
 from hearth.log import count, size
 from hearth.run import STAGES
 from hearth.training.checkpoint import Loaded
 
-SMALL = 20_000_000  # parameters up to which float32 is fast enough
 MAX_SEED = 2**60
 
 Piece = tuple[bool, str]  # is it thinking?, text in whole characters
@@ -79,7 +78,7 @@ class Chat:
         self.stage, self.state = loaded.state.get("stage", "base"), loaded.state
         self.n_parameters = loaded.model.n_parameters()
         if weights == "auto":
-            weights = "float32" if self.n_parameters < SMALL else "bfloat16"
+            weights = store_for(self.n_parameters)
         self.store, self.engine = weights, Engine(loaded.model, weights=weights)
         self.config = config
         self.set_sampling()

@@ -298,7 +298,7 @@ class Keyboard:
         if self._session is not None:
             return self._session.prompt()
         line = input("> ")
-        while line.endswith("\\"):  # goes on in the next line
+        while line.endswith("\\"):  # continued in the next line
             line = line[:-1] + "\n" + input(". ")
         return line
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from hearth.decoding.engine import Engine
+from hearth.decoding.engine import Engine, store_for
 from hearth.decoding.scheduler import (
     QUEUE,
     EngineThread,
@@ -38,7 +38,6 @@ from hearth.decoding.scheduler import (
 )
 from hearth.training import checkpoint
 
-SMALL = 20_000_000  # parameters up to which float32 is fast enough
 # requests that a worker which holds a text may have more than the least loaded one
 PATIENCE = 4
 
@@ -58,7 +57,7 @@ class Loader:
         model = checkpoint.load_for_inference(self.folders[name], self.device).model
         store = self.weights
         if store == "auto":
-            store = "float32" if model.n_parameters() < SMALL else "bfloat16"
+            store = store_for(model.n_parameters())
         headless = model.head is None
         engine = Engine(
             model,
