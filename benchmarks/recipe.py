@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def ours(width: int) -> dict[str, Any]:
     n_head, n = width // 64, depth_of(width)
     head = max(1, round(n / 10))
     n_kv = max(
-        k for k in range(1, n_head // 2 + 1) if n_head % k == 0 and k <= n_head / 2.5 or k == 1
+        k for k in range(1, n_head // 2 + 1) if (n_head % k == 0 and k <= n_head / 2.5) or k == 1
     )
     return {
         "vocab_size": VOCABULARY,
@@ -401,7 +401,7 @@ def work(options: argparse.Namespace) -> None:
     for text in ("tuning", "unseen"):
         tokens(options.out, options.data, text)
     for row in plan():
-        if options.only and row.part not in options.only or row.key in done(options.out):
+        if (options.only and row.part not in options.only) or row.key in done(options.out):
             continue
         claim = options.out / "claims" / hashlib.sha256(row.key.encode()).hexdigest()[:16]
         if claimed(claim):

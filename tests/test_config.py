@@ -25,7 +25,6 @@ from config import (
 )
 from model import Model
 
-
 CARDS = ["8gb", "12gb", "16gb", "24gb"]
 
 
