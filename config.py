@@ -128,8 +128,8 @@ class ModelConfig:
     d_model: int = 768  # width of the residual stream
     n_head: int = 12  # query heads
     n_kv_head: int = 4  # key/value heads, each shared by n_head / n_kv_head query heads
-    d_ff: int = 2048  # width inside the MLP
-    gated_mlp: bool = True  # SwiGLU; False is squared ReLU: d_ff × 1.5 makes as many parameters
+    d_ff: int = 3072  # width inside the MLP
+    gated_mlp: bool = False  # SwiGLU: d_ff × 2/3 makes as many parameters; False is squared ReLU
     context: int = 4096  # longest sequence, in tokens
     window: int | None = 1024  # attention reach of a short layer, in tokens; None is all
     pattern: str = "SSSL"  # short (S) and long (L) layers, repeated; the last is always long
@@ -214,10 +214,10 @@ class LoopConfig:
     final_lr_ratio: float = 0.05  # learning rate at the end, relative to the peak
     tokens_per_step: int | None = None  # tokens in one optimizer step; None: by the rule below
     micro_batch_tokens: int | None = None  # tokens in one pass; None fits the card's free memory
-    eval_every_steps: int = 250  # steps between two evaluations on held-out data
+    eval_every_steps: int = 1000  # steps between two evaluations on held-out data
     eval_tokens: int = 1_048_576  # held-out tokens of each corpus that an evaluation reads
     log_every_steps: int = 10  # steps between two lines on the console
-    sample_every_steps: int = 1000  # steps between two sample texts
+    sample_every_steps: int = 5000  # steps between two sample texts
     save_every_minutes: float = 15.0  # minutes between two checkpoints
     keep_checkpoints: int = 2  # the newest ones kept
     log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()  # beside metrics.jsonl
@@ -266,6 +266,8 @@ class SFTConfig(LoopConfig):
 
     sources: tuple[ChatSource, ...] = ()  # the sets of conversations
     files: tuple[str, ...] = ()  # your own files, folders or globs instead of the sources
+    eval_every_steps: int = 250  # steps between two evaluations on held-out data
+    sample_every_steps: int = 1000  # steps between two sample texts
     context: int = 2048  # longest conversation, in tokens
     epochs: float = 3.0  # passes over the conversations
     validation_share: float = 0.02  # share of the conversations held out, chosen by a hash
@@ -396,8 +398,8 @@ FINE_TUNING_LR = 0.25  # of pretraining's
 
 def shaped(model: ModelConfig, depth: int) -> ModelConfig:
     """The presets' shape at another depth: `depth` blocks, the head's among them, 40 channels of
-    width a block, heads of 64, a key/value head for about three, an MLP of 8/3 the width, a
-    vocabulary of about 32 entries a channel; context and kind stay.
+    width a block, heads of 64, a key/value head for about three, an MLP four times as wide (8/3
+    where gated), a vocabulary of about 32 entries a channel; context and kind stay.
     """
     width = 64 * max(2, round(depth * 40 / 64))
     n_head = width // 64
@@ -411,7 +413,7 @@ def shaped(model: ModelConfig, depth: int) -> ModelConfig:
         d_model=width,
         n_head=n_head,
         n_kv_head=max(fits),
-        d_ff=64 * math.ceil(width / 24),
+        d_ff=64 * math.ceil(width / 24) if model.gated_mlp else 4 * width,
         hrm=hrm,
     )
 
@@ -452,9 +454,8 @@ def settled(config: Config) -> Config:
 # ------------------------------------------------------------------------------------------ presets
 
 # No `revision` is pinned: the first start takes the newest, writes it down and sticks to it.
-HALF = {"column": "text", "max_bytes": 5_000_000_000}
-FINEWEB = TextSource("fineweb-edu", "HuggingFaceFW/fineweb-edu", "sample-10BT", **HALF)
-WEB_MATH = TextSource("open-web-math", "open-web-math/open-web-math", weight=0.5, **HALF)
+FINEWEB = TextSource("fineweb-edu", "HuggingFaceFW/fineweb-edu", "sample-10BT", column="text")
+WEB_MATH = TextSource("open-web-math", "open-web-math/open-web-math", column="text", weight=0.5)
 ALPACA = ChatSource("alpaca", "yahma/alpaca-cleaned")
 DOLLY = ChatSource("dolly", "databricks/databricks-dolly-15k")
 ULTRACHAT = ChatSource("ultrachat", "HuggingFaceH4/ultrachat_200k", split="train_sft")
@@ -487,6 +488,7 @@ DEMO = Config(
         n_head=4,
         n_kv_head=2,
         d_ff=384,
+        gated_mlp=True,
         context=512,
         window=64,
         pattern="SL",
@@ -518,11 +520,23 @@ DEMO = Config(
     chat=ChatConfig(temperature=0.0, top_p=None, max_tokens=200),
 )
 
+BYTES_PER_TOKEN = 5  # of English text: what is fetched is read once, or a little less
+
+
+def for_card(name: str, depth: int) -> Config:
+    """A card's preset: a model of this depth, as much text as the rule has it read."""
+    model = shaped(CARD.model, depth)
+    n_bytes = BYTES_PER_TOKEN * TOKENS_PER_WEIGHT * model.n_weights
+    total = sum(source.weight for source in CARD.data.sources)
+    sources = tuple(
+        replace(source, max_bytes=int(round(n_bytes * source.weight / total, -8)))
+        for source in CARD.data.sources
+    )
+    return replace(CARD, preset=name, model=model, data=replace(CARD.data, sources=sources))
+
+
 DEPTHS = {"16gb": 19, "12gb": 16, "24gb": 24, "8gb": 13}  # blocks; the rest follows
 PRESETS: dict[str, Config] = {
-    **{
-        name: replace(CARD, preset=name, model=shaped(CARD.model, depth))
-        for name, depth in DEPTHS.items()
-    },
+    **{name: for_card(name, depth) for name, depth in DEPTHS.items()},
     "demo": DEMO,
 }

@@ -121,7 +121,9 @@ def portable(model: ModelConfig) -> ModelConfig:
     """The same size as a Qwen3 (`config.PORTABLE`): the head's blocks join the trunk."""
     hrm = model.hrm
     head_blocks = hrm.h_layer + (hrm.l_layer if hrm.l_cycles else 0) if hrm else 0
-    return replace(model, n_layer=model.n_layer + head_blocks, shape="portable", **PORTABLE)
+    d_ff = model.d_ff if model.gated_mlp else 64 * round(model.d_ff / 96)  # as many weights
+    n_layer = model.n_layer + head_blocks
+    return replace(model, n_layer=n_layer, d_ff=d_ff, shape="portable", **PORTABLE)
 
 
 def words_of(config: Config, base: Config | None = None) -> list[str]:

@@ -21,6 +21,7 @@ from config import (
     SFTConfig,
     Stage,
     UserError,
+    settled,
 )
 from hearth import run
 from hearth.data.tokenizer import Tokenizer
@@ -142,6 +143,8 @@ def make_job(
         sft1=SFTConfig(files=("x",), context=32),
         sft2=SFTConfig(files=("x",), context=32),
     )
+    config = settled(config)
+    pretrain = config.pretrain
     model = build_model(tiny, seed=0)
     model.dtype = torch.float32  # whatever this processor is fastest with
     optimizers = build_optimizers(model, config.optim, pretrain.lr)

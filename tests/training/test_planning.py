@@ -13,7 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pretrain
-from config import PRESETS, HRMConfig, ModelConfig, OptimConfig, PretrainConfig, UserError
+from config import (
+    PRESETS,
+    HRMConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    UserError,
+    settled,
+)
 from hearth import hardware
 from hearth.training import planning
 from hearth.training.batches import Batch
@@ -335,7 +343,7 @@ def test_a_card_that_is_elsewhere_is_planned_from_its_figures(capsys) -> None:
     assert chosen[8] == "–"  # nothing is measured
     with torch.device("meta"):
         model = Model(config.model)
-    loop = config.pretrain
+    loop = settled(config).pretrain
     flops = sum(stage.share * model.flops_per_token(stage.context) for stage in loop.stages)
     hours = loop.steps * loop.tokens_per_step * flops / (0.4 * card.tflops * 1e12) / 3600
     assert float(chosen[-1]) == pytest.approx(hours * card.watts / 1000, abs=0.01)  # kWh
@@ -366,8 +374,8 @@ def test_a_card_without_figures_is_named_with_the_known_ones() -> None:
 def test_on_a_card_the_largest_model_is_planned_within_a_tenth() -> None:
     config = replace(PRESETS["16gb"], device="cuda")
     model = pretrain.build(config, torch.device("cuda"))
-    optimizers = build_optimizers(model, config.optim, config.pretrain.lr)
-    plan = make_plan(model, optimizers, config.pretrain, stages=((4096, 1.0),), n_steps=1)
+    optimizers = build_optimizers(model, config.optim, lr=0.01)
+    plan = make_plan(model, optimizers, settled(config).pretrain, stages=((4096, 1.0),), n_steps=1)
     time_update(plan, model, optimizers)
     few = [row for row in plan.rows if row.n_rows in (1, 4)]
     measure(plan, few, model, optimizers, seconds=120)
