@@ -41,8 +41,9 @@ from config import PRESETS, Config, UserError
 from hearth import hardware, log, storage
 from hearth.cli import run_script
 from hearth.decoding.engine import Engine
+from hearth.training import attention
 from hearth.training.optim import build_optimizers
-from hearth.training.planning import GIB, make_plan, measure, time_update
+from hearth.training.planning import GIB, in_words, make_plan, measure, time_update
 from model import Model, build_model, compute_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,6 +147,7 @@ def memory(device: torch.device, sizes: Sizes, options: argparse.Namespace) -> l
     config, loop, rows = sizes.config, sizes.config.pretrain, []
     for compiled in sorted({False, hardware.compiles(None, device)}):
         model = build_model(config.model, seed=0, device=device)
+        attention.pick(model)
         if compiled:
             model.compile_blocks()
         optimizers = build_optimizers(model, config.optim, loop.lr)
@@ -156,7 +158,7 @@ def memory(device: torch.device, sizes: Sizes, options: argparse.Namespace) -> l
         for row in plan.rows:
             if row.peak is not None:
                 found = {"compiled": compiled, "rows": row.n_rows, "context": row.context}
-                found |= {"recompute": row.activation_checkpointing}
+                found |= {"recompute": in_words(row.activation_checkpointing, model)}
                 found |= {"estimated GiB": row.memory.peak / GIB, "measured GiB": row.peak / GIB}
                 rows.append(found | {"estimated/measured": row.memory.peak / row.peak})
     return rows

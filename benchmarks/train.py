@@ -551,12 +551,13 @@ def micro_step_rates(config: Any, n_tokens: int, n_steps: int) -> Iterator[float
     """Tokens a second of forward and backward over one micro-batch of whole documents."""
     import torch
 
-    from hearth.training import gradients
+    from hearth.training import attention, gradients
     from hearth.training.batches import Batch
     from model import build_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config, seed=0, device=device)
+    attention.pick(model)
     ids = torch.randint(
         0, config.vocab_size, (n_tokens + 1,), generator=torch.Generator().manual_seed(0)
     )

@@ -232,6 +232,23 @@ def memory_limit(device: torch.device) -> int:
     return int(min(free + torch.cuda.memory_reserved(device), allowed))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that the device's memory is full: a class of its own on CUDA,
+    a text on Apple's chips and in the libraries that ask the driver themselves.
+    """
+    said = str(error).lower()
+    told = "out of memory" in said or "alloc_failed" in said or "not enough memory" in said
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and told)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what torch keeps of a device's memory without using it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Let the peak that `memory_in_use` gives begin again."""
     if device.type == "cuda":

@@ -24,11 +24,11 @@ from hearth.data.tokenizer import Tokenizer
 from hearth.reporting.report import Reporter, refresh
 from hearth.reporting.trackers import open_trackers
 from hearth.run import STAGES, newest
-from hearth.training import checkpoint, distributed
+from hearth.training import attention, checkpoint, distributed
 from hearth.training.batches import Batch
 from hearth.training.gradients import accumulate
 from hearth.training.optim import Optimizers, build_optimizers
-from hearth.training.planning import ACTIVATION_CHECKPOINTING, GIB, make_plan, measure
+from hearth.training.planning import GIB, in_words, make_plan, measure, more_of
 from model import Model
 
 # ------------------------------------------------------------------------------------ spiking steps
@@ -196,6 +196,7 @@ def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
     """The loop itself."""
     model, loop, steps = job.model, job.loop, job.batches.n_steps
     preflight(job)
+    attention.pick(model)
     micro_tokens = fit_micro_batch(job)
     hardware.reset_peak_memory(model.device)  # of the trials
     peak = distributed.n_ranks() * hardware.peak_flops(model.device, model.dtype)
@@ -319,36 +320,35 @@ def share_of(batch: Batch) -> Batch:
     )
 
 
+SMALLER = "Take a smaller preset, or lower --model.context, --model.n_layer or --model.d_model."
+
+
 def accumulate_within_memory(job: Job, batch: Batch, micro_tokens: int) -> tuple[float, int]:
     """`accumulate`; when memory runs out, the same batch again in micro-batches of half the size,
     and when there is but one row in them, with more of its activations recomputed.
     """
+    model = job.model
     while True:
         try:
-            return accumulate(job.model, batch, micro_tokens), micro_tokens
-        except torch.OutOfMemoryError as error:
-            if (
-                micro_tokens <= batch.row_length
-                and job.model.activation_checkpointing == ACTIVATION_CHECKPOINTING[-1]
-            ):
+            return accumulate(model, batch, micro_tokens), micro_tokens
+        except RuntimeError as error:
+            if not hardware.is_out_of_memory(error):
+                raise
+            more = more_of(model.activation_checkpointing, model)
+            if micro_tokens <= batch.row_length and more is None:
                 raise UserError(
-                    f"Out of memory with one row of {batch.row_length} tokens. Take a smaller "
-                    "preset, or lower "
-                    f"--model.context, --model.n_layer or --model.d_model."
+                    f"Out of memory with one row of {batch.row_length} tokens. {SMALLER}"
                 ) from error
         job.optimizers.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        hardware.free_memory(model.device)
         if micro_tokens > batch.row_length:
             micro_tokens = max(batch.row_length, micro_tokens // 2)
         else:
-            job.model.activation_checkpointing = ACTIVATION_CHECKPOINTING[
-                ACTIVATION_CHECKPOINTING.index(job.model.activation_checkpointing) + 1
-            ]
+            model.activation_checkpointing = more
         log.say(
             f"Memory ran out: the micro-batch is {micro_tokens} tokens from here on, activations "
-            "recomputed: "
-            f"{job.model.activation_checkpointing}. Tokens per step stay the same."
+            f"recomputed: {in_words(model.activation_checkpointing, model)}. Tokens per step stay "
+            "the same."
         )
 
 
@@ -369,18 +369,13 @@ def fit_micro_batch(job: Job) -> int:
         n_ranks=distributed.n_ranks(),
     )
     if model.device.type == "cuda":
-        measure(plan, plan.candidates(loop.micro_batch_tokens), model, job.optimizers, seconds=60)
+        rows = plan.candidates(loop.micro_batch_tokens)
+        measure(plan, rows, model, job.optimizers, seconds=60, until_no_gain=True)
     row = plan.choose(loop.micro_batch_tokens, model.device)
     model.activation_checkpointing = row.activation_checkpointing
-    recomputed = {
-        "none": "",
-        "head": ", the head's activations recomputed",
-        "all": ", all activations recomputed",
-    }
-    log.say(
-        f"micro-batch {row.n_rows} rows of {row.context} "
-        f"tokens{recomputed[row.activation_checkpointing]}"
-    )
+    recomputed = in_words(row.activation_checkpointing, model)
+    told = "" if recomputed == "none" else f", activations recomputed: {recomputed}"
+    log.say(f"micro-batch {row.n_rows} rows of {row.context} tokens{told}")
     if not row.fits(plan.room):
         log.say(
             f"It takes about {row.memory.peak / GIB:.1f} GiB; a run here should fill "
