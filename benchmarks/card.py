@@ -69,7 +69,7 @@ class Sizes:
 
 
 CARD = Sizes("16gb", (2048, 4096), 8192, 10, (1, 16, 64, 256), 128, 128, "tests")
-TINY = Sizes("demo", (128, 256), 512, 2, (1, 3), 8, 4, "tests/test_model.py")
+TINY = Sizes("demo", (128, 256), 512, 2, (1, 3), 8, 4, "tests/training/test_attention.py")
 TRAIN_SECONDS = 480  # of one call
 # MFU to reach, plain and with the head: on a consumer's card, and on one for a data centre, whose
 # peak a model this small cannot fill

@@ -11,9 +11,9 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -25,7 +25,7 @@ from hearth.reporting.report import Reporter, refresh
 from hearth.reporting.trackers import open_trackers
 from hearth.run import STAGES, newest
 from hearth.training import attention, checkpoint, distributed
-from hearth.training.batches import Batch
+from hearth.training.batches import Batch, Batches, LoadedAhead
 from hearth.training.gradients import accumulate
 from hearth.training.optim import Optimizers, build_optimizers
 from hearth.training.planning import GIB, in_words, make_plan, measure, more_of
@@ -84,17 +84,6 @@ class SpikeGuard:
 
 
 # --------------------------------------------------------------------------------------------- loop
-
-
-class Batches(Protocol):
-    n_steps: int
-    context: int  # longest segment of all stages of the curriculum
-
-    def batch(self, step: int) -> Batch: ...
-
-    def stage(self, step: int) -> int: ...
-
-    def context_of(self, stage: int) -> int: ...
 
 
 @dataclass
@@ -188,8 +177,10 @@ def fit(job: Job, progress: Progress) -> Progress:
 
     Of several processes (`distributed`) the first one alone logs, saves and evaluates.
     """
-    with distributed.group(job.model.device), StopSignal() as stop:
-        return train(job, progress, stop)
+    device = job.model.device
+    ahead = LoadedAhead(job.batches, device)
+    with distributed.group(device), StopSignal() as stop, ahead:
+        return train(replace(job, batches=ahead), progress, stop)
 
 
 def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
@@ -290,7 +281,7 @@ def train_step(job: Job, progress: Progress, micro_tokens: int) -> tuple[dict[st
         loss = distributed.total(weight * loss, model.device)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), job.optimizers.config.clip))
     if progress.guard.allows(loss, norm):
-        job.optimizers.step()
+        update_within_memory(job)
     elif progress.guard.in_a_row >= loop.max_skipped_steps:
         raise UserError(
             f"{progress.guard.in_a_row} steps in a row had a spiking or non-finite gradient (loss "
@@ -352,6 +343,40 @@ def accumulate_within_memory(job: Job, batch: Batch, micro_tokens: int) -> tuple
         )
 
 
+def update_within_memory(job: Job) -> None:
+    """The optimizers' step; where memory runs out, what torch keeps unused is given back and the
+    weights that were not updated yet are.
+    """
+    device = job.model.device
+    for again in (False, True):
+        try:
+            return job.optimizers.step()
+        except RuntimeError as error:
+            if not hardware.is_out_of_memory(error):
+                raise
+            if again or not job.optimizers.can_continue:
+                raise UserError(f"Out of memory in the optimizer's step. {SMALLER}") from error
+        hardware.free_memory(device)
+        log.say("Memory ran out in the optimizer's step, which continues where it was.")
+    return None
+
+
+def look_within_memory(job: Job, what: str, look: Callable[[], Any]) -> Any:
+    """What `look` makes of the weights meant for use; None, and a line in the log, where memory
+    runs out a second time: a run does not end for want of an evaluation.
+    """
+    for _ in range(2):
+        try:
+            with job.optimizers.inference_weights():
+                return look()
+        except RuntimeError as error:
+            if not hardware.is_out_of_memory(error):
+                raise
+        hardware.free_memory(job.model.device)
+    log.say(f"Memory ran out: no {what} at this step.")
+    return None
+
+
 def fit_micro_batch(job: Job) -> int:
     """The micro-batch to start with, in tokens; sets what of the model's activations is computed
     again.
@@ -408,8 +433,9 @@ def report(job: Job, step: int, run_log: log.RunLog) -> None:
     """Evaluate with the weights meant for use; the figures go to the console and to
     `metrics.jsonl`.
     """
-    with job.optimizers.inference_weights():
-        held_out = job.evaluate()
+    held_out = look_within_memory(job, "evaluation", job.evaluate)
+    if held_out is None:
+        return
     run_log.note("eval", step, **held_out)
     log.say(
         f"held out at step {step}: "
@@ -418,9 +444,7 @@ def report(job: Job, step: int, run_log: log.RunLog) -> None:
 
 
 def show_samples(job: Job, progress: Progress, run_log: log.RunLog) -> None:
-    with job.optimizers.inference_weights():
-        pairs = job.sample()
-    for prompt, text in pairs:
+    for prompt, text in look_within_memory(job, "sample", job.sample) or []:
         run_log.note("sample", progress.step, tokens=progress.tokens, prompt=prompt, text=text)
         log.say(f"sample at step {progress.step}: {prompt!r} → {text!r}")
 

@@ -73,7 +73,8 @@ def polar_factor(gram: Tensor) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised (https://kellerjordan.github.io/posts/muon), batched over matrices of
-    one shape.
+    one shape. All that takes memory is done before a weight or the state of a shape changes: where
+    memory runs out, the shape can be updated again.
     """
 
     def __init__(
@@ -93,17 +94,23 @@ class Muon(torch.optim.Optimizer):
                 continue
             gradient = torch.stack([p.grad for p in params])  # (K, m, n)
             state = self.state[group["params"][0]]
-            momentum_buffer = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
-            momentum_buffer.lerp_(gradient, 1 - group["momentum"])
-            direction = orthogonalise(gradient.lerp(momentum_buffer, group["momentum"]))  # Nesterov
-            direction = normalize_rows(direction, state)
+            before = state.get("momentum_buffer")
+            before = torch.zeros_like(gradient) if before is None else before
+            new = {"momentum_buffer": before.lerp(gradient, 1 - group["momentum"])}
+            if "second_moment" in state:
+                new["second_moment"] = state["second_moment"].clone()
+            direction = gradient.lerp_(new["momentum_buffer"], group["momentum"])  # Nesterov
+            direction = normalize_rows(orthogonalise(direction), new)
             m, n = gradient.shape[-2:]
+            del gradient
             size = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(m, n))
-            for param, update in zip(params, direction, strict=True):
-                # decay only where the update shrinks the weight too (arXiv 2510.12402)
-                shrinking = param * update > 0
-                param.mul_(1 - group["lr"] * group["weight_decay"] * shrinking)
-                param.add_(update, alpha=-size)
+            # decay only where the update shrinks the weight too (arXiv 2510.12402)
+            decay = group["lr"] * group["weight_decay"]
+            kept = [1 - decay * (p * u > 0) for p, u in zip(params, direction, strict=True)]
+            updates = list(direction)
+            state.update(new)
+            for param, factor, update in zip(params, kept, updates, strict=True):
+                param.mul_(factor).add_(update, alpha=-size)
 
 
 def normalize_rows(direction: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -119,6 +126,14 @@ def normalize_rows(direction: Tensor, state: dict[str, Tensor]) -> Tensor:
     )
 
 
+# what each rule keeps of a parameter, or of a group of equal matrices
+KEPT = {
+    "Muon": {"momentum_buffer", "second_moment"},
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "AdamWScheduleFree": {"z", "exp_avg_sq"},
+}
+
+
 class Optimizers:
     """The optimizers of one model as one: a learning rate by factor, one state, weights meant for
     use.
@@ -128,6 +143,7 @@ class Optimizers:
         self, parts: list[torch.optim.Optimizer], config: OptimConfig, model: nn.Module
     ) -> None:
         self.parts, self.config, self.model = parts, config, model
+        self._updated: set[int] = set()  # groups, of a step that an error broke off
         for group in self._groups():
             group["peak_lr"] = group["lr"]
 
@@ -152,9 +168,27 @@ class Optimizers:
                 group["momentum"] = 0.85 + (self.config.momentum - 0.85) * warm
         return factor
 
+    @property
+    def can_continue(self) -> bool:
+        """Whether a step that memory ran out in can be taken up again, and ends the same."""
+        return self.config.name != "schedulefree"
+
     def step(self) -> None:
+        """Update all weights; after an error, those that it kept from it, where `can_continue`."""
         for part in self.parts:
-            part.step()
+            groups = part.param_groups
+            for p, state in list(part.state.items()):
+                if set(state) != KEPT[type(part).__name__]:
+                    del part.state[p]  # half made
+            try:
+                for group in groups:
+                    if id(group) not in self._updated:
+                        part.param_groups = [group]
+                        part.step()
+                        self._updated.add(id(group))
+            finally:
+                part.param_groups = groups
+        self._updated.clear()
 
     def zero_grad(self) -> None:
         self.model.zero_grad(set_to_none=True)
@@ -222,14 +256,6 @@ class Optimizers:
             with torch.no_grad():
                 for p, before in zip(self.model.parameters(), trained, strict=True):
                     p.copy_(before)
-
-
-# what each rule keeps of a parameter, or of a group of equal matrices
-KEPT = {
-    "Muon": {"momentum_buffer", "second_moment"},
-    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
-    "AdamWScheduleFree": {"z", "exp_avg_sq"},
-}
 
 
 def check_state(part: torch.optim.Optimizer) -> None:
