@@ -343,7 +343,7 @@ class Config:
     runs: str = "runs"  # folder that holds one folder a run
     name: str | None = None  # name of the run's folder; None is the preset's name
     seed: int = 0  # of initialisation, data order and samples
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a card where torch can use one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # cuda: AMD too; mps: Apple
     compile: bool | None = None  # fuse small operations with torch.compile; None: on a card
     eight_bit: Literal["float8", "int8"] | None = None  # refused where slower
     data: DataConfig = field(default_factory=DataConfig)

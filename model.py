@@ -489,10 +489,20 @@ def build_model(config: ModelConfig, *, seed: int, device: torch.device | str = 
     return model
 
 
+# MI100, MI200, MI300, RX 7000, RX 9000
+AMD_BFLOAT16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively, float32 where it would emulate it."""
-    if device.type == "cuda":
+    """bfloat16 where the hardware multiplies it natively, float32 where it would emulate it, and on
+    Apple's chips, where bfloat16 has not been measured.
+    """
+    if device.type == "cuda" and torch.version.hip:  # AMD's: matrix cores from these on
+        native = torch.cuda.get_device_properties(device).gcnArchName.startswith(AMD_BFLOAT16)
+    elif device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "mps":
+        native = False
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32

@@ -188,11 +188,13 @@ def run_until(deadline: float, words: list[str]) -> bool:
     """Whether a script of this project ended by itself; at the deadline it is asked to save and
     leave. Raises UserError where it fails.
     """
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT)
+    # Windows asks only a group of processes to stop, by Ctrl-Break
+    own = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, **own)
     try:
         code = process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT))
         process.wait()
         return False
     if code:

@@ -494,8 +494,9 @@ class Clock:
         self._last_save = time.monotonic()
 
 
-# Windows has no terminal that hangs up
-HANG_UP = getattr(signal, "SIGHUP", None)
+def hang_up() -> int:
+    """The signal of a terminal that closes; on Windows that of its window, and of Ctrl-Break."""
+    return signal.SIGHUP if hasattr(signal, "SIGHUP") else signal.SIGBREAK
 
 
 class StopSignal:
@@ -506,7 +507,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         self.number, self._when = 0, 0.0  # of the first signal that came
-        asking = [s for s in (signal.SIGINT, signal.SIGTERM, HANG_UP) if s is not None]
+        asking = {signal.SIGINT, signal.SIGTERM, hang_up()}
         asking = [s for s in asking if signal.getsignal(s) != signal.SIG_IGN]
         self._before = {s: signal.signal(s, self._note) for s in asking}
         return self
@@ -514,7 +515,7 @@ class StopSignal:
     def _note(self, number: int, frame: object) -> None:
         if self.number:
             # a terminal that closes sends several, and torchrun passes on what came already
-            repeated = number == HANG_UP or (
+            repeated = number == hang_up() or (
                 distributed.n_ranks() > 1 and time.monotonic() < self._when + 10
             )
             if not repeated:

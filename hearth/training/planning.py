@@ -259,14 +259,14 @@ def peak_memory(device: torch.device, held: int) -> Iterator[list[int]]:
     """Inside, tensors are counted; afterwards the list holds the most bytes that were alive at
     once.
 
-    On a card as its allocator counts them; on a CPU as torch's profiler sees them come and go, on
-    top of the `held` bytes that are there before.
+    On a card as its allocator counts them; on an Apple chip what its driver then holds; on a CPU as
+    torch's profiler sees them come and go, on top of the `held` bytes that are there before.
     """
     found: list[int] = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != "cpu":
+        hardware.reset_peak_memory(device)
         yield found
-        found.append(torch.cuda.max_memory_allocated(device))
+        found.append(round(1e9 * hardware.memory_in_use(device)))
         return
     # the profiler's library would tell of its comings and goings
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -290,6 +290,16 @@ def test_a_flash_attn_of_another_torch_is_a_reason_to_take_the_next(
     assert "flash-attn does not work here: cannot import name" in capsys.readouterr().out
 
 
+def test_a_torch_without_varlen_attn_takes_the_next_kind(
+    tiny: ModelConfig, pretend_card, monkeypatch, capsys
+) -> None:
+    """As ROCm's or an older one may be; a kernel that its card lacks fails in the trial."""
+    kinds = {"varlen_attn": attention.varlen_attn_of_torch, "sure": blocks}
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    assert pretend_card(tiny, **kinds) == "sure"
+    monkeypatch.undo()
+
+
 def test_a_model_trains_through_what_was_picked(tiny: ModelConfig, monkeypatch) -> None:
     calls = []
 

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -205,10 +207,15 @@ def test_resumed_run_matches_unbroken_run(
     assert [r["step"] for r in steps if r["kind"] == "step"] == list(range(1, 13))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+posix = pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends a process on Windows")
+
+
+@posix
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_finishes_the_step_saves_and_exits_with_its_number(
-    number: int, tmp_path: Path, tiny, words, capsys
+    name: str, tmp_path: Path, tiny, words, capsys
 ) -> None:
+    number = getattr(signal, name)
     before = signal.getsignal(number)
     job, progress = make_job(tmp_path, tiny, words)
     real_batch = RandomBatches.batch
@@ -229,6 +236,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_its_number(
     assert signal.getsignal(number) == before
 
 
+@posix
 def test_a_second_signal_is_obeyed_but_a_terminal_may_close_twice() -> None:
     with loop.StopSignal() as stop:
         for _ in range(3):
@@ -238,6 +246,7 @@ def test_a_second_signal_is_obeyed_but_a_terminal_may_close_twice() -> None:
             signal.raise_signal(signal.SIGTERM)
 
 
+@posix
 def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
@@ -247,6 +256,22 @@ def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored() -> None
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_break_and_a_closed_window_stop_a_run_on_windows(monkeypatch) -> None:
+    """There SIGBREAK stands where others have SIGHUP; a stand-in for it is raised here."""
+    stand_in = signal.SIGTERM
+    windows = SimpleNamespace(
+        **{name: getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIG_IGN")},
+        **{name: getattr(signal, name) for name in ("signal", "getsignal")},
+        SIGBREAK=stand_in,
+    )
+    monkeypatch.setattr(loop, "signal", windows)
+    assert loop.hang_up() == stand_in
+    with loop.StopSignal() as stop:
+        signal.raise_signal(stand_in)
+        signal.raise_signal(stand_in)  # a window that closes may say so twice
+        assert stop.number == stand_in
 
 
 def test_speed_and_memory_are_those_of_the_stage_at_hand(
