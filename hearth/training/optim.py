@@ -71,6 +71,9 @@ def polar_factor(gram: Tensor) -> Tensor:
     return factor
 
 
+ELEMENTS_AT_ONCE = 2**26  # of equal matrices updated together: 256 MiB in float32
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised (https://kellerjordan.github.io/posts/muon), batched over matrices of
     one shape. All that takes memory is done before a weight or the state of a shape changes: where
@@ -78,13 +81,24 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, matrices: list[Tensor], *, lr: float, momentum: float, weight_decay: float
+        self,
+        matrices: list[Tensor],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype = torch.float32,  # of the momentum between two steps
     ) -> None:
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for matrix in matrices:
             by_shape[matrix.shape].append(matrix)
+        groups = []
+        for shape, equal in by_shape.items():  # few at once where they are large
+            n = max(1, ELEMENTS_AT_ONCE // shape.numel())
+            groups += [{"params": equal[i : i + n]} for i in range(0, len(equal), n)]
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__([{"params": group} for group in by_shape.values()], settings)
+        self.dtype = dtype
+        super().__init__(groups, settings)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -95,13 +109,15 @@ class Muon(torch.optim.Optimizer):
             gradient = torch.stack([p.grad for p in params])  # (K, m, n)
             state = self.state[group["params"][0]]
             before = state.get("momentum_buffer")
-            before = torch.zeros_like(gradient) if before is None else before
-            new = {"momentum_buffer": before.lerp(gradient, 1 - group["momentum"])}
+            before = torch.zeros_like(gradient) if before is None else before.float()
+            momentum = before.lerp(gradient, 1 - group["momentum"])
+            new = {"momentum_buffer": momentum.to(self.dtype)}
             if "second_moment" in state:
                 new["second_moment"] = state["second_moment"].clone()
-            direction = gradient.lerp_(new["momentum_buffer"], group["momentum"])  # Nesterov
+            direction = gradient.lerp_(momentum, group["momentum"])  # Nesterov
+            del before, momentum
             direction = normalize_rows(orthogonalise(direction), new)
-            m, n = gradient.shape[-2:]
+            m, n = direction.shape[-2:]
             del gradient
             size = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(m, n))
             # decay only where the update shrinks the weight too (arXiv 2510.12402)
@@ -225,17 +241,19 @@ class Optimizers:
         return self.state_bytes() + (4 * sum(p.numel() for p in self.model.parameters()) * twice)
 
     def state_bytes(self) -> int:
-        """Memory of the whole state in bytes, whether or not it is there yet: Muon keeps one
-        float32 of each weight and one of each row or column, AdamW and its schedule-free form two
-        of each weight.
+        """Memory of the whole state in bytes, whether or not it is there yet: Muon keeps one number
+        of each weight, in its own dtype, and a float32 of each row or column, AdamW and its
+        schedule-free form two float32 of each weight.
         """
         sizes = (
-            p.numel() + max(p.shape) if isinstance(part, Muon) else 2 * p.numel()
+            part.dtype.itemsize * p.numel() + 4 * max(p.shape)
+            if isinstance(part, Muon)
+            else 8 * p.numel()
             for part in self.parts
             for group in part.param_groups
             for p in group["params"]
         )
-        return 4 * sum(sizes)
+        return sum(sizes)
 
     @contextmanager
     def inference_weights(self) -> Iterator[None]:
@@ -294,7 +312,13 @@ def build_optimizers(model: nn.Module, config: OptimConfig, lr: float) -> Optimi
     dense = {"params": matrices, "lr": lr, "weight_decay": config.weight_decay}
     betas = (config.beta1, config.beta2)
     if config.name == "muon":
-        muon = Muon(matrices, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        muon = Muon(
+            matrices,
+            lr=lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            dtype=getattr(torch, config.momentum_dtype),
+        )
         parts = [muon, torch.optim.AdamW(rest, betas=betas, fused=True)]
     elif config.name == "adamw":
         parts = [torch.optim.AdamW([dense, *rest], betas=betas, fused=True)]
