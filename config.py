@@ -143,6 +143,15 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.d_model // self.n_head
 
+    @property
+    def n_weights(self) -> int:
+        """Weights of the products a token passes, the tied output among them; no tables."""
+        D, hrm = self.d_model, self.hrm
+        block = D * (2 * self.n_head + 2 * self.n_kv_head) * self.head_dim
+        block += D * self.d_ff * (3 if self.gated_mlp else 2)
+        in_head = hrm.h_layer + hrm.l_layer * bool(hrm.l_cycles) if hrm else 0
+        return (self.n_layer + in_head) * block + (self.vocab_size + D * bool(hrm)) * D
+
     def problems(self) -> list[str]:
         if min(self.n_head, self.n_kv_head, self.d_model, self.vocab_size) < 1:
             return []  # said already
@@ -200,11 +209,11 @@ class Stage:
 class LoopConfig:
     """What pretraining and fine-tuning share: step, schedule, what is shown and saved."""
 
-    lr: float = 2e-3  # peak learning rate; Muon's updates are scaled to the size of AdamW's
+    lr: float | None = None  # peak learning rate of matrices; None: by the rule below
     warmup_share: float = 0.02  # share of the steps over which the learning rate climbs
     decay_share: float = 0.6  # share of the steps, at the end, over which it falls in a line
     final_lr_ratio: float = 0.05  # learning rate at the end, relative to the peak
-    tokens_per_step: int = 524_288  # tokens in one optimizer step, whatever the micro-batch
+    tokens_per_step: int | None = None  # tokens in one optimizer step; None: by the rule below
     micro_batch_tokens: int | None = None  # tokens in one pass; None fits the card's free memory
     eval_every_steps: int = 250  # steps between two evaluations on held-out data
     eval_tokens: int = 1_048_576  # held-out tokens of each corpus that an evaluation reads
@@ -217,8 +226,9 @@ class LoopConfig:
 
     def loop_problems(self, where: str) -> list[str]:
         found = []
-        if (self.micro_batch_tokens or 0) > 0 and self.tokens_per_step % self.micro_batch_tokens:
-            sizes = f"{self.tokens_per_step} must be a multiple of {self.micro_batch_tokens}"
+        micro, step = self.micro_batch_tokens or 0, self.tokens_per_step
+        if step and micro > 0 and step % micro:
+            sizes = f"{step} must be a multiple of {micro}"
             found.append(f"{where}.tokens_per_step {sizes}, its micro_batch_tokens")
         if not 0 <= self.warmup_share + self.decay_share <= 1:
             found.append(f"{where}.warmup_share + decay_share is above 1")
@@ -229,12 +239,15 @@ class LoopConfig:
 class PretrainConfig(LoopConfig):
     """Pretraining on the text corpora."""
 
-    steps: int = 4800  # optimizer steps
+    tokens: int | None = None  # tokens to train on; None: by the rule below
+    steps: int | None = None  # optimizer steps; None: as many as the tokens make
     stages: tuple[Stage, ...] = (Stage(1024, 0.6), Stage(2048, 0.25), Stage(4096, 0.15))
     prompts: tuple[str, ...] = ("The", "Water is", "To add two numbers,")  # that samples continue
 
     def problems(self, context: int) -> list[str]:
         found = self.loop_problems("pretrain")
+        if self.tokens and self.steps:
+            found.append("pretrain: give tokens or steps, not both")
         total = sum(stage.share for stage in self.stages)
         if not math.isclose(total, 1.0, abs_tol=1e-6):
             found.append(f"pretrain.stages: the shares add up to {total:.3f}, must be 1")
@@ -243,7 +256,7 @@ class PretrainConfig(LoopConfig):
             for stage in self.stages
             if not 0 < stage.context <= context or context % stage.context
         ]
-        if (self.micro_batch_tokens or self.tokens_per_step) % context:
+        if (self.micro_batch_tokens or self.tokens_per_step or context) % context:
             found.append(f"pretrain: the micro-batch must be a multiple of model.context {context}")
         return found
 
@@ -314,7 +327,7 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda x: x >= 1,
         "data.shard_mb tokenizer.sample_mb tokenizer.shard_tokens model.vocab_size model.n_layer "
         "model.d_model model.n_head model.n_kv_head model.d_ff model.context model.window "
-        "model.hrm.l_layer model.hrm.h_layer model.hrm.h_cycles pretrain.steps "
+        "model.hrm.l_layer model.hrm.h_layer model.hrm.h_cycles pretrain.steps pretrain.tokens "
         "loop.tokens_per_step loop.micro_batch_tokens loop.eval_every_steps loop.eval_tokens "
         "loop.log_every_steps loop.sample_every_steps loop.keep_checkpoints",
     ),
@@ -372,6 +385,71 @@ class Config:
         return Path(self.runs) / (self.name or self.preset)
 
 
+# ----------------------------------------------------------------------------------------- the rule
+
+# What follows from a model and the tokens it reads, where nobody says otherwise. EXPERIMENTS.md,
+# "One rule", has the runs that the constants were fitted to.
+TOKENS_PER_WEIGHT = 20  # of `ModelConfig.n_weights` (Chinchilla, arXiv 2203.15556, section 3)
+BATCH, BATCH_GROWTH = 2048, 0.5  # tokens of a step in a run of 10^6 tokens; exponent of its tokens
+LR, LR_WIDTH, LR_STEPS = 0.012, 0.5, 0.3  # at width 256 and 300 steps; exponents of their inverses
+FINE_TUNING_LR = 0.25  # of pretraining's
+
+
+def shaped(model: ModelConfig, depth: int) -> ModelConfig:
+    """The presets' shape at another depth: `depth` blocks, the head's among them, 40 channels of
+    width a block, heads of 64, a key/value head for about three, an MLP of 8/3 the width, a
+    vocabulary of about 32 entries a channel; context and kind stay.
+    """
+    width = 64 * max(2, round(depth * 40 / 64))
+    n_head = width // 64
+    fits = [n for n in range(1, n_head + 1) if n_head % n == 0 and n <= max(1.0, n_head / 2.5)]
+    in_module = max(1, round(depth / 10))
+    hrm = model.hrm and replace(model.hrm, l_layer=in_module, h_layer=in_module)
+    return replace(
+        model,
+        vocab_size=min(32_768, 2 ** round(math.log2(32 * width))),
+        n_layer=max(1, depth - 2 * in_module) if hrm else depth,
+        d_model=width,
+        n_head=n_head,
+        n_kv_head=max(fits),
+        d_ff=64 * math.ceil(width / 24),
+        hrm=hrm,
+    )
+
+
+def batch_for(tokens: int, context: int) -> int:
+    """Tokens of an optimizer step for a run of `tokens`: a power of two, a row at least."""
+    return max(context, 2 ** round(math.log2(BATCH * (tokens / 1e6) ** BATCH_GROWTH)))
+
+
+def lr_for(model: ModelConfig, steps: int) -> float:
+    """Peak learning rate. An orthogonal update is scaled to the size of AdamW's, so its norm grows
+    with the root of the width, which the first factor takes back (arXiv 2310.17813); the second
+    one is a fit.
+    """
+    return LR * (256 / model.d_model) ** LR_WIDTH * (300 / steps) ** LR_STEPS
+
+
+def settled(config: Config) -> Config:
+    """The same settings with what they leave open filled in by the rule."""
+    loop, model = config.pretrain, config.model
+    tokens = loop.tokens or TOKENS_PER_WEIGHT * model.n_weights
+    batch = loop.tokens_per_step or batch_for(tokens, model.context)
+    steps = loop.steps or max(1, tokens // batch)
+    lr = loop.lr or lr_for(model, steps)
+    filled = replace(loop, lr=lr, tokens_per_step=batch, steps=steps, tokens=None)
+    tuned = {
+        name: replace(
+            stage,
+            lr=stage.lr or FINE_TUNING_LR * lr,
+            tokens_per_step=stage.tokens_per_step or max(stage.context, batch // 4),
+        )
+        for name in ("sft1", "sft2")
+        if (stage := getattr(config, name))
+    }
+    return replace(config, pretrain=filled, **tuned)
+
+
 # ------------------------------------------------------------------------------------------ presets
 
 # No `revision` is pinned: the first start takes the newest, writes it down and sticks to it.
@@ -385,10 +463,8 @@ OPENR1 = ChatSource("openr1-math", "open-r1/OpenR1-Math-220k", "default", max_ch
 
 CARD = Config(
     data=DataConfig(sources=(FINEWEB, WEB_MATH)),
-    sft1=SFTConfig(sources=(ALPACA, DOLLY), lr=5e-4, tokens_per_step=131_072),
-    sft2=SFTConfig(
-        sources=(ULTRACHAT, OPENR1), context=4096, epochs=1.0, lr=5e-4, tokens_per_step=262_144
-    ),
+    sft1=SFTConfig(sources=(ALPACA, DOLLY)),
+    sft2=SFTConfig(sources=(ULTRACHAT, OPENR1), context=4096, epochs=1.0),
 )
 
 DEMO_LOOP = {
@@ -443,7 +519,11 @@ DEMO = Config(
     chat=ChatConfig(temperature=0.0, top_p=None, max_tokens=200),
 )
 
+DEPTHS = {"16gb": 19, "12gb": 16, "24gb": 24, "8gb": 13}  # blocks; the rest follows
 PRESETS: dict[str, Config] = {
-    **{name: replace(CARD, preset=name) for name in ("16gb", "12gb", "24gb", "8gb")},
+    **{
+        name: replace(CARD, preset=name, model=shaped(CARD.model, depth))
+        for name, depth in DEPTHS.items()
+    },
     "demo": DEMO,
 }

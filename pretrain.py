@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from config import Config, UserError
+from config import Config, UserError, settled
 from hearth import cli, hardware, log, run
 from hearth.data.shard_folder import inputs_of_tokens, is_finished, read_manifest
 from hearth.data.token_shards import TokenShards
@@ -96,7 +96,7 @@ def train_base(
 ) -> None:
     """Train to the last step."""
     device = hardware.pick_device(config.device)
-    loop, names = config.pretrain, [source.name for source in config.data.corpora()]
+    loop, names = settled(config).pretrain, [source.name for source in config.data.corpora()]
     batches = PretrainingBatches(
         train,
         [source.weight for source in config.data.corpora()],
@@ -147,7 +147,7 @@ def show_plan(config: Config, seconds: float = 50) -> None:
     """Measure the micro-batches that this machine could run and print what the whole run takes with
     each.
     """
-    device, loop = hardware.pick_device(config.device), config.pretrain
+    device, loop = hardware.pick_device(config.device), settled(config).pretrain
     process = hardware.memory_in_use(device) if device.type == "cpu" else 0.0
     model = build(config, device)
     attention.pick(model)
@@ -178,7 +178,7 @@ def show_plan_of_card(config: Config, name: str) -> None:
 
     Raises UserError that lists the known cards for one without figures.
     """
-    card, loop = hardware.card_named(name), config.pretrain
+    card, loop = hardware.card_named(name), settled(config).pretrain
     with torch.device("meta"):
         model = Model(config.model)
     model.dtype = torch.bfloat16
@@ -200,7 +200,7 @@ def show_plan_of_card(config: Config, name: str) -> None:
 
 def say_plan(config: Config, model: Model, plan: Plan, chosen: Row) -> None:
     """The plan on the console: model, tokens, peak, and the table."""
-    loop = config.pretrain
+    loop = settled(config).pretrain
     log.say(
         f"model       {model.n_parameters():,} parameters, {len(model.block_passes())} block "
         "passes a token"
@@ -250,7 +250,7 @@ def bits_per_byte(model: Model, shards: TokenShards, config: Config, tokenizer: 
     """Held-out cross-entropy in bits per byte of text, whatever the tokenizer; ends of documents
     are counted too.
     """
-    loop = config.pretrain
+    loop = settled(config).pretrain
     batches = list(
         validation_batches(
             shards,
@@ -298,7 +298,7 @@ def continue_texts(
 
 def announce(config: Config, model: Model, batches: PretrainingBatches) -> None:
     """What is about to happen, on the console."""
-    loop = config.pretrain
+    loop = settled(config).pretrain
     log.say(
         f"model       {model.n_parameters():,} parameters, {len(model.block_passes())} block "
         "passes a token"

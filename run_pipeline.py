@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from config import Config
+from config import Config, UserError
 from hearth import cli, log, run
 
 HERE = Path(__file__).resolve().parent
@@ -32,6 +32,8 @@ class Options:
 
     # remove this stage and all that follow, and make them again
     redo: Literal["text", "tokenizer", "base", "sft1", "sft2"] | None = None
+    # hours that pretraining may take on this machine: picks the model's size and the tokens
+    hours: float | None = None
 
 
 SCRIPT = cli.Script(
@@ -49,6 +51,8 @@ def main(config: Config, options: Options) -> None:
     stop.
     """
     started = time.monotonic()
+    if options.hours is not None:
+        config = sized(config, options.hours)
     asks_world = any(source.demo for source in config.data.corpora())
     if options.redo:
         with run.working_on(config, makes=list(run.STAGES), redo=options.redo):
@@ -63,6 +67,32 @@ def main(config: Config, options: Options) -> None:
     log.say(f"the whole road took {log.duration(time.monotonic() - started)}")
     log.say("── chat_inference.py ".ljust(100, "─"))
     raise SystemExit(run_stage("chat_inference.py", config)[0])
+
+
+def sized(config: Config, hours: float) -> Config:
+    """The config with the size and tokens that this machine trains best in `hours`; as it is where
+    the run has begun to read its text with a size of its own.
+    """
+    if not 0 < hours < 10_000:
+        raise UserError(f"--hours is {hours:g}, must be above 0.")
+    if run.load_settings(config.run_dir) is not None:
+        log.say("--hours: this run has its size already, and keeps it")
+        return config
+    from hearth import hardware
+    from hearth.training import sizing
+
+    device = hardware.pick_device(config.device)
+    log.say(f"── sizes for {hours:g} hours of pretraining on {hardware.describe(device)}")
+    found, timed = sizing.choose(config, hours, device)
+    for size in timed:
+        chosen = ">" if size.tokens == found.pretrain.tokens else " "
+        log.say(
+            f"{chosen} depth {size.depth:2}  {size.n_weights / 1e6:7.1f}M weights  "
+            f"{log.count(size.tokens):>6} tokens at {log.count(size.tokens_per_second)}/s  "
+            f"predicted {size.bits_per_byte:.3f} bits per byte"
+        )
+    log.say("Predicted for English textbooks; other text has other figures, but the same order.")
+    return found
 
 
 def run_stage(script: str, config: Config) -> tuple[int, bool]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from config import ChatSource, Config, SFTConfig, UserError
+from config import ChatSource, Config, SFTConfig, UserError, settled
 from hearth import cli, hardware, log, run
 from hearth.data import ingest, sources
 from hearth.data.chat_format import CHAT_TEMPLATE, Rendered, parse_answer, render
@@ -70,7 +70,7 @@ def main(config: Config, options: Options) -> None:
 
 def train_stage(config: Config, name: str, start: Path | None, work: run.Run) -> None:
     """One stage of fine-tuning; continue if its folder holds a checkpoint."""
-    loop: SFTConfig = getattr(config, name)
+    loop: SFTConfig = getattr(settled(config), name)
     folder = config.run_dir / name
     start = start or stage_before(config, name, work)
     sets = loop.sets()

@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from config import PORTABLE, PRESETS, Config, ModelConfig, UserError
+from config import PORTABLE, PRESETS, Config, ModelConfig, UserError, shaped
 
 DEFAULT_PRESET = "16gb"
 WHOLE_RUN = ("preset", "name", "runs")  # fields that choose the run rather than describe it
@@ -207,6 +207,10 @@ class Script:
         base = saved(Path(runs) / (name or preset or DEFAULT_PRESET))
         if base is None or preset not in (None, base.preset):
             base = PRESETS[preset or DEFAULT_PRESET]
+        if (depth := _take_option(words, "--depth")) is not None:
+            if not depth.isdecimal() or not 4 <= int(depth) <= 100:
+                raise UserError(f"--depth is {depth!r}, must be a whole number from 4 to 100.")
+            base = replace(base, model=shaped(base.model, int(depth)))
         head = _take_option(words, "--model.hrm")
         if head is not None:
             if head.lower() != "none":
@@ -264,6 +268,8 @@ def help_text(script: Script, *, everything: bool = False) -> str:
     width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
     own = _help_rows(script.options, "", script.keywords) if script.options is not None else []
     settings = [("--preset NAME", f"{', '.join(PRESETS)}; without it {DEFAULT_PRESET}")]
+    if _is_read("--model", script.reads):
+        settings.append(("--depth N", "blocks of the model; width and the rest follow by the rule"))
     settings += [
         (left, said)
         for left, said in _help_rows(PRESETS[DEFAULT_PRESET], "", ())

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config import PRESETS, Config, UserError
+from config import PRESETS, Config, UserError, settled
 from hearth import cli, log, storage
 
 SETTINGS, LOCK = "config.json", "lock"
@@ -197,7 +197,10 @@ def _load(folder: Path) -> dict[str, Any] | None:
 
 
 def settings_of(stage: str, config: Config) -> dict[str, Any]:
-    """The settings that decide the result of a stage, by name, as JSON holds them."""
+    """The settings that decide the result of a stage, by name, as JSON holds them; what they leave
+    open as the rule fills it in.
+    """
+    config = settled(config)
     found = {
         name: cli.plain(value)
         for name, value in cli.flat(config).items()

@@ -140,7 +140,7 @@ def test_words_of_a_config_ask_for_that_config(words: list[str]) -> None:
         ({"pretrain": {"stages": "x"}}, "pretrain.stages is 'x', must be a list"),
         ({"pretrain": {"stages": [{"context": None}]}}, "pretrain.stages.0.context is 'None'"),
         ({"optim": {"name": "sgd"}}, "optim.name is 'sgd', must be one of muon"),
-        ({"pretrain": {"lr": None}}, "pretrain.lr is 'None', must be a number"),
+        ({"pretrain": {"stages": None}}, "pretrain.stages is 'None', must be a list"),
         ({"colour": "red"}, "colour is a field that this version lacks"),
     ],
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from config import (
+    FINE_TUNING_LR,
     PRESETS,
+    TOKENS_PER_WEIGHT,
     Config,
     DataConfig,
     ModelConfig,
@@ -14,19 +18,67 @@ from config import (
     SFTConfig,
     TextSource,
     UserError,
+    batch_for,
+    lr_for,
+    settled,
+    shaped,
 )
 from model import Model
 
+CARDS = ["8gb", "12gb", "16gb", "24gb"]
 
-@pytest.mark.parametrize("name", ["16gb", "12gb", "24gb", "8gb"])
-def test_cards_make_the_same_model_of_about_146m_from_the_same_tokens(name: str) -> None:
-    preset = PRESETS[name]
+
+def test_a_larger_card_gets_a_larger_model_and_more_tokens() -> None:
+    sizes = [PRESETS[name].model.n_weights for name in CARDS]
+    tokens = [trained_on(PRESETS[name]) for name in CARDS]
+    assert sizes == sorted(set(sizes))
+    assert tokens == sorted(set(tokens))
+    assert 143e6 < PRESETS["16gb"].model.n_weights < 149e6
+
+
+def trained_on(config: Config) -> int:
+    loop = settled(config).pretrain
+    return loop.steps * loop.tokens_per_step
+
+
+@pytest.mark.parametrize("depth", [4, 6, 9, 13, 16, 19, 24, 32])
+def test_every_depth_gives_a_shape_that_can_be_built(depth: int) -> None:
+    model = shaped(PRESETS["16gb"].model, depth)
+    config = replace(PRESETS["16gb"], model=model)  # every check of it
     with torch.device("meta"):
-        n = Model(preset.model).n_parameters()
-    assert 143e6 < n < 149e6
-    assert (preset.model.context, preset.model.vocab_size) == (4096, 32_768)
-    assert preset.model == PRESETS["16gb"].model
-    assert preset.pretrain.tokens_per_step == PRESETS["16gb"].pretrain.tokens_per_step
+        built = Model(config.model)
+    assert len(built.block_passes()) == depth
+    assert model.head_dim == 64
+    assert abs(model.d_model - 40 * depth) <= 32 + 64 * (depth < 5)
+    # what n_weights leaves out are vectors and tables
+    assert 0.99 < model.n_weights / built.n_parameters() <= 1
+    plain = shaped(replace(model, hrm=None), depth)
+    assert (plain.n_layer, plain.hrm) == (depth, None)
+
+
+def test_the_rule_fills_in_only_what_is_left_open() -> None:
+    config = PRESETS["16gb"]
+    whole = settled(config)
+    assert settled(whole) == whole
+    assert whole.pretrain.tokens_per_step % config.model.context == 0
+    assert whole.pretrain.steps * whole.pretrain.tokens_per_step == pytest.approx(
+        TOKENS_PER_WEIGHT * config.model.n_weights, rel=0.01
+    )
+    assert whole.sft1.lr == whole.sft2.lr == FINE_TUNING_LR * whole.pretrain.lr
+    given = replace(
+        config, pretrain=replace(config.pretrain, lr=0.5, steps=7, tokens_per_step=8192)
+    )
+    loop = settled(given).pretrain
+    assert (loop.lr, loop.steps, loop.tokens_per_step) == (0.5, 7, 8192)
+    short = settled(replace(config, pretrain=replace(config.pretrain, tokens=10**7))).pretrain
+    assert short.steps * short.tokens_per_step == pytest.approx(1e7, rel=0.01)
+
+
+def test_the_learning_rate_falls_with_width_and_steps_the_batch_grows_with_the_tokens() -> None:
+    small, large = (shaped(PRESETS["16gb"].model, depth) for depth in (6, 19))
+    assert lr_for(large, 1000) < lr_for(small, 1000)
+    assert lr_for(large, 9000) < lr_for(large, 1000)
+    assert batch_for(10**9, 4096) > batch_for(10**8, 4096) >= batch_for(10**4, 4096) == 4096
 
 
 def test_all_problems_are_reported_at_once() -> None:

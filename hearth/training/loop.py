@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from config import Config, LoopConfig, UserError
+from config import Config, LoopConfig, UserError, settled
 from hearth import hardware, log
 from hearth.cli import from_plain
 from hearth.data.tokenizer import Tokenizer
@@ -146,6 +146,7 @@ def fit_stage(
 
     `files` are further texts of a checkpoint, by their path in its folder; the rest as in `Job`.
     """
+    config = settled(config)
     loop: LoopConfig = config.pretrain if stage == "base" else getattr(config, stage)
     folder = config.run_dir / stage
     optimizers = build_optimizers(model, config.optim, loop.lr)

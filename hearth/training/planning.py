@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from config import Config, LoopConfig, UserError
+from config import Config, LoopConfig, UserError, settled
 from hearth import hardware, log
 from hearth.training.batches import Batch
 from hearth.training.gradients import backward
@@ -632,7 +632,7 @@ def seconds_on_cpu(config: Config) -> float:
     """What pretraining takes on this processor, estimated at `UTILISATION` of its measured peak."""
     with torch.device("meta"):
         model = Model(config.model)
-    loop, cpu = config.pretrain, torch.device("cpu")
+    loop, cpu = settled(config).pretrain, torch.device("cpu")
     flops = sum(stage.share * model.flops_per_token(stage.context) for stage in loop.stages)
     peak = hardware.peak_flops(cpu, compute_dtype(cpu))
     return loop.steps * loop.tokens_per_step * flops / (UTILISATION * peak)

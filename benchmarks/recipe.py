@@ -1,0 +1,483 @@
+"""Which recipe ships: runs of the presets' family at small sizes, beside nanochat and nanoGPT.
+
+In: a folder with .parquet files (a column `text`); rivals by path. One file is for tuning, the
+others are text that no tuning has seen. Every run is a process of its own on one core, with the
+same tokenizer, the same rows of the same tokens in the same order and the same held-out rows.
+Out: a line of JSON a run in OUT/runs.jsonl. Rows that are there already are not run again, and
+several workers may share a folder.
+
+    uv run benchmarks/recipe.py work OUT --data FOLDER --nanochat PATH --nanogpt PATH
+        all parts of the plan, in order; --only names some of them
+    uv run benchmarks/recipe.py table OUT
+
+Seconds are those of the process' own clock in training steps, compilation left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY, CONTEXT = 4096, 1024  # entries, tokens of a row
+HELD_OUT_ROWS, EVALUATIONS, SKIPPED = 32, 6, 3  # of an evaluation; of a run; steps not timed
+TUNING = "openstax.parquet"  # the file that all tuning reads
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of the plan: who trains what, on which text, until when."""
+
+    part: str  # of the plan
+    side: str = "hearth"  # or nanochat, nanogpt
+    width: int = 256  # of the residual stream; the shape follows
+    lr: float = 0.012  # a rival's: factor on all its rates (nanochat), its rate (nanogpt)
+    tokens: int | None = None  # train on so many …
+    seconds: float | None = None  # … or for so long
+    batch: int = 2048  # tokens of a step
+    seed: int = 0
+    text: str = "tuning"  # or unseen
+    change: str = ""  # settings that differ, as JSON: {"model": {…}, "optim": {…}, "loop": {…}}
+    copy: str = ""  # a changed copy of this project
+
+    @property
+    def key(self) -> str:
+        return json.dumps({k: v for k, v in asdict(self).items() if k != "part"}, sort_keys=True)
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+def tokens(out: Path, data: Path | None, text: str) -> Any:
+    """Training ids, held-out ids, bytes of each entry; made once, kept under OUT."""
+    kept = out / f"{text}.npz"
+    if not kept.exists():
+        import pyarrow.parquet as parquet
+
+        from hearth.data.tokenizer import Tokenizer
+
+        if data is None:
+            raise SystemExit("No text yet: give --data FOLDER")
+        texts: list[str] = []
+        for file in sorted(data.glob("*.parquet")):
+            if (file.name == TUNING) == (text == "tuning"):
+                column = parquet.read_table(file, columns=["text"]).column(0)
+                texts += column.to_pylist()[:3000]
+        np.random.default_rng(0).shuffle(texts)
+        tokenizer = Tokenizer.train(texts[:1200], VOCABULARY)
+        ids = [np.array([tokenizer.bos, *x], np.uint16) for x in tokenizer.encode_batch(texts)]
+        out.mkdir(parents=True, exist_ok=True)
+        part = out / f"{text}.{os.getpid()}.part"
+        with part.open("wb") as file:
+            np.savez(
+                file,
+                train=np.concatenate(ids[150:]),
+                held_out=np.concatenate(ids[:150]),
+                n_bytes=tokenizer.token_bytes,
+                bos=tokenizer.bos,
+            )
+        part.replace(kept)
+    return np.load(kept)
+
+
+def rows_of(ids: np.ndarray, which: np.ndarray) -> Any:
+    """Rows (n, CONTEXT + 1) of neighbouring ids, those at `which`."""
+    import torch
+
+    starts = which[:, None] * CONTEXT + np.arange(CONTEXT + 1)
+    return torch.from_numpy(ids[starts].astype(np.int64))
+
+
+# -------------------------------------------------------------------------------------------- sides
+
+
+def depth_of(width: int) -> int:
+    """Blocks of a model of this width, the head's among them: as the presets have them."""
+    return max(4, round(width / 40))
+
+
+def ours(width: int) -> dict[str, Any]:
+    """The presets' shape at a width, as fields of `ModelConfig`."""
+    from config import HRMConfig
+
+    n_head, n = width // 64, depth_of(width)
+    head = max(1, round(n / 10))
+    n_kv = max(
+        k for k in range(1, n_head // 2 + 1) if (n_head % k == 0 and k <= n_head / 2.5) or k == 1
+    )
+    return {
+        "vocab_size": VOCABULARY,
+        "n_layer": n - 2 * head,
+        "d_model": width,
+        "n_head": n_head,
+        "n_kv_head": n_kv,
+        "d_ff": 64 * math.ceil(width / 24),
+        "context": CONTEXT,
+        "window": CONTEXT // 4,
+        "hrm": HRMConfig(l_layer=head, h_layer=head),
+    }
+
+
+class Hearth:
+    """This project: its model and optimizer; documents of a row see themselves alone."""
+
+    def __init__(self, row: Row, bos: int, options: argparse.Namespace) -> None:
+        from config import HRMConfig, LoopConfig, ModelConfig, OptimConfig
+        from hearth.training import gradients
+        from hearth.training.batches import Batch
+        from hearth.training.optim import build_optimizers
+        from model import build_model
+
+        change = json.loads(row.change) if row.change else {}
+        shape = ours(row.width) | change.get("model", {})
+        if isinstance(shape["hrm"], dict):
+            shape["hrm"] = HRMConfig(**shape["hrm"])
+        if change.get("plain"):
+            shape |= {"hrm": None, "n_layer": depth_of(row.width)}
+        self.model = build_model(ModelConfig(**shape), seed=row.seed)
+        self.model.compile_blocks()
+        optim = OptimConfig(**{"momentum_warmup_steps": 100} | change.get("optim", {}))
+        self.optimizers = build_optimizers(self.model, optim, row.lr)
+        self.loop = replace(LoopConfig(), **change.get("loop", {}))
+        self.bos, self.Batch, self.gradients = bos, Batch, gradients
+
+    def batch(self, block: Any) -> Any:
+        import torch
+
+        ids, targets = block[:, :-1].flatten(), block[:, 1:].flatten()
+        return self.Batch(ids, targets, torch.ones(len(ids)), ids == self.bos, CONTEXT)
+
+    def step(self, block: Any, n: int, n_steps: int) -> None:
+        import torch
+
+        self.optimizers.schedule(n, n_steps, self.loop)
+        self.gradients.accumulate(self.model, self.batch(block), 4 * CONTEXT)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizers.config.clip)
+        self.optimizers.step()
+        self.optimizers.zero_grad()
+
+    def nats(self, block: Any) -> float:
+        from model import PackedSequences
+
+        batch = self.batch(block)
+        hidden = self.model(batch.ids, PackedSequences(batch.starts, batch.row_length))
+        return float(self.model.loss(hidden, batch.targets, batch.weights))
+
+
+class NanoGPT:
+    """nanoGPT: its model and AdamW groups, compiled; warm-up, then a cosine to a tenth, as its
+    train.py has it; as deep and wide as ours.
+    """
+
+    def __init__(self, row: Row, bos: int, options: argparse.Namespace) -> None:
+        import torch
+
+        spec = importlib.util.spec_from_file_location(
+            "nanogpt_model", Path(options.nanogpt) / "model.py"
+        )
+        theirs = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(theirs)
+        torch.manual_seed(row.seed)
+        shape = {"n_layer": depth_of(row.width), "n_head": row.width // 64, "n_embd": row.width}
+        with contextlib.redirect_stdout(sys.stderr):
+            self.model = theirs.GPT(
+                theirs.GPTConfig(
+                    block_size=CONTEXT, vocab_size=VOCABULARY, dropout=0.0, bias=False, **shape
+                )
+            )
+            self.optimizer = self.model.configure_optimizers(0.1, row.lr, (0.9, 0.95), "cpu")
+        self.compiled, self.lr = torch.compile(self.model, dynamic=False), row.lr
+
+    def step(self, block: Any, n: int, n_steps: int) -> None:
+        import torch
+
+        warm = max(1, n_steps // 50)
+        share = (n - warm) / max(1, n_steps - warm)
+        factor = (n + 1) / warm if n < warm else 0.1 + 0.45 * (1 + math.cos(math.pi * share))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * factor
+        _, loss = self.compiled(block[:, :-1].contiguous(), block[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def nats(self, block: Any) -> float:
+        _, loss = self.model(block[:, :-1].contiguous(), block[:, 1:].contiguous())
+        return float(loss) * block[:, 1:].numel()
+
+
+class Nanochat:
+    """nanochat: its model, compiled, and its own Muon and AdamW, as deep and wide as ours; every
+    layer whole, which it advises where FlashAttention-3 is missing; warm-up, plateau, linear fall,
+    momentum and weight decay as its base_train.py has them, its horizons of 40 and 400 steps cut
+    to a tenth of a short run. `lr` scales all its rates.
+    """
+
+    def __init__(self, row: Row, bos: int, options: argparse.Namespace) -> None:
+        import torch
+
+        sys.path.insert(0, options.nanochat)
+        from nanochat.gpt import GPT, GPTConfig
+
+        torch.manual_seed(row.seed)
+        n_head = max(1, row.width // 128)
+        shape = {"n_layer": depth_of(row.width), "n_head": n_head, "n_kv_head": n_head}
+        with contextlib.redirect_stdout(sys.stderr):
+            self.model = GPT(
+                GPTConfig(
+                    sequence_len=CONTEXT,
+                    vocab_size=VOCABULARY,
+                    n_embd=row.width,
+                    window_pattern="L",
+                    **shape,
+                )
+            )
+            self.model.init_weights()
+            rates = {
+                "unembedding_lr": 0.008,
+                "embedding_lr": 0.3,
+                "matrix_lr": 0.02,
+                "scalar_lr": 0.5,
+            }
+            rates = {name: rate * row.lr for name, rate in rates.items()}
+            self.optimizer = self.model.setup_optimizer(**rates)
+        self.compiled = torch.compile(self.model, dynamic=False)
+
+    def step(self, block: Any, n: int, n_steps: int) -> None:
+        warm, fall = max(1, min(40, n_steps // 50)), round(0.65 * n_steps)
+        left = min(1.0, (n_steps - n) / fall)
+        factor = min((n + 1) / warm, left + (1 - left) * 0.05)
+        climb = min(1.0, n / min(400, max(1, n_steps // 4)))
+        momentum = (
+            0.97 * left + 0.90 * (1 - left) if left < 1 else 0.85 * (1 - climb) + 0.97 * climb
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+            if group["kind"] == "muon":
+                group["momentum"] = momentum
+        self.compiled(block[:, :-1].contiguous(), block[:, 1:].contiguous()).backward()
+        self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+
+    def nats(self, block: Any) -> float:
+        loss = self.model(
+            block[:, :-1].contiguous(), block[:, 1:].contiguous(), loss_reduction="sum"
+        )
+        return float(loss)
+
+
+SIDES: dict[str, Callable[..., Any]] = {
+    "hearth": Hearth,
+    "nanogpt": NanoGPT,
+    "nanochat": Nanochat,
+}
+
+
+# ---------------------------------------------------------------------------------------------- run
+
+
+def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
+    """Train one row of the plan; the curve of its held-out bits per byte."""
+    import torch
+
+    torch.set_num_threads(1)
+    clock = time.process_time
+    arrays = tokens(options.out, options.data, row.text)
+    train, held_out, n_bytes = arrays["train"], arrays["held_out"], arrays["n_bytes"]
+    order = np.random.default_rng(row.seed).permutation((len(train) - 1) // CONTEXT)
+    measure = rows_of(held_out, np.arange(HELD_OUT_ROWS))
+    a_step = row.batch // CONTEXT
+    most = len(order) // a_step
+    side = SIDES[row.side](row, int(arrays["bos"]), options)
+
+    def bits_per_byte() -> float:
+        with torch.no_grad():
+            nats = sum(side.nats(part) for part in measure.split(8))
+        return nats / math.log(2) / int(n_bytes[measure[:, 1:].numpy()].sum())
+
+    def steps_left(taken: list[float]) -> int:
+        left = row.seconds - training_seconds(taken)
+        return max(0, round(left / statistics.median(taken[SKIPPED:][-50:])))
+
+    n_steps = (
+        row.tokens // row.batch if row.tokens else round(row.seconds / step_seconds(row, options))
+    )
+    taken: list[float] = []
+    curve: list[tuple[int, float, float]] = []
+    n = 0
+    while n < min(n_steps, most):
+        block = rows_of(train, order[n * a_step : (n + 1) * a_step])
+        start = clock()
+        side.step(block, n, n_steps)
+        taken.append(clock() - start)
+        n += 1
+        # a machine that slows down shortens the schedule, and not the time left
+        if row.seconds and n > SKIPPED:
+            n_steps = n + steps_left(taken)
+        if n == min(n_steps, most) or (
+            n_steps >= 10 * EVALUATIONS and n / n_steps >= (len(curve) + 1) / EVALUATIONS
+        ):
+            curve.append((n * row.batch, training_seconds(taken), bits_per_byte()))
+    return {
+        **asdict(row),
+        "parameters": sum(p.numel() for p in side.model.parameters()),
+        "trained": n * row.batch,
+        "rate": row.batch / statistics.median(taken[SKIPPED:]),
+        "took": training_seconds(taken),
+        "bpb": curve[-1][2],
+        "curve": curve,
+    }
+
+
+def step_seconds(row: Row, options: argparse.Namespace) -> float:
+    """The median time of a step, of a model that is thrown away afterwards."""
+    arrays = tokens(options.out, options.data, row.text)
+    side, taken = SIDES[row.side](row, int(arrays["bos"]), options), []
+    for n in range(SKIPPED + 7):
+        block = rows_of(arrays["train"], np.arange(row.batch // CONTEXT))
+        start = time.process_time()
+        side.step(block, n, 1000)
+        taken.append(time.process_time() - start)
+    return statistics.median(taken[SKIPPED:])
+
+
+def training_seconds(taken: list[float]) -> float:
+    """Time of all steps, the first ones, which compile, counted as the median of the others."""
+    timed = taken[SKIPPED:] or taken
+    return sum(timed) + SKIPPED * statistics.median(timed)
+
+
+# --------------------------------------------------------------------------------------------- plan
+
+
+def plan() -> Iterator[Row]:
+    """The rows in the order in which they are run."""
+    small = {"width": 128, "tokens": 2**19, "lr": 0.012}
+    for lr in (0.012, 0.024, 0.048, 0.006):
+        yield Row("grid", **small | {"lr": lr})
+    plain, tables = {"plain": True}, {"model": {"n_value_embeddings": 2}}
+    yield Row("idea", **small, change=json.dumps(plain))
+    yield Row("idea", **small, change=json.dumps({**plain, **tables}))
+    relu2 = {"gated_mlp": False, "d_ff": 576}
+    yield Row("idea", **small, change=json.dumps({"model": relu2}))
+    yield Row("idea", **small, change=json.dumps({"model": {**relu2, "n_value_embeddings": 2}}))
+    for copy in ("H1", "H2"):
+        yield Row("idea", **small, copy=f"/work/study/{copy}", change=json.dumps(tables))
+    yield Row("idea", **small, change=json.dumps(tables))
+    medium = {"width": 256, "tokens": 2**19, "lr": 0.012}
+    yield Row("grid", **medium)
+    wide = {"gated_mlp": False, "d_ff": 1056}
+    yield Row("idea", **medium, change=json.dumps({"model": wide}))
+    for copy in ("H3", "X", "G", "B"):
+        yield Row("idea", **small, copy=f"/work/study/{copy}")
+    yield Row("idea", **medium, change=json.dumps(tables))
+    yield Row("grid", **medium | {"lr": 0.006})
+    for lr in (0.006, 0.012):
+        yield Row("grid", **small | {"lr": lr, "tokens": 2**21})
+
+
+# ------------------------------------------------------------------------------------------- worker
+
+
+def work(options: argparse.Namespace) -> None:
+    """Run the rows of the plan that nobody has run or is running."""
+    (options.out / "claims").mkdir(parents=True, exist_ok=True)
+    for text in ("tuning", "unseen"):
+        tokens(options.out, options.data, text)
+    for row in plan():
+        if (options.only and row.part not in options.only) or row.key in done(options.out):
+            continue
+        claim = options.out / "claims" / hashlib.sha256(row.key.encode()).hexdigest()[:16]
+        if claimed(claim):
+            continue
+        claim.write_text(str(os.getpid()))
+        try:
+            found = run_apart(row, options)
+        finally:
+            claim.unlink(missing_ok=True)
+        with (options.out / "runs.jsonl").open("a") as file:
+            file.write(json.dumps({"key": row.key, **found}) + "\n")
+        print(line_of(found), flush=True)
+        if options.one:
+            return
+    if options.one:
+        raise SystemExit(3)
+
+
+def claimed(claim: Path) -> bool:
+    """Whether a process that lives has taken the row."""
+    with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
+        os.kill(int(claim.read_text()), 0)
+        return True
+    return False
+
+
+def done(out: Path) -> dict[str, dict[str, Any]]:
+    book = out / "runs.jsonl"
+    found = [json.loads(line) for line in book.read_text().splitlines()] if book.exists() else []
+    return {r["key"]: r for r in found}
+
+
+def run_apart(row: Row, options: argparse.Namespace) -> dict[str, Any]:
+    """`run` in a process of its own, with one thread."""
+    words = [sys.executable, __file__, "run", str(options.out), "--row", json.dumps(asdict(row))]
+    for name in ("nanogpt", "nanochat"):
+        words += [f"--{name}", getattr(options, name)] if getattr(options, name) else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    made = subprocess.run(words, stdout=subprocess.PIPE, env=environment, check=True, text=True)
+    return json.loads(made.stdout.splitlines()[-1])
+
+
+def line_of(r: dict[str, Any]) -> str:
+    until = f"{r['tokens'] / 1e6:.2f}M tokens" if r["tokens"] else f"{r['seconds']:.0f} s"
+    return (
+        f"{r['part']:10} {r['side']:8} {r['width']:4} lr {r['lr']:<7g} batch {r['batch']:5} "
+        f"{until:13} seed {r['seed']} {r['text']:6} {r['change']} {r['copy'].rsplit('/', 1)[-1]} | "
+        f"{r['trained'] / 1e6:.2f}M in {r['took']:.0f} s, {r['rate']:,.0f}/s | {r['bpb']:.4f}"
+    )
+
+
+def table(options: argparse.Namespace) -> None:
+    for found in done(options.out).values():
+        print(line_of(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["work", "table", "run"])
+    parser.add_argument("out", type=Path)
+    data = os.environ.get("HEARTH_DATA")
+    parser.add_argument("--data", type=Path, default=Path(data) / "pretrain" if data else None)
+    parser.add_argument("--nanogpt", help="a clone of nanoGPT")
+    parser.add_argument("--nanochat", help="a clone of nanochat")
+    parser.add_argument("--only", nargs="+", help="parts of the plan")
+    parser.add_argument("--one", action="store_true", help="run one row; exit 3 if none is left")
+    parser.add_argument("--row", type=json.loads, help="one row, as JSON")
+    options = parser.parse_args()
+    if options.command == "run":
+        row = Row(**options.row)
+        sys.path.insert(0, row.copy or str(ROOT))
+        print(json.dumps(run(row, options)))
+        return
+    sys.path.insert(0, str(ROOT))
+    {"work": work, "table": table}[options.command](options)
+
+
+if __name__ == "__main__":
+    main()
