@@ -189,6 +189,7 @@ class OptimConfig:
     embedding_lr_ratio: float = 3.0  # learning rate of the embedding, relative to lr
     weight_decay: float = 0.1  # of matrices only, decoupled, multiplied by the learning rate
     momentum: float = 0.95  # of Muon
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"  # of Muon; half the memory
     momentum_warmup_steps: int = 200  # Muon's momentum climbs from 0.85 over this many steps
     beta1: float = 0.8  # of AdamW
     beta2: float = 0.95  # of AdamW
@@ -358,7 +359,7 @@ class Config:
     runs: str = "runs"  # folder that holds one folder a run
     name: str | None = None  # name of the run's folder; None is the preset's name
     seed: int = 0  # of initialisation, data order and samples
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a card where torch can use one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # cuda: AMD too; mps: Apple
     compile: bool | None = None  # fuse small operations with torch.compile; None: on a card
     eight_bit: Literal["float8", "int8"] | None = None  # refused where slower
     data: DataConfig = field(default_factory=DataConfig)

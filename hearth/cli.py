@@ -363,6 +363,15 @@ def fail(message: str) -> Any:
     raise SystemExit(2)
 
 
+def tolerate_any_text() -> None:
+    """Let output that the terminal's encoding lacks, or that of a pipe on Windows, become question
+    marks instead of an error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def run_script(
     work: Callable[[], object], stopped: str = "stopped; the same command continues from here."
 ) -> None:
@@ -371,6 +380,7 @@ def run_script(
 
     An error raised while Ctrl-C unwinds, by something it left half done, is part of being stopped.
     """
+    tolerate_any_text()
     try:
         work()
     except (Exception, KeyboardInterrupt) as error:

@@ -22,9 +22,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "decoding": ("calculator", "matrices", "kv_cache", "slots", "engine", "scheduler"),
     "training": (
-        *("batches", "distributed", "optim", "eight_bit", "gradients", "held_out"),
-        *("planning", "sizing"),
-        *("checkpoint", "loop"),
+        *("batches", "distributed", "optim", "eight_bit", "attention", "gradients", "held_out"),
+        *("planning", "sizing", "checkpoint", "loop"),
     ),
     "evaluation": ("tasks", "scores", "chat_tasks", "battery", "lm_eval_adapter"),
     "export": ("modeling_hearth", "qwen3", "card", "huggingface", "gguf"),

@@ -450,6 +450,8 @@ class FastBlock(torch.nn.Module):
 def draw(logits: Tensor, rows: Sequence[_Row], rules: Rules) -> list[int]:
     """The next token of each row from float32 logits (B, V)."""
     sampling = rules.sampling
+    if logits.device.type == "mps":  # which has no float64
+        logits = logits.cpu()
     if sampling.repetition_penalty != 1.0:
         logits = penalise(
             logits, [row.ids for row in rows], sampling.repetition_penalty, rules.stop_ids

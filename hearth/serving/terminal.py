@@ -375,10 +375,3 @@ def lines_of(stream: TextIO | None) -> list[str]:
         else stream.read().encode("utf-8", "replace")
     )
     return [line.strip() for line in data.decode("utf-8", "replace").split("\n") if line.strip()]
-
-
-def tolerate_any_text() -> None:
-    """Let output that the terminal's encoding lacks become question marks instead of an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
