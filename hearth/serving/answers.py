@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hearth.data.chat_format import AnswerReader
+from hearth.data.chat_format import AnswerReader, Kind
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.scheduler import Scored, Token
 
@@ -52,14 +52,14 @@ class _PlainReader:
         self._tokenizer, self._special = tokenizer, set(tokenizer.special.values())
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def read(self, token: int) -> Iterator[tuple[bool, str]]:
+    def read(self, token: int) -> Iterator[tuple[Kind, str]]:
         if token not in self._special:
-            yield False, self._utf8.decode(self._tokenizer.decode_bytes([token]))
+            yield "content", self._utf8.decode(self._tokenizer.decode_bytes([token]))
 
-    def rest(self) -> str:
+    def rest(self) -> Iterator[tuple[Kind, str]]:
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
-        return rest
+        yield "content", rest
 
 
 @dataclass
@@ -94,13 +94,13 @@ class AnswerText:
         special = token.id in self.tokenizer.special.values()
         data = b"" if special else self.tokenizer.decode_bytes([token.id])
         pieces = []
-        for thinking, text in said:
+        for kind, text in said:
             if data:
                 self._unfinished.append(Part(text, data, token.scored, token.n_cycles))
             elif text and self._unfinished:
                 self._unfinished[-1].text += text  # a character that this token cuts off
             if text:
-                pieces += self._say(thinking)
+                pieces += self._say(kind == "thinking")
         if not self.chat and not data:  # a text's tokens are all counted, also those without text
             self._unfinished.append(Part("", b"", token.scored, token.n_cycles))
         return pieces
@@ -111,7 +111,7 @@ class AnswerText:
             return []
         pieces = []
         if self._unfinished:
-            self._unfinished[-1].text += self._reader.rest()
+            self._unfinished[-1].text += "".join(text for _, text in self._reader.rest())
             pieces = self._say(self._reader.thinking)
         held, self._held = self._held, []
         return [*pieces, Piece(False, held)] if held else pieces
@@ -158,7 +158,7 @@ def prompt_parts(
         text = "".join(text for _, text in reader.read(token))
         data = b"" if token in special else tokenizer.decode_bytes([token])
         parts.append(Part(text, data, scored))
-    parts[-1].text += reader.rest()
+    parts[-1].text += "".join(text for _, text in reader.rest())
     return parts
 
 

@@ -17,6 +17,7 @@ from config import REASONING_PROMPT, ChatConfig, UserError
 from hearth.data.chat_format import (
     Answer,
     AnswerReader,
+    Kind,
     Message,
     close_turn,
     parse_answer,
@@ -32,7 +33,7 @@ from hearth.training.checkpoint import Loaded
 
 MAX_SEED = 2**60
 
-Piece = tuple[bool, str]  # is it thinking?, text in whole characters
+Piece = tuple[Kind, str]  # what it is; its text, in whole characters
 
 
 @dataclass
@@ -263,7 +264,7 @@ class Chat:
             timing.first_seconds = timing.first_seconds or timing.seconds
             if token not in stops:
                 yield from reader.read(token)
-        yield reader.thinking, reader.rest()
+        yield from reader.rest()
         timing.finish = stream.finish
         if stream.dropped:
             self._note_full(f"{stream.dropped} tokens left out")
@@ -277,14 +278,16 @@ class Chat:
         held back.
         """
         held = ""
-        for thinking, text in pieces:
-            if thinking:
-                yield thinking, text
+        for kind, text in pieces:
+            if kind != "content":
+                yield "content", held
+                held = ""
+                yield kind, text
                 continue
             held += text
             found = [at for stop in self.stop if (at := held.find(stop)) >= 0]
             if found:
-                yield False, held[: min(found)]
+                yield "content", held[: min(found)]
                 self.timing.finish = "stop"
                 return
             safe = next(
@@ -292,14 +295,12 @@ class Chat:
                 for at in range(len(held) + 1)
                 if at == len(held) or any(stop.startswith(held[at:]) for stop in self.stop)
             )
-            yield False, held[:safe]
+            yield "content", held[:safe]
             held = held[safe:]
-        yield False, held
+        yield "content", held
 
     def _answer_turn(self) -> Turn:
-        answer = self._answer()
-        message = {"role": "assistant", "content": answer.content, "thinking": answer.thinking}
-        return Turn(message, close_turn(self.timing.ids, self.tokenizer))
+        return Turn(self._answer().message(), close_turn(self.timing.ids, self.tokenizer))
 
     def _answer(self) -> Answer:
         stops = stop_ids(self.tokenizer)

@@ -39,7 +39,7 @@ def test_a_new_turn_reads_only_what_is_new(chat: Chat) -> None:
 def test_reasoning_is_asked_for_as_in_training(chat: Chat) -> None:
     engine = script(chat, ("7 + 12", "19"))
     chat.think = True
-    assert list(chat.ask("12 + 7?"))[-1:] == [(False, "")]
+    assert list(chat.ask("12 + 7?"))[-1:] == [("content", "")]
     system = {"role": "system", "content": REASONING_PROMPT}
     assert (
         engine.prompts[0] == render([system, chat.messages()[0]], chat.tokenizer, answer=True).ids
@@ -51,8 +51,8 @@ def test_reasoning_asked_for_is_reasoning_begun(chat: Chat) -> None:
     """Not so where the model never learnt it: it would not find back to the answer."""
     for stage, begun in (("sft2", True), ("sft1", False)):
         chat.stage, chat.think = stage, True
-        thinking, _ = next(part for part in chat.ask("the cat") if part[1])
-        assert thinking == begun
+        kind, _ = next(part for part in chat.ask("the cat") if part[1])
+        assert (kind == "thinking") == begun
         assert (chat.timing.ids[0] == chat.tokenizer.think) == begun
 
 
