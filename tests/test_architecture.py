@@ -28,7 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "evaluation": ("tasks", "scores", "chat_tasks", "battery", "lm_eval_adapter"),
     "export": ("modeling_hearth", "qwen3", "card", "huggingface", "gguf"),
     "serving": (
-        *("terminal", "conversation", "commands"),
+        *("marks", "terminal", "conversation", "commands"),
         *("requests", "answers", "workers", "api"),
     ),
 }

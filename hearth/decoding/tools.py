@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from config import ChatConfig
 from hearth.data.chat_format import Call
 from hearth.decoding.calculator import calculate
 
@@ -37,3 +38,10 @@ class Tools:
             return self.functions[call.tool](call.arguments)
         except ValueError as error:
             return f"error: {error}"
+
+
+def chat_tools(chat: ChatConfig, handed_back: frozenset[str] = frozenset()) -> Tools | None:
+    """The tools of a chat with these settings, beside the functions of who asks."""
+    if chat.tool_calls:
+        return Tools(most=chat.tool_calls, handed_back=handed_back)
+    return Tools({}, handed_back=handed_back) if handed_back else None
