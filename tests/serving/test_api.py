@@ -577,7 +577,6 @@ BAD_CHATS = [
             ("response_format", {"type": "json_object"}),
             ("tools", {}),
             ("tools", [{"type": "retrieval"}]),
-            ("tools.function.name", [{"type": "function", "function": {"name": "a b"}}]),
             ("tools", [{"type": "function", "function": {"name": "f"}}] * 129),
             ("tool_choice", "maybe"),
             ("tool_choice", "required"),
@@ -590,6 +589,10 @@ BAD_CHATS = [
     ),
     ({"messages": HELLO, "chat_template_kwargs": {"enable_thinking": 1}}, None),
     ({"messages": HELLO, "continue_final_message": True}, None),
+    (
+        {"messages": HELLO, "tools": [{"type": "function", "function": {"name": "a b"}}]},
+        "tools.function.name",
+    ),
 ]
 
 

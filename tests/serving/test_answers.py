@@ -1,4 +1,4 @@
-"""Tools through the server: the calculator marked in the content, a client's own functions."""
+"""Answers with tools: the calculator marked in the content, a client's functions handed over."""
 
 from __future__ import annotations
 
