@@ -440,6 +440,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 d_logits = d_logits.to(hidden.dtype)
                 d_hidden[here] = d_logits @ matrix
                 d_matrix += (d_logits.T @ hidden[here]).float()
+                del d_logits
+            del logits, exponentials  # before the next chunk's are made
         ctx.save_for_backward(d_hidden, d_matrix)
         return total
 

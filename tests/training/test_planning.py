@@ -371,7 +371,7 @@ def test_a_card_that_is_elsewhere_is_planned_from_its_figures(capsys) -> None:
     assert "all is estimated" in said
     assert "Estimates: steps at 40% of the peak" in said
     (chosen,) = (line.split() for line in said.splitlines() if line.startswith("  >"))
-    assert chosen[1:4] == ["2", "×", "4096"]
+    assert chosen[1:4] == ["4", "×", "4096"]
     assert chosen[6] == "none"
     assert float(chosen[7]) < 0.9 * card.gib
     assert chosen[8] == "–"  # nothing is measured
@@ -386,7 +386,7 @@ def test_a_card_that_is_elsewhere_is_planned_from_its_figures(capsys) -> None:
 def test_what_is_recomputed_is_counted_into_the_assumed_time() -> None:
     with torch.device("meta"):
         model = Model(PRESETS["8gb"].model)
-    model.dtype, loop = torch.bfloat16, PRESETS["8gb"].pretrain
+    model.dtype, loop = torch.bfloat16, settled(PRESETS["8gb"]).pretrain
     optimizers = build_optimizers(model, OptimConfig(), 1e-3)
     card = hardware.CARDS["RTX 4070"]
     plan = make_plan(model, optimizers, loop, stages=((4096, 1.0),), n_steps=1, card=card)
@@ -417,8 +417,8 @@ def test_the_way_from_nothing_to_everything_recomputes_ever_more_and_ends() -> N
 @pytest.mark.parametrize(("gib", "told"), [(12, "head + "), (10, "head + ")])
 def test_as_few_blocks_are_recomputed_as_make_a_micro_batch_fit(gib: int, told: str) -> None:
     with torch.device("meta"):
-        model = Model(PRESETS["12gb"].model)
-    model.dtype, loop = torch.bfloat16, PRESETS["12gb"].pretrain
+        model = Model(PRESETS["16gb"].model)
+    model.dtype, loop = torch.bfloat16, settled(PRESETS["16gb"]).pretrain
     optimizers = build_optimizers(model, OptimConfig(), 1e-3)
     card = hardware.CARDS["RTX 4070"]._replace(gib=gib)
     plan = make_plan(model, optimizers, loop, stages=((4096, 1.0),), n_steps=1, card=card)
