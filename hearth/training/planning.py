@@ -192,13 +192,15 @@ def estimate_memory(
 
 def block_elements(block: Block, n_rows: int, context: int, *, varlen: bool) -> int:
     """What the graph of one pass through a block keeps: a token's norms (4 D), heads (A + 2K, A +
-    K), attention's queries and output, the MLP (2 F, or 4 F with a gate); without varlen attention
+    K), attention's queries and output, twice A more where a token's own value is excluded, the MLP
+    (2 F, or 4 F with a gate); without varlen attention
     the keys and values that are copied for each block of queries; the weights that were laid one
     under the other. A and K are the widths of all query heads and all key heads.
     """
     D, A, K, F = block.q.shape[1], len(block.q), len(block.k), len(block.up)
     gated = block.gate is not None
-    tokens = n_rows * context * (4 * D + (4 if varlen else 5) * A + 3 * K + (4 if gated else 2) * F)
+    heads = (4 if varlen else 5) + (2 if block.exclusion is not None else 0)
+    tokens = n_rows * context * (4 * D + heads * A + 3 * K + (4 if gated else 2) * F)
     copies = (
         0
         if varlen
