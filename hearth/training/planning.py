@@ -145,7 +145,8 @@ def estimate_memory(
         block                2 s N F while one block's gradient is made, the head's module
                              that is recomputed, and 4 V D: the embedding's gradient, waiting
                              for that of its first use; a trunk's block that is recomputed less
-                             those behind it, whose activations are gone by then
+                             those behind it, whose activations are gone by then; of a first
+                             micro-batch the gradients of a head that is recomputed
         loss                 4 V D for the embedding's gradient, 4 V D for a chunk's part of
                              it, a chunk of logits; in
                              bfloat16 half as much again for their copies
@@ -173,6 +174,8 @@ def estimate_memory(
         inside = sum(map(kept, module.blocks)) + x
         activations += 2 * x + (0 if head_again else inside)
         recomputed = max(recomputed, inside if head_again else 0)
+    if head_again and not accumulates:  # made before the trunk gives back what it keeps
+        recomputed += 4 * sum(p.numel() for p in model.head.parameters()) if model.head else 0
     logits = 4 * V * min(N, LOGITS_PER_CHUNK // V if on_card else ROWS_PER_CHUNK)
     weights = 4 * model.n_parameters()
     return Memory(
