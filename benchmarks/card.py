@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train import micro_step_rates
 
-from config import PRESETS, Config, UserError
+from config import PRESETS, Config, UserError, settled
 from hearth import hardware, log, storage
 from hearth.cli import run_script
 from hearth.decoding.engine import Engine
@@ -144,7 +144,8 @@ def speed(device: torch.device, sizes: Sizes, options: argparse.Namespace) -> li
 
 def memory(device: torch.device, sizes: Sizes, options: argparse.Namespace) -> list[Row]:
     """Every micro-batch of the plan: estimated, measured, and the one over the other."""
-    config, loop, rows = sizes.config, sizes.config.pretrain, []
+    config, rows = settled(sizes.config), []
+    loop = config.pretrain
     for compiled in sorted({False, hardware.compiles(None, device)}):
         model = build_model(config.model, seed=0, device=device)
         attention.pick(model)
