@@ -130,6 +130,7 @@ def make_job(
     folder: Path, tiny: ModelConfig, words: Tokenizer, optim: str = "muon", **loop: Any
 ) -> tuple[Job, Progress]:
     plan = {
+        "lr": 2e-3,
         "tokens_per_step": 128,
         "micro_batch_tokens": 64,
         "eval_every_steps": 4,
