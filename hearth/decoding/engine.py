@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,6 +76,14 @@ class Rules:
     begin: tuple[int, ...] = ()  # ids that it is made to begin with, in place of its own choice
 
 
+class Rollout(NamedTuple):
+    """An answer with what learning from it needs, an entry an id."""
+
+    ids: list[int]
+    logprobs: list[float]  # natural logarithm of its probability under the model, at temperature 1
+    forced: list[bool]  # whether the rules forced it in place of the model's own choice
+
+
 class Engine:
     """Answers prompts with `model`. `stream` keeps its cache, so a prompt that extends the last one
     prefills only what is new.
@@ -130,6 +138,30 @@ class Engine:
         rules = Rules(
             max_tokens, frozenset(stop_ids), sampling or Sampling(), budget, stop_when, tuple(begin)
         )
+        return [row.answer for row in self._answer(prompts, rules, seeds, n_samples)]
+
+    def rollouts(
+        self,
+        prompts: Sequence[Ids],
+        rules: Rules,
+        *,
+        seeds: Ids | None = None,
+        n_samples: int = 1,
+    ) -> list[Rollout]:
+        """As `generate`, each answer with the log-probabilities of its ids."""
+        rows = self._answer(prompts, rules, seeds, n_samples, scored=True)
+        return [Rollout(row.answer, row.logprobs, row.forced) for row in rows]
+
+    def _answer(
+        self,
+        prompts: Sequence[Ids],
+        rules: Rules,
+        seeds: Ids | None,
+        n_samples: int,
+        *,
+        scored: bool = False,
+    ) -> list[_Row]:
+        """The finished rows of all answers, in the order of the prompts."""
         n_answers = len(prompts) * n_samples
         seeds = range(n_answers) if seeds is None else seeds
         if len(seeds) != n_answers:
@@ -140,13 +172,12 @@ class Engine:
         # rows of like length share a batch, and samples of one prompt stay together
         order = sorted(range(n_answers), key=lambda i: len(rows[i].ids))
         for part in range(0, n_answers, self.max_rows):
-            self._finish(
-                [rows[i] for i in order[part : part + self.max_rows] if not rows[i].finish], rules
-            )
-        return [row.answer for row in rows]
+            here = [rows[i] for i in order[part : part + self.max_rows] if not rows[i].finish]
+            self._finish(here, rules, scored=scored)
+        return rows
 
-    def _finish(self, rows: list[_Row], rules: Rules) -> None:
-        """Decode all rows to their ends, together."""
+    def _finish(self, rows: list[_Row], rules: Rules, *, scored: bool) -> None:
+        """Decode all rows to their ends, together; `scored` notes each id's log-probability."""
         if not rows:
             return
         prompts = list(dict.fromkeys(tuple(row.ids) for row in rows))  # each one once
@@ -166,6 +197,8 @@ class Engine:
         while True:
             for row, token, n_cycles in zip(rows, draw(logits, rows, rules), cycles, strict=True):
                 row.take(token, n_cycles)
+            if scored:
+                note_logprobs(logits, rows)
             going = [i for i, row in enumerate(rows) if not row.finish]
             if not going:
                 return
@@ -352,6 +385,8 @@ class _Row:
         if not prompt or (longest and len(prompt) > longest):
             raise ValueError(f"a prompt of {len(prompt)} tokens; it must have 1 to {longest}")
         self.ids, self.answer = list(prompt), []
+        self.logprobs: list[float] = []  # of the answer's ids, where they are asked for
+        self.forced: list[bool] = []  # of the answer's ids
         self.rules, self.longest = rules, longest
         self.finish = "" if rules.max_tokens > 0 else "length"
         self._generator = torch.Generator().manual_seed(seed)
@@ -374,17 +409,19 @@ class _Row:
         """
         if self.finish:
             return
-        if len(self.answer) < len(self.rules.begin):
+        forced = len(self.answer) < len(self.rules.begin)
+        if forced:
             token = self.rules.begin[len(self.answer)]
         budget = self.rules.budget
         if budget is not None:
             if self._open and self._spent >= budget.tokens:
-                token = budget.close
+                token, forced = budget.close, True
             self._spent += self._open
             self._open = token != budget.close if self._open else token == budget.open
         self.n_cycles += n_cycles
         self.ids.append(token)
         self.answer.append(token)
+        self.forced.append(forced)
         if token in self.rules.stop_ids or (
             self.rules.stop_when and self.rules.stop_when(self.answer)
         ):
@@ -459,6 +496,17 @@ def draw(logits: Tensor, rows: Sequence[_Row], rules: Rules) -> list[int]:
     p, token = probabilities(logits, sampling)
     rng = torch.tensor([row.roll() for row in rows], dtype=torch.float64, device=p.device)
     return token.gather(1, pick(p, rng)[:, None]).squeeze(1).tolist()
+
+
+def note_logprobs(logits: Tensor, rows: Sequence[_Row]) -> None:
+    """Add the log-probability under float32 logits (B, V) of the id that each row has just taken;
+    a row that was finished before took none.
+    """
+    taken = torch.tensor([row.ids[-1] for row in rows], device=logits.device)
+    logprobs = logits.log_softmax(dim=-1).gather(1, taken[:, None]).squeeze(1).tolist()
+    for row, logprob in zip(rows, logprobs, strict=True):
+        if len(row.logprobs) < len(row.answer):
+            row.logprobs.append(logprob)
 
 
 def penalise(logits: Tensor, said: Sequence[Ids], penalty: float, exempt: frozenset[int]) -> Tensor:

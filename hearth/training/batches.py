@@ -8,7 +8,7 @@ nothing of the model or the GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -27,22 +27,23 @@ class Batch:
 
     ids: Tensor  # (N,) int64
     targets: Tensor  # (N,) int64, the token that follows each
-    weights: Tensor  # (N,) float32, 1 where the target carries loss
+    weights: Tensor  # (N,) float32, 1 where the target carries loss; of a rollout, an advantage
     starts: Tensor  # (N,) bool, the first token of each segment
     row_length: int
+    # what the step's weighted sum is divided by; None is the sum of the weights
+    normaliser: float | None = None
+
+    def part(self, here: slice) -> Batch:
+        """Some of the tokens: whole rows."""
+        ids, targets = self.ids[here], self.targets[here]
+        weights, starts = self.weights[here], self.starts[here]
+        return replace(self, ids=ids, targets=targets, weights=weights, starts=starts)
 
     def split(self, n_tokens: int) -> Iterator[Batch]:
         """Micro-batches of at most `n_tokens`, cut between rows."""
         whole_rows = max(1, n_tokens // self.row_length) * self.row_length
         for first in range(0, len(self.ids), whole_rows):
-            here = slice(first, first + whole_rows)
-            yield Batch(
-                self.ids[here],
-                self.targets[here],
-                self.weights[here],
-                self.starts[here],
-                self.row_length,
-            )
+            yield self.part(slice(first, first + whole_rows))
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
@@ -52,7 +53,7 @@ class Batch:
             for x in (self.ids, self.targets, self.weights)
         )
         # `PackedSequences` reads the starts before the card needs them
-        return Batch(*move, self.starts, self.row_length)
+        return Batch(*move, self.starts, self.row_length, self.normaliser)
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,233 @@
+"""Problems that a program can judge: environments that draw them, and the reward of an answer.
+
+In: an environment's name, an rng; for your own, files. Out: `Problem`s, and what an answer is
+worth. Everything follows from seeds. Knows nothing of tokens and models.
+
+A problem's split is decided by a hash of what it asks, for ever: one in ten is held out (it picks
+the best checkpoint), another one in ten is for the test at the end, and neither is ever practised.
+Scenes and pairs of numbers that the demo's own examination keeps back are not practised either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from config import RLConfig, UserError
+from hearth.data import demo_world as world
+
+SPLITS = ("test", "held out")  # every other problem is for training
+ATTEMPTS = 10_000  # draws after which there is no problem of a split
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question and its right answer."""
+
+    kind: str  # whose success the curriculum estimates
+    prompt: str
+    answer: str
+    key: str  # what is asked, however it is worded: decides the split
+    reasons: bool = True  # asked with the prompt that asks for reasoning
+    private: bool = False  # kept back by the demo's examination: never practised
+    entry: Any = None  # of reasoning-gym
+
+    @property
+    def split(self) -> str:
+        """train, held out or test."""
+        digest = hashlib.blake2b(self.key.encode(), digest_size=8).digest()
+        place = int.from_bytes(digest, "big") % 10
+        return SPLITS[place] if place < len(SPLITS) else "train"
+
+
+# a problem and what was answered → what that is worth, usually from 0 to 1
+Reward = Callable[[Problem, str], float]
+
+
+def exact(problem: Problem, answer: str) -> float:
+    """1 for the right answer and nothing else, 0 for any other."""
+    return float(answer.strip() == problem.answer)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where problems come from, and what an answer to one is worth."""
+
+    name: str
+    kinds: tuple[str, ...]
+    make: Callable[[str, Random], Problem]  # a problem of a kind
+    reward: Reward = exact
+
+    def draw(self, kind: str, split: str, rng: Random) -> Problem:
+        """The next problem of a kind and a split."""
+        for _ in range(ATTEMPTS):
+            problem = self.make(kind, rng)
+            if problem.split == split and not (split == "train" and problem.private):
+                return problem
+        raise UserError(f"{self.name}: there is no {split} problem of the kind {kind!r}.")
+
+    def fixed(self, split: str, n: int, seed: int) -> list[Problem]:
+        """`n` different problems of a split, the kinds in turn; fewer where there are no more."""
+        rng, found = Random(f"{seed} {self.name} {split}"), {}
+        for attempt in range(20 * n):
+            problem = self.draw(self.kinds[attempt % len(self.kinds)], split, rng)
+            found.setdefault((problem.kind, problem.prompt), problem)
+            if len(found) == n:
+                break
+        return list(found.values())
+
+
+# ------------------------------------------------------------------------------------ built in
+
+
+def sums(kind: str, rng: Random) -> Problem:
+    """A sum or a difference with a number of three digits: `kind` is their range, as 100-149."""
+    low, high = map(int, kind.split("-"))
+    op, a, b = rng.choice("+-"), rng.randint(low, high), rng.randint(2, 99)
+    prompt = rng.choice(world.SUMS).format(a=a, b=b, op=op)
+    return Problem(kind, prompt, str(a + b if op == "+" else a - b), f"{a} {op} {b}")
+
+
+# ways to ask for a sum or a difference that fine-tuning never showed
+NEW_WORDINGS = {
+    "add": ("+", "Add {b} to {a}."),
+    "plus": ("+", "{a} plus {b}?"),
+    "sum of": ("+", "What is the sum of {a} and {b}?"),
+    "together": ("+", "How much are {a} and {b} together?"),
+    "bought": ("+", "{x} had {a} {goods}s and bought {b} more. How many {goods}s does {x} have?"),
+    "take": ("-", "Take {b} from {a}."),
+    "minus": ("-", "{a} minus {b}?"),
+    "difference": ("-", "What is the difference of {a} and {b}?"),
+    "sold": ("-", "{x} had {a} {goods}s and sold {b} of them. How many {goods}s are left?"),
+}
+
+
+def new_wordings(kind: str, rng: Random) -> Problem:
+    """A sum or a difference of two digits, asked in a way that fine-tuning never showed."""
+    op, wording = NEW_WORDINGS[kind]
+    a, b = rng.randrange(2, 100), rng.randrange(2, 100)
+    a, b = (max(a, b), min(a, b)) if op == "-" else (a, b)
+    prompt = wording.format(a=a, b=b, x=rng.choice(world.people()), goods=rng.choice(world.GOODS))
+    answer = str(a + b if op == "+" else a - b)
+    key = f"{kind} {sorted((a, b))}"
+    return Problem(kind, prompt, answer, key, private=world.pair_held_out(a, b))
+
+
+def oldest(kind: str, rng: Random) -> Problem:
+    """The oldest or the youngest of three people, whose ages are not given."""
+    names = rng.sample(world.people(), 3)
+    pick = max if kind == "oldest" else min
+    answer = pick(names, key=lambda name: int(world.of("age", name)))
+    prompt = f"Who is {kind}, {names[0]}, {names[1]} or {names[2]}?"
+    return Problem(kind, prompt, answer, f"{kind} {sorted(names)}")
+
+
+def sum_and_number(kind: str, rng: Random) -> Problem:
+    """The larger or the smaller of a sum and a number."""
+    while True:
+        a, b, c = (rng.randrange(2, 100) for _ in range(3))
+        if a + b < 100 and a + b != c:
+            break
+    answer = max(a + b, c) if kind == "larger" else min(a + b, c)
+    return Problem(kind, f"Which is {kind}, {a} + {b} or {c}?", str(answer), f"{kind} {a} {b} {c}")
+
+
+def three_numbers(kind: str, rng: Random) -> Problem:
+    """A sum of three numbers below the number that `kind` ends in."""
+    top = int(kind.split()[-1])
+    a, b, c = (rng.randrange(2, top) for _ in range(3))
+    return Problem(kind, f"What is {a} + {b} + {c}?", str(a + b + c), f"{sorted((a, b, c))}")
+
+
+def one_kind(kind: str, rng: Random) -> Problem:
+    """How many there are of one kind of thing among others; `kind` begins with the number of things
+    in all.
+    """
+    n = int(kind.split()[0])
+    nouns = rng.sample(world.GOODS, rng.randint(2, 3))
+    things = rng.choices(nouns, k=n)
+    noun = rng.choice(nouns)
+    listed = [f"{o} {thing}" for o, thing in zip(world.ORDINALS, things, strict=False)]
+    asked = rng.choice(world.COUNTS).format(what=f"{noun}s")
+    prompt = f"{rng.choice(world.SCENES)} there are, in a row: {', '.join(listed)}. {asked}"
+    key = f"{noun} of {sorted(things)}"
+    private = world.scene_held_out(things)
+    return Problem(kind, prompt, str(things.count(noun)), key, private=private)
+
+
+def letters(kind: str, rng: Random) -> Problem:
+    """How many letters a word of the demo's world has; `kind` is words of few or of many."""
+    short = kind == "short words"
+    word = rng.choice([w for w in world.words() if (len(w) <= 5) == short])
+    prompt = rng.choice(("How many letters has the word {w}?", "Count the letters of {w}."))
+    return Problem(kind, prompt.format(w=word), str(len(word)), word)
+
+
+def spelling(kind: str, rng: Random) -> Problem:
+    """A word spelt, letter by letter, as fine-tuning showed it."""
+    short = kind == "short words"
+    word = rng.choice([w for w in world.words() if (len(w) <= 5) == short])
+    return Problem(kind, f"Spell {word}.", f"{', '.join(word.lower())}.", word, reasons=False)
+
+
+def largest(kind: str, rng: Random) -> Problem:
+    """The largest or the smallest of a few numbers; `kind` begins with how many."""
+    n = int(kind.split()[0])
+    numbers = rng.sample(range(2, 100), n)
+    word, pick = rng.choice((("largest", max), ("smallest", min)))
+    listed = ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"
+    return Problem(
+        kind, f"Which is {word}, {listed}?", str(pick(numbers)), f"{word} {sorted(numbers)}"
+    )
+
+
+def compared_sums(kind: str, rng: Random) -> Problem:
+    """The larger or the smaller of a sum and a difference."""
+    less = kind == "smaller"
+    while True:
+        a, b, c, d = (rng.randrange(2, 100) for _ in range(4))
+        c, d = max(c, d), min(c, d)
+        if a + b < 100 and a + b != c - d:
+            break
+    answer = min(a + b, c - d) if less else max(a + b, c - d)
+    prompt = f"Which is {kind}, {a} + {b} or {c} - {d}?"
+    return Problem(kind, prompt, str(answer), f"{a} {b} {c} {d}")
+
+
+ENVIRONMENTS = {
+    e.name: e
+    for e in (
+        Environment("sums", ("100-119", "120-149", "150-199", "200-999"), sums),
+        Environment(
+            "three numbers", ("below 10", "below 20", "below 34", "below 100"), three_numbers
+        ),
+        Environment("one kind", ("4 things", "5 things", "6 things", "8 things"), one_kind),
+        Environment("new wordings", tuple(NEW_WORDINGS), new_wordings),
+        Environment("oldest", ("oldest", "youngest"), oldest),
+        Environment("sum and number", ("larger", "smaller"), sum_and_number),
+        Environment("letters", ("short words", "long words"), letters),
+        Environment("spelling", ("short words", "long words"), spelling),
+        Environment("largest", ("3 numbers", "4 numbers"), largest),
+        Environment("compared sums", ("larger", "smaller"), compared_sums),
+    )
+}
+
+
+def listing() -> list[str]:
+    """The built-in environments, a line each, with their kinds."""
+    return [f"{name:<16}{', '.join(e.kinds)}" for name, e in ENVIRONMENTS.items()]
+
+
+def chosen(config: RLConfig) -> list[Environment]:
+    """The environments that the settings ask for. Raises UserError for one that there is not."""
+    if unknown := [name for name in config.environments if name not in ENVIRONMENTS]:
+        raise UserError(f"There is no environment {unknown[0]!r}: {', '.join(ENVIRONMENTS)}.")
+    return [ENVIRONMENTS[name] for name in config.environments]
+
+
+def fingerprint(config: RLConfig) -> dict[str, str]:
+    """What the files that the settings name hold."""
+    return {}
