@@ -11,16 +11,22 @@ Scenes and pairs of numbers that the demo's own examination keeps back are not p
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+import runpy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
-from config import RLConfig, UserError
+from config import ChatSource, RLConfig, UserError
 from hearth.data import demo_world as world
+from hearth.data.readers import local_files
+from hearth.data.sources import conversations
+from hearth.storage import checksum
 
 SPLITS = ("test", "held out")  # every other problem is for training
-ATTEMPTS = 10_000  # draws after which there is no problem of a split
+ATTEMPTS = 1000  # draws after which there is no problem of a split
 
 
 @dataclass(frozen=True)
@@ -62,21 +68,31 @@ class Environment:
     reward: Reward = exact
 
     def draw(self, kind: str, split: str, rng: Random) -> Problem:
-        """The next problem of a kind and a split."""
+        """The next problem of a kind and a split; UserError where there is none."""
+        if (problem := self._next(kind, split, rng)) is None:
+            raise UserError(f"{self.name}: there is no {split} problem of the kind {kind!r}.")
+        return problem
+
+    def _next(self, kind: str, split: str, rng: Random) -> Problem | None:
         for _ in range(ATTEMPTS):
             problem = self.make(kind, rng)
             if problem.split == split and not (split == "train" and problem.private):
                 return problem
-        raise UserError(f"{self.name}: there is no {split} problem of the kind {kind!r}.")
+        return None
 
     def fixed(self, split: str, n: int, seed: int) -> list[Problem]:
         """`n` different problems of a split, the kinds in turn; fewer where there are no more."""
-        rng, found = Random(f"{seed} {self.name} {split}"), {}
+        rng, found, kinds = Random(f"{seed} {self.name} {split}"), {}, list(self.kinds)
         for attempt in range(20 * n):
-            problem = self.draw(self.kinds[attempt % len(self.kinds)], split, rng)
-            found.setdefault((problem.kind, problem.prompt), problem)
-            if len(found) == n:
+            if not kinds or len(found) == n:
                 break
+            kind = kinds[attempt % len(kinds)]
+            if (problem := self._next(kind, split, rng)) is None:
+                kinds.remove(kind)
+            else:
+                found.setdefault((problem.kind, problem.prompt), problem)
+        if not found:
+            raise UserError(f"{self.name}: there is no {split} problem. It takes a few dozen.")
         return list(found.values())
 
 
@@ -114,6 +130,59 @@ def new_wordings(kind: str, rng: Random) -> Problem:
     answer = str(a + b if op == "+" else a - b)
     key = f"{kind} {sorted((a, b))}"
     return Problem(kind, prompt, answer, key, private=world.pair_held_out(a, b))
+
+
+NEW_FACTS = {
+    "home": "{x} lives in which place?",
+    "home 2": "Name the home of {x}.",
+    "job": "Name the job of {x}.",
+    "job 2": "What does {x} do all day?",
+    "pet": "Name the pet of {x}.",
+    "pet 2": "What does {x} feed?",
+    "age": "{x} is how old?",
+    "age 2": "Name the age of {x}.",
+    "colour": "{x} likes which colour?",
+    "thing": "Name the thing of {x}.",
+    "thing 2": "{x} owns what?",
+    "family": "Name the family of {x}.",
+}
+
+
+def new_facts(kind: str, rng: Random) -> Problem:
+    """A fact of the demo's world, asked in a way that fine-tuning never showed."""
+    name = rng.choice(world.people())
+    fact = next(f for f in world.facts()[name] if f.relation == kind.split()[0])
+    key = f"{kind} {name}"
+    return Problem(kind, NEW_FACTS[kind].format(x=name), fact.answer, key, reasons=False)
+
+
+NEW_COMPARISONS = {
+    "is": ("Is {a} or {b} larger?", max),
+    "name bigger": ("Name the bigger number, {a} or {b}.", max),
+    "of": ("Of {a} and {b}, which is larger?", max),
+    "of smaller": ("Of {a} and {b}, which is smaller?", min),
+    "colon": ("{a} or {b}: which is lower?", min),
+    "greater": ("Which is greater, {a} or {b}?", max),
+    "less": ("Which is less, {a} or {b}?", min),
+}
+
+
+def new_comparisons(kind: str, rng: Random) -> Problem:
+    a, b = rng.sample(range(2, 100), 2)
+    wording, pick = NEW_COMPARISONS[kind]
+    key = f"{kind} {sorted((a, b))}"
+    private = world.pair_held_out(a, b)
+    return Problem(kind, wording.format(a=a, b=b), str(pick(a, b)), key, private=private)
+
+
+def bare_rows(kind: str, rng: Random) -> Problem:
+    """Things counted that are not numbered; `kind` begins with how many."""
+    n = int(kind.split()[0])
+    things = rng.choices(rng.sample(world.GOODS, rng.randint(1, 3)), k=n)
+    asked = rng.choice(world.COUNTS).format(what="things")
+    prompt = f"{rng.choice(world.SCENES)} there are, in a row: {', '.join(things)}. {asked}"
+    key, private = f"{sorted(things)}", world.scene_held_out(things)
+    return Problem(kind, prompt, str(n), key, private=private)
 
 
 def oldest(kind: str, rng: Random) -> Problem:
@@ -206,6 +275,9 @@ ENVIRONMENTS = {
         ),
         Environment("one kind", ("4 things", "5 things", "6 things", "8 things"), one_kind),
         Environment("new wordings", tuple(NEW_WORDINGS), new_wordings),
+        Environment("new facts", tuple(NEW_FACTS), new_facts),
+        Environment("new comparisons", tuple(NEW_COMPARISONS), new_comparisons),
+        Environment("bare rows", tuple(f"{n} things" for n in range(2, 9)), bare_rows),
         Environment("oldest", ("oldest", "youngest"), oldest),
         Environment("sum and number", ("larger", "smaller"), sum_and_number),
         Environment("letters", ("short words", "long words"), letters),
@@ -222,12 +294,116 @@ def listing() -> list[str]:
 
 
 def chosen(config: RLConfig) -> list[Environment]:
-    """The environments that the settings ask for. Raises UserError for one that there is not."""
-    if unknown := [name for name in config.environments if name not in ENVIRONMENTS]:
-        raise UserError(f"There is no environment {unknown[0]!r}: {', '.join(ENVIRONMENTS)}.")
-    return [ENVIRONMENTS[name] for name in config.environments]
+    """The environments that the settings ask for: own problems where files are named, else the
+    built-in ones by name, `gym:TASK` being one of reasoning-gym; with the own reward, if there is
+    one.
+
+    Raises UserError for what there is not.
+    """
+    found = [own_problems(config.files)] if config.files else []
+    for name in () if config.files else config.environments:
+        if name.startswith(GYM):
+            found.append(gym(name.removeprefix(GYM)))
+        elif name in ENVIRONMENTS:
+            found.append(ENVIRONMENTS[name])
+        else:
+            listed = ", ".join(ENVIRONMENTS)
+            raise UserError(f"There is no environment {name!r}: {listed}, {GYM}TASK.")
+    if not found:
+        raise UserError(
+            "Nothing to practise: name --rl.environments (`uv run rl.py --list` has them) or your "
+            "own --rl.files."
+        )
+    if config.reward is not None:
+        reward = own_reward(Path(config.reward))
+        found = [replace(environment, reward=reward) for environment in found]
+    return found
 
 
 def fingerprint(config: RLConfig) -> dict[str, str]:
-    """What the files that the settings name hold."""
-    return {}
+    """What the files that the settings name hold, by their name among a stage's inputs."""
+    found = {}
+    if config.reward is not None:
+        found["reward"] = checksum(_existing(Path(config.reward)))
+    for file in local_files(config.files, []) if config.files else []:
+        found[f"problems {Path(file.path).name}"] = checksum(Path(file.path))
+    return found
+
+
+# ------------------------------------------------------------------------------------------- own
+
+
+def own_problems(files: Sequence[str]) -> Environment:
+    """Questions with their answers from files, in any layout of conversations: the first turn of
+    the user, the last of the assistant; to be reasoned about where the file shows reasoning.
+    """
+    found = []
+    for messages in conversations(ChatSource("own", files=tuple(files))):
+        asked = next(m["content"] for m in messages if m["role"] == "user")
+        last, reasons = messages[-1], any(m["thinking"] for m in messages)
+        found.append(Problem("own", asked, last["content"].strip(), asked, reasons=reasons))
+    if not found:
+        raise UserError(f"There is no question with an answer in {', '.join(files)}.")
+    return Environment("own", ("own",), lambda kind, rng: rng.choice(found))
+
+
+def own_reward(path: Path) -> Reward:
+    """The function `reward(problem, answer)` of a Python file; `problem` has prompt and answer.
+
+    Raises UserError where the file has none, where it fails, or gives something else than a number.
+    """
+    try:
+        judge = runpy.run_path(str(_existing(path))).get("reward")
+    except Exception as error:  # whatever a file of somebody else may raise
+        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    if not callable(judge):
+        raise UserError(f"{path} has no `def reward(problem, answer) -> float`.")
+
+    def reward(problem: Problem, answer: str) -> float:
+        try:
+            value = float(judge(problem, answer))
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}: reward failed on the answer {answer!r}: {said}") from error
+        if not math.isfinite(value):
+            raise UserError(f"{path}: reward gave {value} for the answer {answer!r}.")
+        return value
+
+    return reward
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"There is no file {path}: looked for it in {Path.cwd()}.")
+    return path
+
+
+GYM = "gym:"
+
+
+def gym(task: str) -> Environment:
+    """A task of the package reasoning-gym, which draws and judges; UserError where there is none."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        command = f"uv run --with reasoning-gym rl.py … --rl.environments {GYM}{task}"
+        raise UserError(f"reasoning-gym is not installed: `{command}` gets it.") from error
+
+    def drawn(seed: int) -> Any:
+        return reasoning_gym.create_dataset(task, size=1, seed=seed)
+
+    def make(kind: str, rng: Random) -> Problem:
+        entry = drawn(rng.randrange(2**31))[0]
+        question = entry["question"]
+        return Problem(kind, question, str(entry["answer"]), question, entry=entry)
+
+    try:
+        judge = drawn(0)
+    except ValueError as error:
+        raise UserError(f"reasoning-gym has no task {task!r}: {error}") from error
+    return Environment(
+        GYM + task,
+        (task,),
+        make,
+        lambda problem, answer: judge.score_answer(answer=answer, entry=problem.entry),
+    )

@@ -256,11 +256,7 @@ class Rollouts:
         """The answers packed into rows, each seeing itself alone; weights are advantages at every
         id that the model chose.
         """
-        c, texts = self.config, []
-        for group in groups:
-            for sample, weight in zip(group.samples, self.teach(group.rewards), strict=True):
-                if weight:
-                    texts.append((group.prompt, sample.rollout, weight))
+        c, texts = self.config, [text for group in groups for text in self._taught(group)]
         lengths = np.array([len(prompt) + len(rollout.ids) for prompt, rollout, _ in texts])
         rows = pack_rows(lengths, self.context) or [[]]
         shape = (len(rows), self.context)
@@ -284,6 +280,16 @@ class Rollouts:
         flat = (torch.from_numpy(x).flatten() for x in (ids, targets, weights, starts))
         normaliser = float(c.prompts_per_step * c.samples_per_prompt * c.max_tokens)
         return Batch(*flat, self.context, normaliser)
+
+    def _taught(self, group: Group) -> list[tuple[list[int], Rollout, float]]:
+        """Prompt, answer and weight of what there is to learn from; an answer that was given several
+        times counts once, with all their weights.
+        """
+        told: dict[tuple[int, ...], tuple[Rollout, float]] = {}
+        for sample, weight in zip(group.samples, self.teach(group.rewards), strict=True):
+            key = tuple(sample.rollout.ids)
+            told[key] = (sample.rollout, weight + told.get(key, (None, 0.0))[1])
+        return [(group.prompt, rollout, weight) for rollout, weight in told.values() if weight]
 
     def _summary(self, told: list[Group], batch: Batch) -> dict[str, float]:
         samples = [sample for group in self.groups for sample in group.samples]
