@@ -483,8 +483,12 @@ DEMO = Config(
         **DEMO_SFT,
     ),
     rl=RLConfig(
-        environments=("one kind",),
+        environments=("new sums", "new comparisons"),
+        steps=60,
+        prompts_per_step=8,
         max_tokens=128,
+        lr_ratio=0.3,
+        test_every_steps=10,
         micro_batch_tokens=4096,
         save_every_minutes=1.0,
     ),

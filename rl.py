@@ -33,7 +33,7 @@ from hearth.training.checkpoint import Loaded
 from hearth.training.held_out import evaluate_loss
 from hearth.training.loop import fit_stage
 from hearth.training.rewards import Environment
-from hearth.training.rollouts import Player, Rollouts
+from hearth.training.rollouts import Player, Rollouts, Teach, advantages
 from model import build_model
 
 WEIGHTS, BEST, RESULTS = "model.safetensors", "best.json", "results.json"
@@ -71,9 +71,14 @@ def main(config: Config, options: Options) -> None:
 
 
 def practise(
-    config: Config, environments: Sequence[Environment], start: Path, work: run.Run
+    config: Config,
+    environments: Sequence[Environment],
+    start: Path,
+    work: run.Run,
+    *,
+    teach: Teach = advantages,
 ) -> None:
-    """The stage; continue if its folder holds a checkpoint."""
+    """The stage; continue if its folder holds a checkpoint. `teach` as in `Rollouts`."""
     folder = config.run_dir / "rl"
     judged = rewards.fingerprint(config.rl)
     work.begin("rl", {"weights": checksum(start / WEIGHTS), **judged}, starts_from=str(start))
@@ -85,7 +90,7 @@ def practise(
     if hardware.compiles(config.compile, device):
         model.compile_blocks()
     model.load_state_dict(before.model.state_dict())
-    rollouts = Rollouts(model, tokenizer, environments, config.rl, seed=config.seed)
+    rollouts = Rollouts(model, tokenizer, environments, config.rl, seed=config.seed, teach=teach)
     exam = Exam(config, environments, rollouts, folder)
     if log.is_first():
         exam.sit("before", start)

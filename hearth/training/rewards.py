@@ -99,7 +99,7 @@ class Environment:
 # ------------------------------------------------------------------------------------ built in
 
 
-def sums(kind: str, rng: Random) -> Problem:
+def long_sums(kind: str, rng: Random) -> Problem:
     """A sum or a difference with a number of three digits: `kind` is their range, as 100-149."""
     low, high = map(int, kind.split("-"))
     op, a, b = rng.choice("+-"), rng.randint(low, high), rng.randint(2, 99)
@@ -107,82 +107,42 @@ def sums(kind: str, rng: Random) -> Problem:
     return Problem(kind, prompt, str(a + b if op == "+" else a - b), f"{a} {op} {b}")
 
 
-# ways to ask for a sum or a difference that fine-tuning never showed
-NEW_WORDINGS = {
-    "add": ("+", "Add {b} to {a}."),
-    "plus": ("+", "{a} plus {b}?"),
-    "sum of": ("+", "What is the sum of {a} and {b}?"),
-    "together": ("+", "How much are {a} and {b} together?"),
-    "bought": ("+", "{x} had {a} {goods}s and bought {b} more. How many {goods}s does {x} have?"),
-    "take": ("-", "Take {b} from {a}."),
-    "minus": ("-", "{a} minus {b}?"),
-    "difference": ("-", "What is the difference of {a} and {b}?"),
-    "sold": ("-", "{x} had {a} {goods}s and sold {b} of them. How many {goods}s are left?"),
-}
-
-
-def new_wordings(kind: str, rng: Random) -> Problem:
-    """A sum or a difference of two digits, asked in a way that fine-tuning never showed."""
-    op, wording = NEW_WORDINGS[kind]
-    a, b = rng.randrange(2, 100), rng.randrange(2, 100)
-    a, b = (max(a, b), min(a, b)) if op == "-" else (a, b)
-    prompt = wording.format(a=a, b=b, x=rng.choice(world.people()), goods=rng.choice(world.GOODS))
-    answer = str(a + b if op == "+" else a - b)
-    key = f"{kind} {sorted((a, b))}"
-    return Problem(kind, prompt, answer, key, private=world.pair_held_out(a, b))
-
-
-NEW_FACTS = {
-    "home": "{x} lives in which place?",
-    "home 2": "Name the home of {x}.",
-    "job": "Name the job of {x}.",
-    "job 2": "What does {x} do all day?",
-    "pet": "Name the pet of {x}.",
-    "pet 2": "What does {x} feed?",
-    "age": "{x} is how old?",
-    "age 2": "Name the age of {x}.",
-    "colour": "{x} likes which colour?",
-    "thing": "Name the thing of {x}.",
-    "thing 2": "{x} owns what?",
-    "family": "Name the family of {x}.",
-}
-
-
-def new_facts(kind: str, rng: Random) -> Problem:
-    """A fact of the demo's world, asked in a way that fine-tuning never showed."""
-    name = rng.choice(world.people())
-    fact = next(f for f in world.facts()[name] if f.relation == kind.split()[0])
-    key = f"{kind} {name}"
-    return Problem(kind, NEW_FACTS[kind].format(x=name), fact.answer, key, reasons=False)
-
-
+# ways to ask that fine-tuning never showed; the model does some of them well, some hardly ever
+NEW_SUMS = (
+    "{a} plus {b}?",
+    "What is {a} plus {b}?",
+    "Compute {a} + {b}.",
+    "Work out the sum of {a} and {b}.",
+    "There are {a} {goods}s and {b} more. How many {goods}s are there?",
+    "{x} had {a} {goods}s and bought {b} more. How many {goods}s does {x} have?",
+    "{x} has {a} {goods}s and gets {b} from {y}. How many {goods}s does {x} have now?",
+)
 NEW_COMPARISONS = {
-    "is": ("Is {a} or {b} larger?", max),
-    "name bigger": ("Name the bigger number, {a} or {b}.", max),
-    "of": ("Of {a} and {b}, which is larger?", max),
-    "of smaller": ("Of {a} and {b}, which is smaller?", min),
-    "colon": ("{a} or {b}: which is lower?", min),
-    "greater": ("Which is greater, {a} or {b}?", max),
-    "less": ("Which is less, {a} or {b}?", min),
+    "Is {a} or {b} larger?": max,
+    "Is {a} or {b} smaller?": min,
+    "Which is greater, {a} or {b}?": max,
+    "What is less, {a} or {b}?": min,
+    "{a} or {b}: which is lower?": min,
+    "The bigger one, {a} or {b}?": max,
+    "Name the bigger number, {a} or {b}.": max,
+    "Name the smaller number, {a} or {b}.": min,
 }
+
+
+def new_sums(kind: str, rng: Random) -> Problem:
+    """A sum of two numbers below 100, asked with the words of `kind`."""
+    a, b = rng.randrange(2, 100), rng.randrange(2, 100)
+    x, y = rng.sample(world.people(), 2)
+    prompt = kind.format(a=a, b=b, x=x, y=y, goods=rng.choice(world.GOODS))
+    private = world.pair_held_out(a, b)
+    return Problem(kind, prompt, str(a + b), f"{sorted((a, b))}", private=private)
 
 
 def new_comparisons(kind: str, rng: Random) -> Problem:
+    """Two numbers below 100 compared, asked with the words of `kind`."""
     a, b = rng.sample(range(2, 100), 2)
-    wording, pick = NEW_COMPARISONS[kind]
-    key = f"{kind} {sorted((a, b))}"
-    private = world.pair_held_out(a, b)
-    return Problem(kind, wording.format(a=a, b=b), str(pick(a, b)), key, private=private)
-
-
-def bare_rows(kind: str, rng: Random) -> Problem:
-    """Things counted that are not numbered; `kind` begins with how many."""
-    n = int(kind.split()[0])
-    things = rng.choices(rng.sample(world.GOODS, rng.randint(1, 3)), k=n)
-    asked = rng.choice(world.COUNTS).format(what="things")
-    prompt = f"{rng.choice(world.SCENES)} there are, in a row: {', '.join(things)}. {asked}"
-    key, private = f"{sorted(things)}", world.scene_held_out(things)
-    return Problem(kind, prompt, str(n), key, private=private)
+    private, answer = world.pair_held_out(a, b), str(NEW_COMPARISONS[kind](a, b))
+    return Problem(kind, kind.format(a=a, b=b), answer, f"{sorted((a, b))}", private=private)
 
 
 def oldest(kind: str, rng: Random) -> Problem:
@@ -253,44 +213,27 @@ def largest(kind: str, rng: Random) -> Problem:
     )
 
 
-def compared_sums(kind: str, rng: Random) -> Problem:
-    """The larger or the smaller of a sum and a difference."""
-    less = kind == "smaller"
-    while True:
-        a, b, c, d = (rng.randrange(2, 100) for _ in range(4))
-        c, d = max(c, d), min(c, d)
-        if a + b < 100 and a + b != c - d:
-            break
-    answer = min(a + b, c - d) if less else max(a + b, c - d)
-    prompt = f"Which is {kind}, {a} + {b} or {c} - {d}?"
-    return Problem(kind, prompt, str(answer), f"{a} {b} {c} {d}")
-
-
+SHORT_LONG = ("short words", "long words")
 ENVIRONMENTS = {
     e.name: e
     for e in (
-        Environment("sums", ("100-119", "120-149", "150-199", "200-999"), sums),
-        Environment(
-            "three numbers", ("below 10", "below 20", "below 34", "below 100"), three_numbers
-        ),
-        Environment("one kind", ("4 things", "5 things", "6 things", "8 things"), one_kind),
-        Environment("new wordings", tuple(NEW_WORDINGS), new_wordings),
-        Environment("new facts", tuple(NEW_FACTS), new_facts),
+        Environment("new sums", NEW_SUMS, new_sums),
         Environment("new comparisons", tuple(NEW_COMPARISONS), new_comparisons),
-        Environment("bare rows", tuple(f"{n} things" for n in range(2, 9)), bare_rows),
+        Environment("one kind", ("4 things", "5 things", "6 things", "8 things"), one_kind),
+        Environment("largest", ("3 numbers", "4 numbers"), largest),
         Environment("oldest", ("oldest", "youngest"), oldest),
         Environment("sum and number", ("larger", "smaller"), sum_and_number),
-        Environment("letters", ("short words", "long words"), letters),
-        Environment("spelling", ("short words", "long words"), spelling),
-        Environment("largest", ("3 numbers", "4 numbers"), largest),
-        Environment("compared sums", ("larger", "smaller"), compared_sums),
+        Environment("long sums", ("100-119", "120-149", "150-199", "200-999"), long_sums),
+        Environment("three numbers", ("below 10", "below 34", "below 100"), three_numbers),
+        Environment("letters", SHORT_LONG, letters),
+        Environment("spelling", SHORT_LONG, spelling),
     )
 }
 
 
 def listing() -> list[str]:
     """The built-in environments, a line each, with their kinds."""
-    return [f"{name:<16}{', '.join(e.kinds)}" for name, e in ENVIRONMENTS.items()]
+    return [f"{name:<16}{' | '.join(e.kinds)}" for name, e in ENVIRONMENTS.items()]
 
 
 def chosen(config: RLConfig) -> list[Environment]:
@@ -382,7 +325,9 @@ GYM = "gym:"
 
 
 def gym(task: str) -> Environment:
-    """A task of the package reasoning-gym, which draws and judges; UserError where there is none."""
+    """A task of the package reasoning-gym, which draws and judges. Raises UserError where there is
+    none.
+    """
     try:
         import reasoning_gym
     except ImportError as error:

@@ -282,8 +282,8 @@ class Rollouts:
         return Batch(*flat, self.context, normaliser)
 
     def _taught(self, group: Group) -> list[tuple[list[int], Rollout, float]]:
-        """Prompt, answer and weight of what there is to learn from; an answer that was given several
-        times counts once, with all their weights.
+        """Prompt, answer and weight of what there is to learn from; an answer that was given
+        several times counts once, with all their weights.
         """
         told: dict[tuple[int, ...], tuple[Rollout, float]] = {}
         for sample, weight in zip(group.samples, self.teach(group.rewards), strict=True):

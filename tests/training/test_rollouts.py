@@ -199,7 +199,7 @@ def test_an_answer_given_twice_is_laid_once_with_both_weights(
 
 
 def test_dead_groups_teach_nothing_and_more_are_drawn(model: Model, words: Tokenizer) -> None:
-    """Half of the problems are always wrong: more are drawn, and only the others are learnt from."""
+    """Half of the problems are always wrong: more are drawn, only the others are learnt from."""
     seen: list[str] = []
 
     def half(problem: Problem, answer: str) -> float:
