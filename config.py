@@ -484,7 +484,7 @@ DEMO = Config(
     ),
     rl=RLConfig(
         environments=("new sums", "new comparisons"),
-        steps=60,
+        steps=40,
         prompts_per_step=8,
         max_tokens=128,
         lr_ratio=0.3,

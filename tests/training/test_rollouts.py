@@ -198,21 +198,39 @@ def test_an_answer_given_twice_is_laid_once_with_both_weights(
     assert batch.weights[batch.weights != 0].tolist() == pytest.approx([2 / 3, 2 / 3, -2 / 3])
 
 
+class HalfDead(Scored):
+    """Of one kind of problem all answers earn the same."""
+
+    def _round(self, step: int, first: int, n: int) -> list[Group]:
+        rewards = {"a": [0.0, 1.0, 0.0, 0.0], "b": [1.0] * 4}
+        return [
+            replace_samples(
+                group,
+                [
+                    s._replace(reward=reward)
+                    for s, reward in zip(group.samples, rewards[group.problem.kind], strict=True)
+                ],
+            )
+            for group in super()._round(step, first, n)
+        ]
+
+    def _collect(self, step: int) -> list[Group]:
+        return Rollouts._collect(self, step)
+
+
 def test_dead_groups_teach_nothing_and_more_are_drawn(model: Model, words: Tokenizer) -> None:
-    """Half of the problems are always wrong: more are drawn, only the others are learnt from."""
-    seen: list[str] = []
-
-    def half(problem: Problem, answer: str) -> float:
-        seen.append(answer)
-        return 0.0 if problem.kind == "b" else len(seen) % 2
-
-    rollouts = rollouts_of(model, words, environment=replace(ANY, reward=half))
-    rollouts.batch(0)
-    alive = [group for group in rollouts.groups if not group.dead]
-    assert all(group.dead for group in rollouts.groups if group.problem.kind == "b")
-    assert len(alive) >= 4
-    assert 4 < len(rollouts.groups) <= 12
+    rollouts = HalfDead(model, words, [ANY], SETTINGS, seed=0)
+    batch = rollouts.batch(0)
+    drawn = [group.problem.kind for group in rollouts.groups]
+    assert 4 < len(drawn) <= 12
+    assert drawn.count("a") >= 4
     assert rollouts.figures()["told_groups"] == 4
+    assert rollouts.figures()["dead_groups"] == drawn.count("b") / len(drawn)
+    assert float(batch.weights.max()) == 0.75  # of the first four that are alive
+    assert int((batch.weights == 0.75).sum()) == sum(
+        len(group.samples[1].rollout.ids)
+        for group in [g for g in rollouts.groups if g.problem.kind == "a"][:4]
+    )
 
 
 def test_where_nothing_can_be_learnt_no_more_than_three_times_as_many_are_drawn(
