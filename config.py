@@ -328,6 +328,7 @@ class ChatConfig:
     min_p: float | None = None  # draw from those at least this likely beside the likeliest
     repetition_penalty: float = 1.0  # above 1 makes what was said less likely, but <|end|>
     max_tokens: int = 1024  # longest answer, in tokens
+    tool_calls: int = 8  # most calls of the calculator an answer; 0 switches it off
     seed: int | None = None  # of the draws; None differs each time
 
 
@@ -344,7 +345,7 @@ class ReportConfig:
 LOOPS = ("pretrain", "sft1", "sft2")
 # what every number must be → which ones; `loop` stands for each of LOOPS
 BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "at least 0": (lambda x: x >= 0, "model.hrm.l_cycles report.price_per_kwh"),
+    "at least 0": (lambda x: x >= 0, "model.hrm.l_cycles report.price_per_kwh chat.tool_calls"),
     "at least 1": (
         lambda x: x >= 1,
         "data.shard_mb tokenizer.sample_mb tokenizer.shard_tokens model.vocab_size model.n_layer "
@@ -488,6 +489,7 @@ DEMO = Config(
         prompts_per_step=8,
         max_tokens=128,
         lr_ratio=0.3,
+        tool_cost=0.05,
         test_every_steps=10,
         micro_batch_tokens=4096,
         save_every_minutes=1.0,

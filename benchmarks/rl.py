@@ -42,7 +42,7 @@ import rl
 from config import Config, UserError
 from hearth import log, run
 from hearth.cli import run_script
-from hearth.decoding.engine import Engine, Rules, Sampling
+from hearth.decoding.engine import Engine, Sampling
 from hearth.evaluation.pass_at_k import measure
 from hearth.training import checkpoint
 from hearth.training.rewards import ENVIRONMENTS
@@ -225,7 +225,8 @@ def decode(start: Path) -> None:
     player, environment = Player(loaded.model, loaded.tokenizer, 128), ENVIRONMENTS["new sums"]
     problems = environment.fixed("train", 64, 0)
     prompts = [player.prompt(problem) for problem in problems]
-    rules = Rules(128, frozenset([loaded.tokenizer.end]), Sampling(temperature=1.0))
+    looks = {"max_tokens": 128, "stop_ids": [loaded.tokenizer.end]}
+    looks |= {"sampling": Sampling(temperature=1.0), "logprobs": True}
     single = 0.0
     for n_rows in (1, 16, 64, 128):
         asked = prompts[: max(8, n_rows)] * max(1, n_rows // len(prompts))
@@ -233,7 +234,7 @@ def decode(start: Path) -> None:
         for _ in range(3):
             began = time.process_time()
             engine = Engine(loaded.model, max_rows=n_rows)
-            n = sum(len(r.ids) for r in engine.rollouts(asked, rules))
+            n = sum(len(r.ids) for r in engine.complete(asked, **looks))
             seconds.append(time.process_time() - began)
         speed = n / min(seconds)
         single = single or speed

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -56,6 +57,12 @@ Reward = Callable[[Problem, str], float]
 def exact(problem: Problem, answer: str) -> float:
     """1 for the right answer and nothing else, 0 for any other."""
     return float(answer.strip() == problem.answer)
+
+
+def last_number(problem: Problem, answer: str) -> float:
+    """1 where the last number of the answer is the right one, 0 for any other."""
+    found = re.findall(r"(?<!\w)-?\d+(?!\w)", answer.replace(",", ""))
+    return float(found[-1:] == [problem.answer])
 
 
 @dataclass(frozen=True)
@@ -213,6 +220,20 @@ def largest(kind: str, rng: Random) -> Problem:
     )
 
 
+def calculator(kind: str, rng: Random) -> Problem:
+    """A sum or a difference that may be worked out or left to the calculator; `kind` begins with
+    how many digits its numbers have.
+    """
+    n = int(kind.split()[0])
+    low, high = (1, 9) if n == 1 else (10 ** (n - 1), 10**n - 1)
+    a, b, op = rng.randint(low, high), rng.randint(low, high), rng.choice("+-")
+    a, b = (max(a, b), min(a, b)) if op == "-" else (a, b)
+    prompt = rng.choice(world.SUMS).format(a=a, b=b, op=op)
+    answer, key = str(a + b if op == "+" else a - b), f"{sorted((a, b))}"
+    private = max(a, b) < 100 and world.pair_held_out(a, b)
+    return Problem(kind, prompt, answer, key, reasons=False, private=private)
+
+
 SHORT_LONG = ("short words", "long words")
 ENVIRONMENTS = {
     e.name: e
@@ -225,6 +246,7 @@ ENVIRONMENTS = {
         Environment("sum and number", ("larger", "smaller"), sum_and_number),
         Environment("long sums", ("100-119", "120-149", "150-199", "200-999"), long_sums),
         Environment("three numbers", ("below 10", "below 34", "below 100"), three_numbers),
+        Environment("calculator", ("1 digit", "2 digits", "4 digits"), calculator, last_number),
         Environment("letters", SHORT_LONG, letters),
         Environment("spelling", SHORT_LONG, spelling),
     )

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 from config import REASONING_PROMPT, RLConfig
-from hearth.data.chat_format import parse_answer, render
+from hearth.data.chat_format import Answer, parse_answer, render
 from hearth.data.tokenizer import Tokenizer
-from hearth.decoding.engine import Engine, Rollout, Rules, Sampling
+from hearth.decoding.engine import Completion, Engine, Sampling
+from hearth.decoding.tools import Tools
 from hearth.training import distributed
 from hearth.training.batches import Batch, pack_rows
 from hearth.training.rewards import Environment, Problem
@@ -41,7 +42,7 @@ MEMORY = 0.9  # of the estimate of a kind's success, a prompt
 class Sample(NamedTuple):
     """An answer and what it earned."""
 
-    rollout: Rollout
+    rollout: Completion
     text: str  # all of it, its thinking in brackets
     reward: float
     right: bool  # by its reward alone, without costs
@@ -66,6 +67,18 @@ class Group:
     def dead(self) -> bool:
         """Whether all answers earned the same, so that there is nothing to learn from."""
         return max(self.rewards) == min(self.rewards)
+
+
+def as_text(answer: Answer) -> str:
+    """An answer with its thinking in round brackets, its calls and their results in square ones."""
+    thought = f"({answer.thinking}) " if answer.thinking is not None else ""
+    said = [
+        part["text"]
+        if "text" in part
+        else f"[{part['tool']} {part['arguments']}: {part['result']}]"
+        for part in answer.parts
+    ]
+    return thought + ("".join(said) if said else answer.content)
 
 
 Teach = Callable[[list[float]], list[float]]  # a group's rewards → the weight of each answer
@@ -105,11 +118,16 @@ class Player:
         """`n_samples` answers to each problem, judged by its environment; `seeds` has one of each
         answer. The engine reads the weights as they are, without a copy.
         """
-        end = frozenset([self.tokenizer.end])
-        rules = Rules(self.max_tokens, end, Sampling(temperature=temperature))
         prompts = [self.prompt(problem) for _, problem in asked]
-        found = Engine(self.model, max_rows=ROWS).rollouts(
-            prompts, rules, seeds=seeds, n_samples=n_samples
+        found = Engine(self.model, tokenizer=self.tokenizer, max_rows=ROWS).complete(
+            prompts,
+            max_tokens=self.max_tokens,
+            stop_ids=[self.tokenizer.end],
+            sampling=Sampling(temperature=temperature),
+            seeds=seeds,
+            n_samples=n_samples,
+            tools=Tools(),
+            logprobs=True,
         )
         groups = []
         for i, (judge, problem) in enumerate(asked):
@@ -118,15 +136,14 @@ class Player:
             groups.append(Group(judge.name, problem, prompts[i], samples))
         return groups
 
-    def _judged(self, problem: Problem, judge: Environment, rollout: Rollout) -> Sample:
+    def _judged(self, problem: Problem, judge: Environment, rollout: Completion) -> Sample:
         """An answer that was cut off earns nothing."""
         stopped = rollout.ids[-1] == self.tokenizer.end
-        n_calls = rollout.ids.count(self.tokenizer.special["<|tool_call|>"])
+        n_calls = rollout.ids.count(self.tokenizer.tool_call)
         answer = parse_answer(rollout.ids, self.tokenizer)
         earned = float(judge.reward(problem, answer.content)) if stopped else 0.0
         reward = earned - self.tool_cost * n_calls
-        thought = f"({answer.thinking}) " if answer.thinking is not None else ""
-        return Sample(rollout, thought + answer.content, reward, earned >= 1.0, stopped, n_calls)
+        return Sample(rollout, as_text(answer), reward, earned >= 1.0, stopped, n_calls)
 
 
 # ------------------------------------------------------------------------------------- curriculum
@@ -281,11 +298,11 @@ class Rollouts:
         normaliser = float(c.prompts_per_step * c.samples_per_prompt * c.max_tokens)
         return Batch(*flat, self.context, normaliser)
 
-    def _taught(self, group: Group) -> list[tuple[list[int], Rollout, float]]:
+    def _taught(self, group: Group) -> list[tuple[list[int], Completion, float]]:
         """Prompt, answer and weight of what there is to learn from; an answer that was given
         several times counts once, with all their weights.
         """
-        told: dict[tuple[int, ...], tuple[Rollout, float]] = {}
+        told: dict[tuple[int, ...], tuple[Completion, float]] = {}
         for sample, weight in zip(group.samples, self.teach(group.rewards), strict=True):
             key = tuple(sample.rollout.ids)
             told[key] = (sample.rollout, weight + told.get(key, (None, 0.0))[1])

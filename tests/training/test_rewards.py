@@ -41,7 +41,7 @@ def test_what_is_practised_is_never_asked_when_measuring(environment: Environmen
 def test_the_right_answer_earns_one_and_another_none(environment: Environment) -> None:
     for problem in drawn(environment, "train"):
         assert environment.reward(problem, f" {problem.answer}\n") == 1.0
-        assert environment.reward(problem, problem.answer + " 1") == 0.0
+        assert environment.reward(problem, problem.answer + " 1234567") == 0.0
         assert environment.reward(problem, "") == 0.0
 
 
@@ -160,6 +160,12 @@ def test_without_reasoning_gym_the_command_that_gets_it_is_named(monkeypatch) ->
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
     with pytest.raises(UserError, match="uv run --with reasoning-gym"):
         rewards.chosen(settings(environments=("gym:chain_sum",)))
+
+
+def test_the_last_number_of_an_answer_counts() -> None:
+    problem = rewards.Problem("k", "p", "42", "key")
+    said = ("40 + 2 = 42.", "42 is it", "42 and 3", "142", "-42", "", "so 4,2: 42")
+    assert [rewards.last_number(problem, text) for text in said] == [1, 1, 0, 0, 0, 0, 1]
 
 
 def test_exact_means_nothing_else() -> None:

@@ -12,7 +12,7 @@ import torch
 from config import ModelConfig, RLConfig
 from hearth.data.chat_format import render
 from hearth.data.tokenizer import Tokenizer
-from hearth.decoding.engine import Budget, Engine, Rollout, Rules, Sampling
+from hearth.decoding.engine import Budget, Completion, Engine, Sampling
 from hearth.training.gradients import accumulate
 from hearth.training.rewards import Environment, Problem
 from hearth.training.rollouts import (
@@ -53,6 +53,7 @@ def number(kind: str, rng: Random) -> Problem:
     return Problem(kind, told, "five", told, reasons=False)
 
 
+WARM = Sampling(temperature=1.0)
 ANY = Environment("any", ("a", "b"), number, chance)
 SETTINGS = RLConfig(
     environments=("any",), steps=4, prompts_per_step=4, samples_per_prompt=4, max_tokens=20
@@ -97,9 +98,9 @@ def test_the_engines_logprobs_are_those_of_the_training_pass(
     prompts = [
         torch.randint(0, 384, (n,), generator=rng).tolist() for n in (1, 3, 7, 20, 33, 60, 61)
     ]
-    rules = Rules(30, frozenset([7]), Sampling(temperature=1.0))
     engine = Engine(model, max_rows=16, chunk_tokens=chunk_tokens)
-    found = engine.rollouts(prompts, rules, n_samples=n_samples)
+    looks = {"max_tokens": 30, "stop_ids": [7], "sampling": WARM, "logprobs": True}
+    found = engine.complete(prompts, n_samples=n_samples, **looks)
     for i, rollout in enumerate(found):
         prompt = prompts[i // n_samples]
         assert len(rollout.logprobs) == len(rollout.ids) == len(rollout.forced)
@@ -148,15 +149,17 @@ def test_the_gradient_is_that_of_plain_reinforce(model: Model, words: Tokenizer)
 
 
 def test_forced_ids_carry_no_loss(model: Model, words: Tokenizer) -> None:
-    rules = Rules(
-        20,
-        frozenset([words.end]),
-        Sampling(temperature=1.0),
-        Budget(4, words.think, words.end_think),
-        begin=(words.think, 300),
-    )
     prompt = render([{"role": "user", "content": "one"}], words, answer=True).ids
-    found = Engine(model).rollouts([prompt], rules, n_samples=8)
+    found = Engine(model).complete(
+        [prompt],
+        max_tokens=20,
+        stop_ids=[words.end],
+        sampling=WARM,
+        budget=Budget(4, words.think, words.end_think),
+        begin=(words.think, 300),
+        n_samples=8,
+        logprobs=True,
+    )
     assert all(rollout.forced[:2] == [True, True] for rollout in found)
     closes = [r.ids.index(words.end_think) for r in found if words.end_think in r.ids]
     assert closes
@@ -170,10 +173,38 @@ def test_forced_ids_carry_no_loss(model: Model, words: Tokenizer) -> None:
     assert int((batch.weights != 0).sum()) == n_free
 
 
+def test_a_tools_result_is_read_but_not_learnt(model: Model, words: Tokenizer) -> None:
+    """A call that the answer is made to begin with: its result and itself are masked, what follows
+    has the log-probabilities of the training pass.
+    """
+    call = (words.tool_call, *words.encode("calculate 1+2"), words.end_tool_call)
+    prompt = render([{"role": "user", "content": "one"}], words, answer=True).ids
+    found = Engine(model, tokenizer=words).complete(
+        [prompt],
+        max_tokens=40,
+        stop_ids=[words.end],
+        sampling=WARM,
+        begin=call,
+        tools={"calculate": lambda text: "3"},
+        n_samples=4,
+        logprobs=True,
+    )
+    result = [words.tool_result, *words.encode("3"), words.end_tool_call]
+    n = len(call) + len(result)
+    assert all(answer.ids[len(call) : n] == result for answer in found)
+    rollouts = rollouts_of(model, words)
+    samples = [Sample(answer, "", float(i), False, True, 1) for i, answer in enumerate(found)]
+    batch = rollouts._lay([Group("any", number("a", Random(0)), prompt, samples)])
+    counted = batch.weights != 0
+    assert int(counted.sum()) == sum(len(answer.ids) - n for answer in found)
+    off = (training_logprobs(model, batch) - rollouts._logprobs)[counted].abs()
+    assert float(off.max()) < 1e-4
+
+
 def test_the_whole_softmax_is_drawn_from(model: Model, words: Tokenizer) -> None:
     prompt = render([{"role": "user", "content": "two"}], words, answer=True).ids
-    rules = Rules(1, frozenset([words.end]), Sampling(temperature=1.0))
-    found = Engine(model).rollouts([prompt], rules, n_samples=2000)
+    looks = {"max_tokens": 1, "sampling": WARM, "logprobs": True}
+    found = Engine(model).complete([prompt], n_samples=2000, **looks)
     mean = sum(math.exp(rollout.logprobs[0]) for rollout in found) / len(found)
     packed = PackedSequences(torch.zeros(len(prompt), dtype=torch.bool), len(prompt))
     with torch.no_grad():
@@ -192,7 +223,7 @@ def test_an_answer_given_twice_is_laid_once_with_both_weights(
     model: Model, words: Tokenizer
 ) -> None:
     rollouts = rollouts_of(model, words)
-    same, other = Rollout([5, 6], [-1.0, -2.0], [False] * 2), Rollout([9], [-1.0], [False])
+    same, other = Completion([5, 6], [False] * 2, [-1.0, -2.0]), Completion([9], [False], [-1.0])
     samples = [Sample(r, "", w, False, True, 0) for r, w in ((same, 1.0), (same, 1.0), (other, 0))]
     batch = rollouts._lay([Group("any", number("a", Random(0)), [1, 2], samples)])
     assert batch.weights[batch.weights != 0].tolist() == pytest.approx([2 / 3, 2 / 3, -2 / 3])
