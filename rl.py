@@ -97,7 +97,7 @@ def practise(
     if (newest := run.newest(folder)) is not None:
         rollouts.load_state(checkpoint.read_state(newest)["rollouts"])
     announce(start, environments, rollouts)
-    if not checkpoint.is_finished(folder):
+    if not checkpoint.is_finished(folder) or exam.behind():
         fit_stage(
             config,
             "rl",
@@ -188,13 +188,16 @@ class Exam:
                 replace_folder(newest, self.folder / "best")
         write_json(self.folder / BEST, {**best, "looked": step})
 
+    def behind(self) -> bool:
+        """Whether the last checkpoint was not looked at: a kill came between."""
+        best, newest = self.folder / BEST, run.newest(self.folder)
+        looked = read_json(best)["looked"] if best.is_file() else -1
+        return newest is None or looked < checkpoint.read_state(newest)["step"]
+
     def keep_best(self) -> None:
         """The weights that did best become those of the last checkpoint."""
         last, best = run.newest(self.folder), read_json(self.folder / BEST)
         state = checkpoint.read_state(last)
-        if best["looked"] < state["step"]:  # killed between saving and looking
-            self.look()
-            best = read_json(self.folder / BEST)
         if "weights_of_step" in state:
             return
         if best["step"] not in (0, state["step"]):

@@ -127,6 +127,11 @@ class RunLog:
             kept = [record for record in before if record["step"] <= start]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
+    def holds(self, kind: str, step: int) -> bool:
+        """Whether a record of this kind was noted at a step, also by an earlier start."""
+        noted = read_metrics(self.path) if self.path.exists() else []
+        return any(r.get("kind") == kind and r["step"] == step for r in noted)
+
     def note(self, kind: str, step: int, **figures: Any) -> None:
         """Append one record to `metrics.jsonl`; `kind` says what it is: step, eval,
         sample, start.

@@ -571,7 +571,7 @@ def call_rows(name: str, found: list[Record]) -> list[tuple[str, ...]]:
 
 def answer_rows(found: list[Record]) -> list[tuple[str, ...]]:
     """Problem, right answer, and what was said each time."""
-    said = [{s.get("prompt"): s for s in records(result.get("samples"))} for result in found]
+    said = [{str(s.get("prompt")): s for s in records(result.get("samples"))} for result in found]
     return [
         (
             str(prompt),

@@ -217,9 +217,8 @@ def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
     run_log.note("start", progress.step, **start)
     clock, power = Clock(loop.save_every_minutes), Power(model.device)
     bar = log.progress(steps, "step", job.folder.name, progress.step)
-    if job.looks_before and progress.step == 0 and log.is_first():
-        report(job, 0, run_log)
-        show_samples(job, progress, run_log)
+    if log.is_first() and misses_evaluation(job, progress.step, run_log):
+        report(job, progress.step, run_log)
     while progress.step < steps:
         started, stage = time.perf_counter(), job.batches.stage(progress.step)
         if progress.step and stage != job.batches.stage(progress.step - 1):
@@ -251,6 +250,14 @@ def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
             look_back(job, progress, run_log, evaluating=evaluating)
     bar.close()
     return progress
+
+
+def misses_evaluation(job: Job, step: int, run_log: log.RunLog) -> bool:
+    """Whether the evaluation of the step where a start begins is due: a kill came between the
+    checkpoint and it, or the stage wants one before its first step.
+    """
+    due = step % job.loop.eval_every_steps == 0 or step == job.batches.n_steps
+    return due and (step > 0 or job.looks_before) and not run_log.holds("eval", step)
 
 
 def look_back(job: Job, progress: Progress, run_log: log.RunLog, *, evaluating: bool) -> None:
