@@ -138,7 +138,7 @@ class Job:
     sample: Callable[[], list[tuple[str, str]]]  # prompts and what the model makes of them
     command: str  # that continues this run
     after_evaluation: Callable[[], None] = lambda: None  # such as drawing the report
-    figures: Callable[[], dict[str, float]] = dict  # further ones of the step just taken
+    figures: Callable[[], dict[str, Any]] = dict  # further ones of the step just taken
     looks_before: bool = False  # evaluates before the first step too
 
 

@@ -213,13 +213,16 @@ class Rollouts:
     def load_state(self, state: dict[str, Any]) -> None:
         self.curriculum.success = dict(state["success"])
 
-    def figures(self) -> dict[str, float]:
-        """Of the latest rollout, and how fast the whole step was in tokens of its rows."""
+    def figures(self) -> dict[str, float | None]:
+        """Of the latest rollout, and how fast the whole step was in tokens of its rows; what share
+        of the peak that is says nothing, for most of a step is decoding.
+        """
         seconds = time.perf_counter() - self._began
         return {
             **self._figures,
             "rollout_share": self._rollout_seconds / max(1e-9, seconds),
             "tokens_per_second": self._n_tokens / max(1e-9, seconds),
+            "mfu": None,
         }
 
     def batch(self, step: int) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import replace
 from random import Random
 
@@ -45,7 +46,7 @@ def model(tiny: ModelConfig) -> Model:
 
 def chance(problem: Problem, answer: str) -> float:
     """A reward that groups disagree about, whatever the model says."""
-    return float(hash((problem.prompt, answer)) % 3 == 0) if answer else 0.5
+    return float(zlib.crc32((problem.prompt + answer).encode()) % 3 == 0) if answer else 0.5
 
 
 def number(kind: str, rng: Random) -> Problem:
