@@ -208,7 +208,7 @@ class Rollouts:
 
     def state(self) -> dict[str, Any]:
         """What the rollouts to come depend on besides seed, step and weights."""
-        return {"success": self.curriculum.success}
+        return {"success": dict(self.curriculum.success)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.curriculum.success = dict(state["success"])
