@@ -295,6 +295,42 @@ class SFTConfig(LoopConfig):
         return (ChatSource(name=name, files=self.files),)
 
 
+@dataclass(frozen=True)
+class RLConfig:
+    """Reinforcement learning with rewards that a program gives, after the last fine-tuning."""
+
+    environments: tuple[str, ...] = ()  # what is practised; `uv run rl.py --list` names them
+    files: tuple[str, ...] = ()  # your own problems with answers, in their place
+    reward: str | None = None  # Python file with `def reward(problem, answer) -> float`
+    steps: int = 150  # rollouts, each of them followed by one update
+    prompts_per_step: int = 16  # problems whose answers differ in reward that a step learns from
+    samples_per_prompt: int = 16  # answers to each of them
+    max_tokens: int = 256  # longest answer, in tokens; one that is cut off earns nothing
+    lr_ratio: float = 0.1  # peak learning rate, relative to sft2.lr; it falls in a line to zero
+    tool_cost: float = 0.0  # what each call of a tool takes off the reward
+    n_held_out: int = 64  # held-out problems of each environment, which pick the best checkpoint
+    test_every_steps: int = 25  # steps between two looks at them
+    micro_batch_tokens: int | None = None  # tokens in one pass; None fits the card's free memory
+    log_every_steps: int = 10  # steps between two lines on the console
+    save_every_minutes: float = 15.0  # minutes between two checkpoints
+    keep_checkpoints: int = 2  # the newest ones kept
+    log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()  # beside metrics.jsonl
+
+    def loop(self, lr: float, context: int) -> LoopConfig:
+        """The loop's settings, for the learning rate `lr` of the last fine-tuning."""
+        shared = ("micro_batch_tokens", "log_every_steps", "save_every_minutes", "keep_checkpoints")
+        return LoopConfig(
+            lr=self.lr_ratio * lr,
+            decay_share=0.98,
+            final_lr_ratio=0.0,
+            tokens_per_step=self.prompts_per_step * self.samples_per_prompt * context,
+            eval_every_steps=self.test_every_steps,
+            sample_every_steps=self.steps,
+            log_to=self.log_to,
+            **{name: getattr(self, name) for name in shared},
+        )
+
+
 REASONING_PROMPT = "Think step by step, then answer."  # the system turn that asks for reasoning
 
 
@@ -333,9 +369,15 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
         "model.d_model model.n_head model.n_kv_head model.d_ff model.context model.window "
         "model.hrm.l_layer model.hrm.h_layer model.hrm.h_cycles pretrain.steps pretrain.tokens "
         "loop.tokens_per_step loop.micro_batch_tokens loop.eval_every_steps loop.eval_tokens "
-        "loop.log_every_steps loop.sample_every_steps loop.keep_checkpoints",
+        "loop.log_every_steps loop.sample_every_steps loop.keep_checkpoints rl.steps "
+        "rl.prompts_per_step rl.max_tokens rl.n_held_out rl.test_every_steps "
+        "rl.log_every_steps rl.keep_checkpoints rl.micro_batch_tokens",
     ),
-    "above 0": (lambda x: x > 0, "optim.clip loop.lr sft1.epochs sft2.epochs report.watts"),
+    "at least 2": (lambda x: x >= 2, "rl.samples_per_prompt"),
+    "above 0": (
+        lambda x: x > 0,
+        "optim.clip loop.lr sft1.epochs sft2.epochs report.watts rl.lr_ratio",
+    ),
     "from 0 to below 1": (lambda x: 0 <= x < 1, "optim.momentum optim.beta1 optim.beta2"),
     "between 0 and 0.5": (lambda x: 0 < x < 0.5, "data.validation_share"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "data.near_duplicates"),
@@ -371,6 +413,7 @@ class Config:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     sft1: SFTConfig = field(default_factory=SFTConfig)
     sft2: SFTConfig = field(default_factory=SFTConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
@@ -519,6 +562,17 @@ DEMO = Config(
         context=512,
         epochs=1.5,
         **DEMO_SFT,
+    ),
+    rl=RLConfig(
+        environments=("new sums", "new comparisons"),
+        steps=40,
+        prompts_per_step=8,
+        max_tokens=128,
+        lr_ratio=0.3,
+        tool_cost=0.05,
+        test_every_steps=10,
+        micro_batch_tokens=4096,
+        save_every_minutes=1.0,
     ),
     chat=ChatConfig(temperature=0.0, top_p=None, max_tokens=200),
 )

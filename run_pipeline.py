@@ -31,9 +31,10 @@ class Options:
     """What this script alone can be told."""
 
     # remove this stage and all that follow, and make them again
-    redo: Literal["text", "tokenizer", "base", "sft1", "sft2"] | None = None
+    redo: Literal["text", "tokenizer", "base", "sft1", "sft2", "rl"] | None = None
     # hours that pretraining may take on this machine: picks the model's size and the tokens
     hours: float | None = None
+    practise: bool = False  # go on to reinforcement learning (rl.py) after fine-tuning
 
 
 SCRIPT = cli.Script(
@@ -57,7 +58,8 @@ def main(config: Config, options: Options) -> None:
     if options.redo:
         with run.working_on(config, makes=list(run.STAGES), redo=options.redo):
             pass
-    for number, script in enumerate((*ROAD, *(("score.py",) if asks_world else ())), start=1):
+    road = (*ROAD, *(("rl.py",) if options.practise else ()))
+    for number, script in enumerate((*road, *(("score.py",) if asks_world else ())), start=1):
         log.say(f"── {number}. {script} ".ljust(100, "─"))
         code, stopped = run_stage(script, config)
         if stopped:

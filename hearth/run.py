@@ -54,8 +54,9 @@ STAGES = {
     "sft2": Stage(
         "Fine-tuning, stage 2", "sft.py", ("sft2", "chat_tokens/sft2"), ("seed", "optim", "sft2")
     ),
+    "rl": Stage("Reinforcement learning", "rl.py", ("rl",), ("seed", "optim", "rl")),
 }
-TRAINED = ("base", "sft1", "sft2")  # stages that hold checkpoints, in the order of the road
+TRAINED = ("base", "sft1", "sft2", "rl")  # stages that hold checkpoints, in the order of the road
 # settings that change no result, whatever stage reads them; by their last name
 FREE = {
     *("micro_batch_tokens", "save_every_minutes", "keep_checkpoints", "max_skipped_steps"),
@@ -177,9 +178,11 @@ def load_settings(folder: Path) -> Config | None:
 
 
 def _followed(then: Any, now: Any, saved: Any) -> Any:
-    """`saved`, but what is as the preset was `then` becomes as the preset is `now`."""
+    """`saved`, but what is as the preset was `then` becomes as the preset is `now`; so does what
+    neither of them knew.
+    """
     if all(isinstance(value, dict) for value in (then, now, saved)):
-        return {
+        return {name: now[name] for name in now if name not in then and name not in saved} | {
             name: _followed(then[name], now[name], value) if name in then and name in now else value
             for name, value in saved.items()
         }

@@ -132,6 +132,18 @@ def test_files_are_the_same_however_their_place_is_written(tmp_path: Path) -> No
         begin(with_files("books/y.txt"), "text")
 
 
+def test_a_part_that_a_run_never_heard_of_is_as_its_preset_has_it(tmp_path: Path) -> None:
+    """A run of before there was reinforcement learning practises what the demo practises."""
+    made = demo(tmp_path)
+    begin(made, "text")
+    path = made.run_dir / "config.json"
+    record = json.loads(path.read_text())
+    for part in ("settings", "preset"):
+        del record[part]["rl"]
+    path.write_text(json.dumps(record))
+    assert run.load_settings(made.run_dir).rl == PRESETS["demo"].rl
+
+
 # ------------------------------------------------------------------------------------ inputs, redo
 
 

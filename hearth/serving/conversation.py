@@ -247,7 +247,7 @@ class Chat:
             budget = Budget(self.think_tokens, tokenizer.think, tokenizer.end_think)
         # a model that has learnt to reason may still forget to begin, above all late in a
         # conversation
-        begin = [tokenizer.think] if self.think and self.stage == "sft2" else []
+        begin = [tokenizer.think] if self.think and self.stage in ("sft2", "rl") else []
         stream = self.engine.stream(
             prompt,
             max_tokens=self.config.max_tokens,
