@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """Where text comes from: exactly one of a hub data set, local files, the demo world."""
+    """Where text comes from: exactly one of a hub data set, files, the demo world, problems."""
 
     name: str = "own"  # its folder's name under text/, and its name in every log
     hub: str | None = None  # data set on the hub, as owner/name
@@ -30,14 +30,15 @@ class Source:
     split: str = "train"  # its split
     files: tuple[str, ...] = ()  # local files, folders or globs; layouts are known by their columns
     demo: str | None = None  # part of the built-in world: text, alpaca, dolly, messages or math
+    made: str | None = None  # problems made by this program: a kind of hearth/data/problems.py
     weight: float = 1.0  # share of the training tokens, or of an epoch, relative to the others
 
     def problems(self, where: str) -> list[str]:
         found = []
         if self.weight < 0:
             found.append(f"{where} {self.name!r}: weight is {self.weight}, must be at least 0")
-        if sum(map(bool, (self.hub, self.files, self.demo))) != 1:
-            found.append(f"{where} {self.name!r}: give exactly one of hub, files, demo")
+        if sum(map(bool, (self.hub, self.files, self.demo, self.made))) != 1:
+            found.append(f"{where} {self.name!r}: give exactly one of hub, files, demo, made")
         return found
 
 
@@ -55,6 +56,8 @@ class ChatSource(Source):
 
     max_rows: int | None = None  # stop after this many conversations; None takes all
     max_chars: int | None = None  # longest reasoning; the worked solution replaces longer ones
+    calls: bool = False  # calculations in <<…>> become calls of the calculator, not reasoning
+    persona: tuple[str, ...] = ()  # of made: identity, the name and the owner; chat.name sets it
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ PORTABLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The update rule; how fast it goes is set where it is used: pretrain.lr, sft1.lr, sft2.lr."""
+    """The update rule; how fast it goes is set where it is used: pretrain.lr, sft1.lr …"""
 
     name: Literal["muon", "adamw", "schedulefree"] = "muon"  # Muon: for matrices alone
     embedding_lr_ratio: float = 3.0  # learning rate of the embedding, relative to lr
@@ -249,33 +252,64 @@ class PretrainConfig(LoopConfig):
 
 @dataclass(frozen=True)
 class SFTConfig(LoopConfig):
-    """One stage of fine-tuning on conversations."""
+    """One stage of fine-tuning on conversations; without any it is left out."""
 
     sources: tuple[ChatSource, ...] = ()  # the sets of conversations
     files: tuple[str, ...] = ()  # your own files, folders or globs instead of the sources
+    calls: bool = False  # of your own files: calculations in <<…>> become calls
+    exclude: tuple[ChatSource, ...] = ()  # test sets, whose questions no conversation may hold
+    exclude_files: tuple[str, ...] = ()  # your own files of such questions, beside these
     context: int = 2048  # longest conversation, in tokens
-    epochs: float = 3.0  # passes over the conversations
+    loss: Literal["assistant", "all"] = "assistant"  # whose tokens are learnt; never tool results
+    epochs: float = 3.0  # passes over the conversations; 0 leaves the stage out
+    weight_decay: float = 0.0  # in place of optim.weight_decay
+    momentum_warmup_share: float = 0.1  # of the steps, in place of optim.momentum_warmup_steps
+    eval_every_steps: int | None = None  # steps between two evaluations; None is a quarter of them
+    sample_every_steps: int | None = None  # steps between two samples; None is a half of them
     validation_share: float = 0.02  # share of the conversations held out, chosen by a hash
     prompts: tuple[str, ...] = ("Who are you?", "What is 12 + 7?")  # questions that samples answer
     probe_prompts: int = 24  # held-out questions answered at each evaluation
     probe_tokens: int = 160  # longest answer to one of them, in tokens
 
     def problems(self, where: str, model_context: int) -> list[str]:
+        if not self.sets():
+            return []  # it is left out
         found = self.loop_problems(where)
-        if not self.sources and not self.files:
-            found.append(f"{where}: no conversations; give --{where}.files or {where}.sources")
-        found += [text for s in self.sources for text in s.problems(f"{where}.sources")]
+        for source in (*self.sources, *self.exclude):
+            found += source.problems(f"{where}.sources")
         if not 0 < self.context <= model_context:
             said = f"{where}.context is {self.context}, must lie between 1 and model.context"
             found.append(f"{said} {model_context}")
         return found
 
-    def sets(self) -> tuple[ChatSource, ...]:
-        """The sets in force: your own files where given, the preset's sources otherwise."""
+    def sets(self, persona: tuple[str, ...] = ()) -> tuple[ChatSource, ...]:
+        """The sets in force: your own files where given, the preset's sources otherwise; none
+        where the stage is left out.
+        """
+        if not self.epochs:
+            return ()
         if not self.files:
-            return self.sources
-        name = f"own-{zlib.crc32(repr(self.files).encode()):08x}"
-        return (ChatSource(name=name, files=self.files),)
+            is_asked = {"identity": persona}
+            return tuple(replace(s, persona=is_asked.get(s.made, ())) for s in self.sources)
+        asked = repr((self.files, "calls") if self.calls else self.files)
+        name = f"own-{zlib.crc32(asked.encode()):08x}"
+        return (ChatSource(name=name, files=self.files, calls=self.calls),)
+
+    def test_sets(self) -> tuple[ChatSource, ...]:
+        """The sets whose questions are kept out."""
+        own = (ChatSource(name="tests", files=self.exclude_files),) if self.exclude_files else ()
+        return self.exclude + own
+
+    def in_steps(self, steps: int) -> SFTConfig:
+        """The same for a stage of so many steps: what was left to their number is a number."""
+        evaluations = self.eval_every_steps or max(1, round(steps / 4))
+        samples = self.sample_every_steps or max(1, round(steps / 2))
+        return replace(self, eval_every_steps=evaluations, sample_every_steps=samples)
+
+    def optimizer(self, optim: OptimConfig, steps: int) -> OptimConfig:
+        """The update rule of a stage of so many steps, made from the run's."""
+        warmup = round(self.momentum_warmup_share * steps)
+        return replace(optim, weight_decay=self.weight_decay, momentum_warmup_steps=warmup)
 
 
 REASONING_PROMPT = "Think step by step, then answer."  # the system turn that asks for reasoning
@@ -285,6 +319,8 @@ REASONING_PROMPT = "Think step by step, then answer."  # the system turn that as
 class ChatConfig:
     """How the chat draws its answers."""
 
+    name: str = "Hearth"  # what the model is called, where a stage teaches who it is
+    owner: str = "the owner of this computer"  # who made it, in its own words
     system: str | None = None  # system prompt; None is no system turn
     temperature: float = 0.7  # 0 takes the likeliest token
     top_k: int | None = None  # draw from the k likeliest tokens; None is all
@@ -305,10 +341,13 @@ class ReportConfig:
     watts: float | None = None  # power while training, where the card does not tell
 
 
-LOOPS = ("pretrain", "sft1", "sft2")
-# what every number must be → which ones; `loop` stands for each of LOOPS
+# what every number must be → which ones; `loop` stands for pretrain and each of `FINE_TUNING`,
+# `sft` for each of these alone
 BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "at least 0": (lambda x: x >= 0, "model.hrm.l_cycles report.price_per_kwh"),
+    "at least 0": (
+        lambda x: x >= 0,
+        "model.hrm.l_cycles report.price_per_kwh sft.epochs sft.weight_decay",
+    ),
     "at least 1": (
         lambda x: x >= 1,
         "data.shard_mb tokenizer.sample_mb tokenizer.shard_tokens model.vocab_size model.n_layer "
@@ -317,10 +356,11 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
         "loop.tokens_per_step loop.micro_batch_tokens loop.eval_every_steps loop.eval_tokens "
         "loop.log_every_steps loop.sample_every_steps loop.keep_checkpoints",
     ),
-    "above 0": (lambda x: x > 0, "optim.clip loop.lr sft1.epochs sft2.epochs report.watts"),
+    "above 0": (lambda x: x > 0, "optim.clip loop.lr report.watts"),
     "from 0 to below 1": (lambda x: 0 <= x < 1, "optim.momentum optim.beta1 optim.beta2"),
     "between 0 and 0.5": (lambda x: 0 < x < 0.5, "data.validation_share"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "data.near_duplicates"),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, "sft.momentum_warmup_share"),
 }
 
 
@@ -328,11 +368,23 @@ def out_of_bounds(config: Config) -> list[str]:
     """The settings that break their bound, in words; what is None breaks none."""
     found = []
     for rule, (holds, names) in BOUNDS.items():
-        for name in {n.replace("loop.", f"{s}."): 0 for n in names.split() for s in LOOPS}:
+        for name in dict.fromkeys(said for n in names.split() for said in _each_stage(n)):
             value = reduce(lambda part, n: getattr(part, n, None), name.split("."), config)
             if value is not None and not holds(value):
                 found.append(f"{name} is {value}, must be {rule}")
     return found
+
+
+def _each_stage(name: str) -> list[str]:
+    """`loop.lr` as `pretrain.lr`, `mid.lr` …; a name that stands for itself as it is."""
+    group, dot, rest = name.partition(".")
+    groups = {"loop": ("pretrain", *FINE_TUNING), "sft": tuple(FINE_TUNING)}.get(group, (group,))
+    return [f"{g}{dot}{rest}" for g in groups]
+
+
+def fine_tuning(title: str) -> Any:
+    """A field of `Config` that is a stage of fine-tuning."""
+    return field(default_factory=SFTConfig, metadata={"title": title})
 
 
 @dataclass(frozen=True)
@@ -351,8 +403,10 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    sft1: SFTConfig = field(default_factory=SFTConfig)
-    sft2: SFTConfig = field(default_factory=SFTConfig)
+    # the stages of fine-tuning, in their order: one more is one more field, here alone
+    mid: SFTConfig = fine_tuning("Middle stage")
+    sft1: SFTConfig = fine_tuning("Fine-tuning, stage 1")
+    sft2: SFTConfig = fine_tuning("Fine-tuning, stage 2")
     chat: ChatConfig = field(default_factory=ChatConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
@@ -361,7 +415,8 @@ class Config:
         found = [*out_of_bounds(self), *self.data.problems(), *self.model.problems()]
         if context > 0:
             found += self.pretrain.problems(context)
-            found += self.sft1.problems("sft1", context) + self.sft2.problems("sft2", context)
+            for name in FINE_TUNING:
+                found += getattr(self, name).problems(name, context)
         if found:
             raise UserError("\n  - ".join(["This configuration cannot work:", *found]))
 
@@ -369,6 +424,14 @@ class Config:
     def run_dir(self) -> Path:
         """Folder of everything this run makes; removing it is starting over."""
         return Path(self.runs) / (self.name or self.preset)
+
+    def sets(self, stage: str) -> tuple[ChatSource, ...]:
+        """The sets of conversations of a stage of fine-tuning; none where it is left out."""
+        return getattr(self, stage).sets((self.chat.name, self.chat.owner))
+
+
+# a stage of fine-tuning → its title
+FINE_TUNING = {f.name: f.metadata["title"] for f in fields(Config) if "title" in f.metadata}
 
 
 # ------------------------------------------------------------------------------------------ presets
@@ -397,7 +460,7 @@ DEMO_LOOP = {
     "eval_tokens": 16_384,
     "save_every_minutes": 1.0,
 }
-DEMO_SFT = DEMO_LOOP | {"lr": 3e-3, "eval_every_steps": 200}
+DEMO_SFT = DEMO_LOOP | {"lr": 3e-3}
 DEMO = Config(
     preset="demo",
     data=DataConfig(

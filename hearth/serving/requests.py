@@ -15,6 +15,7 @@ from config import REASONING_PROMPT, ChatConfig
 from hearth.data.chat_format import Message, render, render_turn, stop_ids
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Budget, Rules, Sampling
+from hearth.run import REASONS
 
 CHOICES = 8  # answers to one prompt
 STOPS, STOP_CHARS = 4, 1000  # texts that end an answer, and how long each may be
@@ -40,7 +41,7 @@ class Served:
     """A checkpoint as clients see it."""
 
     name: str  # as in /v1/models
-    stage: str  # base, sft1, sft2, rl
+    stage: str  # of run.TRAINED
     step: int
     tokenizer: Tokenizer
     context: int  # tokens
@@ -331,7 +332,7 @@ def chat_rules(request: ChatRequest, served: Served, n_prompt: int) -> Rules:
     budget = None
     if think and tokens is not None:
         budget = Budget(tokens, tokenizer.think, tokenizer.end_think)
-    begins = think and served.stage in ("sft2", "rl") and not request.continue_final_message
+    begins = think and served.stage in REASONS and not request.continue_final_message
     return Rules(
         _room(request.max_completion_tokens or request.max_tokens, served, n_prompt),
         frozenset(stop_ids(tokenizer)),

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from config import Config, LoopConfig, UserError
+from config import Config, LoopConfig, OptimConfig, SFTConfig, UserError
 from hearth import hardware, log
 from hearth.cli import from_plain
 from hearth.data.tokenizer import Tokenizer
@@ -152,14 +152,14 @@ def fit_stage(
     command: str,
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Train `model` as `stage` of the run (base, sft1, sft2): from its newest checkpoint, if there
-    is one, to the last step.
+    """Train `model` as `stage` of the run (`run.TRAINED`): from its newest checkpoint, if there is
+    one, to the last step.
 
     `files` are further texts of a checkpoint, by their path in its folder; the rest as in `Job`.
     """
-    loop: LoopConfig = config.pretrain if stage == "base" else getattr(config, stage)
+    loop, optim = loop_of(config, stage, batches.n_steps)
     folder = config.run_dir / stage
-    optimizers = build_optimizers(model, config.optim, loop.lr)
+    optimizers = build_optimizers(model, optim, loop.lr)
     progress = resume(folder, model, optimizers)
     start = f", continuing from step {progress.step}" if progress.step else ""
     dtype = str(model.dtype).removeprefix("torch.")
@@ -180,6 +180,14 @@ def fit_stage(
         refresh(config)
     title = STAGES[stage].title.lower()
     log.say(f"{title}: done in {log.duration(progress.seconds)}, {newest(folder)}")
+
+
+def loop_of(config: Config, stage: str, steps: int) -> tuple[LoopConfig, OptimConfig]:
+    """The loop's settings and the update rule of a stage of so many steps."""
+    if stage == "base":
+        return config.pretrain, config.optim
+    loop: SFTConfig = getattr(config, stage).in_steps(steps)
+    return loop, loop.optimizer(config.optim, steps)
 
 
 def fit(job: Job, progress: Progress) -> Progress:
