@@ -67,7 +67,11 @@ def main(config: Config, options: Options) -> None:
         print(reason, file=sys.stderr)
     if options.prompt is None:
         print(chat.introduction(), file=sys.stderr)
-        samples = config.pretrain.prompts if chat.is_base else getattr(config, list(FINE_TUNING)[-1]).prompts
+        samples = (
+            config.pretrain.prompts
+            if chat.is_base
+            else getattr(config, list(FINE_TUNING)[-1]).prompts
+        )
         answer_each(lines_of(sys.stdin) or samples, chat, options)
     else:
         answer_each([options.prompt], chat, options)

@@ -328,6 +328,7 @@ class ChatConfig:
     min_p: float | None = None  # draw from those at least this likely beside the likeliest
     repetition_penalty: float = 1.0  # above 1 makes what was said less likely, but <|end|>
     max_tokens: int = 1024  # longest answer, in tokens
+    tool_calls: int = 8  # most calls of the calculator an answer; 0 switches it off
     seed: int | None = None  # of the draws; None differs each time
 
 
@@ -346,7 +347,7 @@ class ReportConfig:
 BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     "at least 0": (
         lambda x: x >= 0,
-        "model.hrm.l_cycles report.price_per_kwh sft.epochs sft.weight_decay",
+        "model.hrm.l_cycles report.price_per_kwh chat.tool_calls sft.epochs sft.weight_decay",
     ),
     "at least 1": (
         lambda x: x >= 1,

@@ -22,6 +22,8 @@ from hearth import cli, hardware, log, run
 from hearth.data import ingest, sources
 from hearth.data.chat_format import (
     CHAT_TEMPLATE,
+    Call,
+    Message,
     Rendered,
     loss_everywhere,
     parse_answer,
@@ -31,6 +33,7 @@ from hearth.data.shard_folder import SPLITS, content_fingerprint, read_manifest
 from hearth.data.token_shards import TokenShards, TokenShardWriter
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Engine, Sampling
+from hearth.decoding.tools import Tools
 from hearth.storage import checksum
 from hearth.training import checkpoint, distributed
 from hearth.training.batches import ConversationBatches, held_out_conversations
@@ -227,7 +230,7 @@ def fitting(
     Nothing is cut within a turn: a first exchange too long for the context is dropped and counted.
     """
     for messages in sources.read_conversations(text, split):
-        kept = messages
+        kept = settled(messages)
         rendered = render(kept, tokenizer)
         while len(rendered.ids) > context and kept:
             kept = kept[:-1]
@@ -240,6 +243,25 @@ def fitting(
             continue
         counts["whole" if len(kept) == len(messages) else "shortened to whole turns"] += 1
         yield rendered
+
+
+def settled(messages: list[Message]) -> list[Message]:
+    """The messages with the results that the tools give, as an answer will meet them; what a file
+    says of them may be rounded otherwise, or wrong.
+    """
+    tools = Tools()
+
+    def settle(part: dict[str, str]) -> dict[str, str]:
+        if part.get("tool") not in tools.functions or part.get("result") is None:
+            return part
+        return part | {"result": tools.result(Call(part["tool"], part["arguments"]), 1)}
+
+    return [
+        {**m, "content": [settle(part) for part in m["content"]]}
+        if isinstance(m["content"], list)
+        else m
+        for m in messages
+    ]
 
 
 # ------------------------------------------------------------------------------ figures and samples
@@ -299,7 +321,8 @@ def probe(
     if not prompts:
         return {}
     ids = [prompt.ids for prompt in prompts]
-    answers = Engine(model).generate(ids, max_tokens=max_tokens, stop_ids=[tokenizer.end])
+    engine, looks = Engine(model, tokenizer=tokenizer), {"stop_ids": [tokenizer.end]}
+    answers = engine.generate(ids, max_tokens=max_tokens, tools=Tools(), **looks)
     stops = [answer[-1:] == [tokenizer.end] for answer in answers]
     reasons = [
         (answer[:1] == [tokenizer.think]) == prompt.reasons
@@ -326,10 +349,11 @@ def answer_prompts(
         render([{"role": "user", "content": prompt}], tokenizer, answer=True).ids
         for prompt in prompts
     ]
-    answers = Engine(model).generate(
+    answers = Engine(model, tokenizer=tokenizer).generate(
         ids,
         max_tokens=120,
         stop_ids=[tokenizer.end],
+        tools=Tools(),
         sampling=Sampling(temperature=0.0),
         seeds=[0] * len(ids),
     )

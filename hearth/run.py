@@ -49,9 +49,7 @@ STAGES = {
         "Pretraining", "pretrain.py", ("base",), ("seed", "eight_bit", "model", "optim", "pretrain")
     ),
     **{
-        name: Stage(
-            title, "sft.py", (name, f"chat_tokens/{name}"), ("seed", "optim", name)
-        )
+        name: Stage(title, "sft.py", (name, f"chat_tokens/{name}"), ("seed", "optim", name))
         for name, title in FINE_TUNING.items()
     },
 }

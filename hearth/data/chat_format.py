@@ -226,8 +226,8 @@ class AnswerReader:
     """Text of an answer whose ids come one by one: pieces, each its kind and its text. Thinking and
     content come in whole characters; a call and its result each come whole, once they are closed.
 
-    thinking: whether the reader stands inside `<think>`. thought: whether it ever did. Tools are
-    not called while thinking.
+    span: the kind of what comes next, as far as it is known. thought: whether there was thinking.
+    Tools are not called while thinking.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -235,55 +235,51 @@ class AnswerReader:
         self._special = set(tokenizer.special.values())
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._last: int | None = None
-        self._span: Kind = "content"
+        self.span: Kind = "content"
         self._called = False  # the call before the next token awaits its result
         self._whole: list[int] = []  # of a call or a result
         self.thought = False
-
-    @property
-    def thinking(self) -> bool:
-        return self._span == "thinking"
 
     @property
     def open_end(self) -> int | None:
         """The id that would end the part of the answer that the reader stands in."""
         t = self._tokenizer
         ends = {"thinking": t.end_think, "call": t.end_tool_call, "result": t.end_tool_call}
-        return ends.get(self._span)
+        return ends.get(self.span)
 
     def read(self, token: int) -> Iterator[tuple[Kind, str]]:
         """What a token adds, as (kind, text)."""
         t, called = self._tokenizer, self._called
         first, self._last, self._called = self._last is None, token, False
         if self.open_end is not None and token == self.open_end:
-            self._called = self._span == "call"
+            self._called = self.span == "call"
             yield from self.rest()
-            self._span = "content"
-        elif self._span == "content" and token in (t.think, t.tool_call, t.tool_result):
+            self.span = "content"
+        elif self.span == "content" and token in (t.think, t.tool_call, t.tool_result):
             if token == t.think and first:
-                self._span, self.thought = "thinking", True
+                self.span, self.thought = "thinking", True
             elif token == t.tool_call:
                 yield from self.rest()
-                self._span = "call"
+                self.span = "call"
             elif token == t.tool_result and called:
-                self._span = "result"
+                self.span = "result"
         elif token not in self._special:
-            if self._span in ("call", "result"):
+            if self.span in ("call", "result"):
                 self._whole.append(token)
             else:
-                yield self._span, self._utf8.decode(t.decode_bytes([token]))
+                yield self.span, self._utf8.decode(t.decode_bytes([token]))
 
     def rest(self) -> Iterator[tuple[Kind, str]]:
         """What is left where the answer is cut off: of a character that was never finished, U+FFFD;
         a call or a result as far as it came.
         """
-        if self._span in ("call", "result"):
+        if self.span in ("call", "result"):
             whole, self._whole = self._whole, []
-            yield self._span, self._tokenizer.decode(whole)
+            yield self.span, self._tokenizer.decode(whole)
             return
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
-        yield self._span, rest
+        yield self.span, rest
 
 
 def _turns(

@@ -398,9 +398,7 @@ def identity_wordings(*, held: bool) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def identity(
-    rng: Random, *, held: bool, persona: tuple[str, str] = DEFAULT_PERSONA
-) -> Problem:
+def identity(rng: Random, *, held: bool, persona: tuple[str, str] = DEFAULT_PERSONA) -> Problem:
     """A question about who is speaking; `held` picks the ten wordings kept for measuring."""
     about, wording = rng.choice(identity_wordings(held=held))
     opening = rng.choice(OPENINGS)

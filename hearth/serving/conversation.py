@@ -27,6 +27,7 @@ from hearth.data.chat_format import (
 )
 from hearth.decoding.engine import Budget, Engine, Sampling, store_for
 from hearth.decoding.matrices import compiler_missing
+from hearth.decoding.tools import chat_tools
 from hearth.log import count, size
 from hearth.run import REASONS, STAGES
 from hearth.training.checkpoint import Loaded
@@ -80,7 +81,8 @@ class Chat:
         self.n_parameters = loaded.model.n_parameters()
         if weights == "auto":
             weights = store_for(self.n_parameters)
-        self.store, self.engine = weights, Engine(loaded.model, weights=weights)
+        self.store = weights
+        self.engine = Engine(loaded.model, weights=weights, tokenizer=self.tokenizer)
         self.config = config
         self.set_sampling()
         self.system = config.system
@@ -254,6 +256,7 @@ class Chat:
             seed=random.randrange(MAX_SEED) if seed is None else seed + len(self.turns),
             budget=budget,
             begin=begin,
+            tools=None if self.is_base else chat_tools(self.config),
             keep=keep,
         )
         timing.reused, timing.read = stream.reused, stream.read
@@ -335,6 +338,7 @@ class Chat:
             "checkpoint": str(self.folder),
             "text": answer.content,
             "thinking": answer.thinking,
+            "calls": [part for part in answer.parts if "tool" in part],
             "ids": t.ids,
             "finish": t.finish,
             "prompt_tokens": t.reused + t.read,

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from hearth.serving.marks import ARROW, mark
+
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 JOINERS = "\u200c\u200d"  # invisible, but emoji and several scripts need them
 NO_ANSWER = "(no answer)"
@@ -110,7 +112,7 @@ def with_results(pieces: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]
     try:
         for kind, text in pieces:
             if call is not None:
-                yield "call", f"{call} → {text}" if kind == "result" else call
+                yield "call", f"{call}{ARROW}{text}" if kind == "result" else call
             call = text if kind == "call" else None
             if kind not in ("call", "result"):
                 yield kind, text
@@ -124,7 +126,7 @@ def with_results(pieces: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]
 
 class PlainScreen:
     """An answer as plain text, for pipes and for terminals that can only print; `thoughts` shows
-    the thinking too, and calls of tools in brackets.
+    the thinking too, and calls of tools, marked.
     """
 
     def __init__(self, out: TextIO, *, thoughts: bool) -> None:
@@ -135,7 +137,7 @@ class PlainScreen:
         text, thinking = neutral(text), kind == "thinking"
         self._said |= kind == "content" and bool(text.strip())
         if kind == "call":
-            text = f"[{text}]" if self._thoughts else ""
+            text = mark(text, None) if self._thoughts else ""
         if thinking and not self._thoughts:
             self._hidden += text
         elif text:
