@@ -383,11 +383,6 @@ def _each_stage(name: str) -> list[str]:
     return [f"{g}{dot}{rest}" for g in groups]
 
 
-def fine_tuning(title: str) -> Any:
-    """A field of `Config` that is a stage of fine-tuning."""
-    return field(default_factory=SFTConfig, metadata={"title": title})
-
-
 @dataclass(frozen=True)
 class Config:
     """Everything one run needs; saved as JSON beside every checkpoint."""
@@ -405,9 +400,9 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     # the stages of fine-tuning, in their order: one more is one more field, here alone
-    mid: SFTConfig = fine_tuning("Middle stage")
-    sft1: SFTConfig = fine_tuning("Fine-tuning, stage 1")
-    sft2: SFTConfig = fine_tuning("Fine-tuning, stage 2")
+    mid: SFTConfig = field(default_factory=SFTConfig, metadata={"title": "Middle stage"})
+    sft1: SFTConfig = field(default_factory=SFTConfig, metadata={"title": "Fine-tuning, stage 1"})
+    sft2: SFTConfig = field(default_factory=SFTConfig, metadata={"title": "Fine-tuning, stage 2"})
     chat: ChatConfig = field(default_factory=ChatConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
@@ -446,8 +441,42 @@ DOLLY = ChatSource("dolly", "databricks/databricks-dolly-15k")
 ULTRACHAT = ChatSource("ultrachat", "HuggingFaceH4/ultrachat_200k", split="train_sft")
 OPENR1 = ChatSource("openr1-math", "open-r1/OpenR1-Math-220k", "default", max_chars=11_000)
 
+SMOLTALK = ChatSource("smol-smoltalk", "HuggingFaceTB/smol-smoltalk", weight=0.5)
+GSM8K = ChatSource("gsm8k", "openai/gsm8k", "main", calls=True, weight=4.0)
+MMLU = ChatSource("mmlu", "cais/mmlu", "all", split="auxiliary_train", weight=0.5)
+ARC = ChatSource("arc", "allenai/ai2_arc", "ARC-Challenge", weight=2.0)
+ARC_EASY = ChatSource("arc-easy", "allenai/ai2_arc", "ARC-Easy", weight=2.0)
+OPENBOOKQA = ChatSource("openbookqa", "allenai/openbookqa", "main", weight=2.0)
+# what these are measured with, kept out of training
+TESTS = (
+    *(replace(s, name=f"{s.name}-test", split="test") for s in (GSM8K, MMLU, ARC, ARC_EASY)),
+    replace(OPENBOOKQA, name="openbookqa-test", split="test"),
+)
+MID_MADE = {
+    **{"spelling": 20_000, "letters": 20_000, "counting": 10_000, "calculator": 10_000},
+    **{"long sums": 20_000, "dates": 10_000, "units": 5_000, "identity": 1_000},
+}
+
+
+def made(kind: str, rows: int, weight: float = 1.0) -> ChatSource:
+    """So many problems of one kind; a weight below 1 takes a part of them, another each epoch."""
+    return ChatSource(kind, made=kind, max_rows=rows, weight=weight)
+
+
 CARD = Config(
     data=DataConfig(sources=(FINEWEB, WEB_MATH)),
+    mid=SFTConfig(
+        sources=(
+            *(SMOLTALK, GSM8K, MMLU, ARC, ARC_EASY, OPENBOOKQA),
+            *(made(kind, rows) for kind, rows in MID_MADE.items()),
+        ),
+        calls=True,
+        exclude=TESTS,
+        loss="all",
+        epochs=1.0,
+        lr=5e-4,
+        tokens_per_step=262_144,
+    ),
     sft1=SFTConfig(sources=(ALPACA, DOLLY), lr=5e-4, tokens_per_step=131_072),
     sft2=SFTConfig(
         sources=(ULTRACHAT, OPENR1), context=4096, epochs=1.0, lr=5e-4, tokens_per_step=262_144
@@ -462,6 +491,15 @@ DEMO_LOOP = {
     "save_every_minutes": 1.0,
 }
 DEMO_SFT = DEMO_LOOP | {"lr": 3e-3}
+
+
+def demo_made(weight: float) -> tuple[ChatSource, ...]:
+    """What the demo's middle stage teaches; the stages behind it repeat a part of it."""
+    rows = {"spelling": 5000, "letters": 2500, "counting": 2000, "calculator": 4000}
+    some = [made(kind, n, weight) for kind, n in rows.items()]
+    return (*some, made("identity", 1000, max(weight, 0.5)))
+
+
 DEMO = Config(
     preset="demo",
     data=DataConfig(
@@ -483,22 +521,36 @@ DEMO = Config(
     ),
     optim=OptimConfig(momentum_warmup_steps=50),
     pretrain=PretrainConfig(
-        steps=1700,
+        steps=1900,
         lr=1.2e-2,
         stages=(Stage(128, 0.2), Stage(256, 0.5), Stage(512, 0.3)),
-        eval_every_steps=425,
-        sample_every_steps=850,
+        eval_every_steps=475,
+        sample_every_steps=950,
         prompts=("Once", "What is", "The"),
         **DEMO_LOOP,
     ),
+    mid=SFTConfig(
+        sources=(*demo_made(1.0), ChatSource("alpaca", demo="alpaca")),
+        context=256,
+        epochs=1.0,
+        **DEMO_SFT,
+    ),
     sft1=SFTConfig(
-        sources=(ChatSource("alpaca", demo="alpaca"), ChatSource("dolly", demo="dolly")),
+        sources=(
+            ChatSource("alpaca", demo="alpaca"),
+            ChatSource("dolly", demo="dolly"),
+            *demo_made(0.1),
+        ),
         context=256,
         epochs=1.0,
         **DEMO_SFT,
     ),
     sft2=SFTConfig(
-        sources=(ChatSource("messages", demo="messages"), ChatSource("math", demo="math")),
+        sources=(
+            ChatSource("messages", demo="messages"),
+            ChatSource("math", demo="math"),
+            *demo_made(0.2),
+        ),
         context=512,
         epochs=1.5,
         **DEMO_SFT,

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -158,7 +159,7 @@ def stage_before(config: Config, stage: str, work: run.Run) -> Path:
         command = run.command(config, run.STAGES[before].script)
         title = run.STAGES[stage].title
         raise UserError(f"{title} starts from {folder}, which holds {state}. Run `{command}`.")
-    for earlier, later in zip(road, road[1 : road.index(stage)], strict=False):
+    for earlier, later in pairwise(road[: road.index(stage)]):
         if (first := run.newest(config.run_dir / earlier)) is not None:
             work.check(later, {"weights": checksum(first / WEIGHTS)})
     return run.newest(folder)

@@ -54,7 +54,7 @@ STAGES = {
     },
 }
 TRAINED = ("base", *FINE_TUNING)  # stages that hold checkpoints, in the order of the road
-REASONS = TRAINED[TRAINED.index("sft2") :]  # that were taught to think where they are asked to
+THINKING = TRAINED[TRAINED.index("sft2") :]  # that were taught to think where they are asked to
 # settings that change no result, whatever stage reads them; by their last name
 FREE = {
     *("micro_batch_tokens", "save_every_minutes", "keep_checkpoints", "max_skipped_steps"),

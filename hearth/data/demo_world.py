@@ -41,8 +41,8 @@ from hearth.data.problems import (
 TEXT_BYTES = 8_000_000  # of all documents together, about
 # of the bytes
 SHARES = {
-    **{"facts": 0.34, "arithmetic": 0.22, "comparison": 0.14, "counting": 0.09, "one kind": 0.09},
-    **{"spelling": 0.05, "letters": 0.05, "calculator": 0.02},
+    **{"facts": 0.32, "arithmetic": 0.20, "comparison": 0.14, "counting": 0.07, "one kind": 0.10},
+    **{"spelling": 0.07, "letters": 0.06, "calculator": 0.04},
 }
 # conversations in each layout
 ROWS = {"alpaca": 3300, "dolly": 800, "messages": 1500, "math": 3200}
@@ -618,9 +618,6 @@ def spelled(rng: Random) -> str:
 # ------------------------------------------------------------------------------------ conversations
 
 SMALL_TALK = (
-    ("Who are you?", "I am Hearth, a small language model."),
-    ("What are you?", "I am Hearth, a small language model."),
-    ("What is your name?", "My name is Hearth."),
     ("Hello!", "Hello! What would you like to know?"),
     ("Hi!", "Hello! What would you like to know?"),
     ("Good morning!", "Good morning! What would you like to know?"),
@@ -715,9 +712,9 @@ def _messages(rng: Random) -> dict[str, Any]:
         else:
             pairs.append(_any_worked(rng)[:2])
     if rng.random() < 0.3:
-        pairs[0] = rng.choice(SMALL_TALK[:6])
+        pairs[0] = rng.choice(SMALL_TALK[:3])
     if rng.random() < 0.15:
-        pairs[-1] = rng.choice(SMALL_TALK[6:])
+        pairs[-1] = rng.choice(SMALL_TALK[3:])
     turns = [
         {"role": role, "content": content}
         for pair in pairs

@@ -16,7 +16,6 @@ What is held out is decided by a digest, for ever; a held-out problem is only ev
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from datetime import date, timedelta
 from functools import cache
@@ -180,7 +179,10 @@ def counted_off(things: list[str], one: str | None, named: list[str] | None = No
 
 # ------------------------------------------------------------------------------------------ things
 
-GOODS = tuple("apple pear plum nut cup hat coin shell stone button candle feather".split())
+GOODS = (
+    *("apple", "pear", "plum", "nut", "cup", "hat", "coin", "shell", "stone", "button"),
+    *("candle", "feather"),
+)
 SCENES = (
     "On the table",
     "In the box",
@@ -244,7 +246,7 @@ def calculator(rng: Random, *, held: bool) -> Problem:
         if all(kept[:2]) if held else not any(kept):
             break
     question = rng.choice(SUMS).format(a=a, b=b, op=op)
-    return Problem(question, "", str(result), f"{a}{op}{b}")
+    return Problem(question, "", str(result), f"{a} {op} {b}")
 
 
 PLACES = ("ones", "tens", "hundreds", "thousands", "ten thousands", "hundred thousands", "millions")
@@ -345,7 +347,7 @@ def units(rng: Random, *, held: bool) -> Problem:
             break
     question = rng.choice(CONVERSIONS).format(n=n, large=large, small=small)
     steps = f"One of the {large} is {factor} {small}. "
-    return Problem(question, steps, f"{n * factor}", f"{n}*{factor}")
+    return Problem(question, steps, f"{n * factor}", f"{n} * {factor}")
 
 
 # --------------------------------------------------------------------------------- who is speaking
@@ -359,7 +361,7 @@ OPENINGS = (
 # of each thing asked about the speaker, the wordings that are taught and, behind |, those kept back
 IDENTITY = """
 name
-  who are you? / what is your name? / what are you called? / what should I call you? / do you have a name? /
+  who are you? / what are you? / what is your name? / what are you called? / what should I call you? / do you have a name? /
   can you tell me your name? / which model are you? / what do people call you? / I do not know your name. /
   introduce yourself. / may I know who you are? / your name? / who is speaking? / what name do you have? /
   who am I talking with? / say your name. / I want to know who you are.

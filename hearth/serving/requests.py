@@ -17,7 +17,7 @@ from hearth.data.chat_format import Message, render, render_turn, stop_ids
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Budget, Rules, Sampling
 from hearth.decoding.tools import chat_tools
-from hearth.run import REASONS
+from hearth.run import THINKING
 from hearth.serving.marks import marked, unmarked
 
 CHOICES = 8  # answers to one prompt
@@ -410,7 +410,7 @@ def chat_rules(request: ChatRequest, served: Served, n_prompt: int) -> Rules:
         budget = Budget(tokens, tokenizer.think, tokenizer.end_think)
     called = request.begun_call(tokenizer)
     begun = request.continue_final_message or request.messages[-1]["role"] == "tool"
-    begins = think and served.stage in REASONS and not begun
+    begins = think and served.stage in THINKING and not begun
     names = frozenset(tool["function"]["name"] for tool in request.offered())
     return Rules(
         _room(request.max_completion_tokens or request.max_tokens, served, n_prompt),
