@@ -2,7 +2,7 @@
 
 In: the checkpoint of the stage before (of the first one: the base model), runs/<preset>/text/chat/.
 Out: runs/<preset>/chat_tokens/, then runs/<preset>/<stage>/ with step-*/ and metrics.jsonl.
-A stage without conversations is left out.
+A stage without conversations is left out. All stages have the same settings.
 
     uv run sft.py --preset 16gb                all stages, one after the other
     uv run sft.py --preset 16gb --stage mid    one of them
@@ -56,7 +56,12 @@ class Options:
     redo: Literal[tuple(FINE_TUNING)] | None = None
 
 
-READS = ("seed", "device", "compile", "optim", "chat.name", "chat.owner", *FINE_TUNING)
+FIRST, *OTHERS = FINE_TUNING
+MOST_ASKED = ("files", "context", "loss", "epochs", "lr")  # of the other stages, in --help
+READS = (
+    *("seed", "device", "compile", "optim", "chat.name", "chat.owner", FIRST),
+    *(f"{stage}.{name}" for stage in OTHERS for name in MOST_ASKED),
+)
 SCRIPT = cli.Script(__doc__, Options(), READS, keywords=("from",))
 
 

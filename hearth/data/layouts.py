@@ -44,7 +44,7 @@ def conversation(
     try:
         settings = {_problem: (max_chars,), _question: (calls,)}.get(convert, ())
         messages = convert(row, *settings)
-    except (TypeError, KeyError, AttributeError, IndexError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         return Rejected("malformed row", f"{type(error).__name__}: {error}")
     return messages if isinstance(messages, Rejected) else finished(messages, max_chars)
 
