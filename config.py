@@ -495,7 +495,7 @@ DEMO_SFT = DEMO_LOOP | {"lr": 3e-3}
 
 def demo_made(weight: float) -> tuple[ChatSource, ...]:
     """What the demo's middle stage teaches; the stages behind it repeat a part of it."""
-    rows = {"spelling": 5000, "letters": 2500, "counting": 2000, "calculator": 4000}
+    rows = {"spelling": 7000, "letters": 4000, "counting": 2000, "calculator": 2500}
     some = [made(kind, n, weight) for kind, n in rows.items()]
     return (*some, made("identity", 1000, max(weight, 0.5)))
 
@@ -521,16 +521,16 @@ DEMO = Config(
     ),
     optim=OptimConfig(momentum_warmup_steps=50),
     pretrain=PretrainConfig(
-        steps=1900,
+        steps=2000,
         lr=1.2e-2,
         stages=(Stage(128, 0.2), Stage(256, 0.5), Stage(512, 0.3)),
-        eval_every_steps=475,
-        sample_every_steps=950,
+        eval_every_steps=500,
+        sample_every_steps=1000,
         prompts=("Once", "What is", "The"),
         **DEMO_LOOP,
     ),
     mid=SFTConfig(
-        sources=(*demo_made(1.0), ChatSource("alpaca", demo="alpaca")),
+        sources=(*demo_made(1.0), ChatSource("alpaca", demo="alpaca", weight=0.5)),
         context=256,
         epochs=1.0,
         **DEMO_SFT,

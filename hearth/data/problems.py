@@ -110,11 +110,24 @@ def _short_words() -> tuple[str, ...]:
     return tuple(word for word in words() if len(word) <= SHORT)
 
 
+@cache
+def _taught_words() -> tuple[str, ...]:
+    return tuple(word for word in words() if not word_held_out(word))
+
+
 def word(rng: Random, *, held: bool) -> str:
-    """A word, one of the list or two short ones joined; `held` picks those kept for measuring."""
+    """A word: one of the list, or two short ones joined, and in training the halves of two others;
+    `held` picks those kept for measuring.
+    """
     while True:
-        joined = rng.random() < 0.5
-        found = "".join(rng.sample(_short_words(), 2)) if joined else rng.choice(words())
+        way = rng.random() * (0.7 if held else 1.0)
+        if way < 0.35:
+            found = rng.choice(words())
+        elif way < 0.7:
+            found = "".join(rng.sample(_short_words(), 2))
+        else:  # no word at all, but with every cluster of letters that words have
+            first, second = rng.sample(_taught_words(), 2)
+            found = first[: -(-len(first) // 2)] + second[len(second) // 2 :]
         if word_held_out(found) == held:
             return found
 
@@ -371,7 +384,7 @@ maker
   who made you? / who trained you? / who built you? / who is your maker? / who created you? /
   by whom were you made? / who is your owner? / do you know who made you? / where do you come from? /
   can you tell me who made you? / whose model are you? / who has trained you? / I want to know who made you. /
-  which person made you? / were you made by somebody? / who owns you? / name your maker.
+  which person made you? / were you made by somebody? / were you trained by a person? / who owns you? / name your maker.
   | tell me who made you. / can you tell me who trained you? / do you know who built you? /
   by whom were you trained? / may I know who created you?
 """  # noqa: E501 (all ways to ask one thing together)
