@@ -11,7 +11,7 @@ What is held out is decided by a digest, for ever:
     arithmetic,
         one pair of numbers in ten, whatever the operation, order and wording
     comparison
-    counting      one scene in ten, whatever the order of its things
+    the rest      as `problems` says: counting, words spelt, sums of the calculator, who is speaking
 """
 
 from __future__ import annotations

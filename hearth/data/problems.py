@@ -112,7 +112,7 @@ def _short_words() -> tuple[str, ...]:
 
 @cache
 def _taught_words() -> tuple[str, ...]:
-    return tuple(word for word in words() if not word_held_out(word))
+    return tuple(known for known in words() if not word_held_out(known))
 
 
 def word(rng: Random, *, held: bool) -> str:
