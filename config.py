@@ -495,7 +495,7 @@ DEMO_SFT = DEMO_LOOP | {"lr": 3e-3}
 
 def demo_made(weight: float) -> tuple[ChatSource, ...]:
     """What the demo's middle stage teaches; the stages behind it repeat a part of it."""
-    rows = {"spelling": 7000, "letters": 4000, "counting": 2000, "calculator": 2500}
+    rows = {"spelling": 8000, "letters": 4000, "counting": 3000, "calculator": 2500}
     some = [made(kind, n, weight) for kind, n in rows.items()]
     return (*some, made("identity", 1000, max(weight, 0.5)))
 
@@ -552,7 +552,7 @@ DEMO = Config(
             *demo_made(0.2),
         ),
         context=512,
-        epochs=1.5,
+        epochs=2.0,
         **DEMO_SFT,
     ),
     chat=ChatConfig(temperature=0.0, top_p=None, max_tokens=200),
