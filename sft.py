@@ -253,17 +253,20 @@ def fitting(
 
 def settled(messages: list[Message]) -> list[Message]:
     """The messages with the results that the tools give, as an answer will meet them; what a file
-    says of them may be rounded otherwise, or wrong.
+    says of them may be rounded otherwise, or wrong. A call that a tool refuses, though the file
+    knows its result, is left out.
     """
     tools = Tools()
 
-    def settle(part: dict[str, str]) -> dict[str, str]:
+    def settle(part: dict[str, str]) -> list[dict[str, str]]:
         if part.get("tool") not in tools.functions or part.get("result") is None:
-            return part
-        return part | {"result": tools.result(Call(part["tool"], part["arguments"]), 1)}
+            return [part]
+        result = tools.result(Call(part["tool"], part["arguments"]), 1)
+        refused = result.startswith("error") and not part["result"].startswith("error")
+        return [] if refused else [part | {"result": result}]
 
     return [
-        {**m, "content": [settle(part) for part in m["content"]]}
+        {**m, "content": [kept for part in m["content"] for kept in settle(part)]}
         if isinstance(m["content"], list)
         else m
         for m in messages

@@ -163,9 +163,9 @@ def test_a_stage_learns_the_tokens_that_its_loss_names(
 
 def test_results_in_training_are_those_that_the_tools_give() -> None:
     rounded = CALLED | {"arguments": "2/3", "result": ".66"}
-    wrong, open_ended = CALLED | {"arguments": "2 +"}, CALLED | {"result": None}
-    other = CALLED | {"tool": "search", "result": "?"}
-    said = [{"text": "so "}, rounded, wrong, open_ended, other]
+    refused, open_ended = CALLED | {"arguments": "2 +"}, CALLED | {"result": None}
+    failed, other = refused | {"result": "error: ?"}, CALLED | {"tool": "search", "result": "?"}
+    said = [{"text": "so "}, rounded, refused, failed, open_ended, other]
     messages = [*talk(("user", "one")), {"role": "assistant", "content": said, "thinking": None}]
     first, second = sft.settled(messages)
     assert first == messages[0]

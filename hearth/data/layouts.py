@@ -231,7 +231,7 @@ def with_calls(solution: str) -> list[dict[str, str]]:
     worked, _, answer = solution.rpartition("####")
     parts, at = [], 0
     for mark in CALCULATION.finditer(worked):
-        expression, _, result = mark[0][2:-2].rpartition("=")
+        expression, _, result = BARE_POINT.sub("0.", mark[0][2:-2]).rpartition("=")
         if expression.strip():
             call = {"tool": "calculate", "arguments": expression.strip(), "result": result.strip()}
             parts += [{"text": worked[at : mark.start()]}, call]
@@ -240,6 +240,7 @@ def with_calls(solution: str) -> list[dict[str, str]]:
     return [*parts, {"text": f"{rest}\nThe answer is {answer.strip()}."}]
 
 
+BARE_POINT = re.compile(r"(?<!\d)\.(?=\d)")  # of `.5`
 LETTERS = "ABCDEFGHIJ"
 BY_LETTER = "Answer with the letter of the right choice."
 

@@ -203,7 +203,7 @@ def test_every_worked_answer_is_right():
         *exchanges(),
         *((q, f"{s} => {a}") for q, s, a in asked if not s.startswith("calculate")),
     ]:
-        if (answer := expected(question)):
+        if answer := expected(question):
             assert re.search(r"(\w+)\.?$", reply)[1] == answer, (question, reply)
             assert re.search(r"(\w+)\.(?: => |$)", reply)[1] == answer, (question, reply)
             checked[answer.isdigit()] += 1
