@@ -257,7 +257,7 @@ def elsewhere(loaded: Loaded, config: Config) -> dict[str, float]:
     where the run has them.
     """
     found, loop = {}, loaded.config.sft2
-    for source in loop.sets():
+    for source in loaded.config.sets("sft2"):
         folder = config.run_dir / "chat_tokens" / "sft2" / source.name
         if not (folder / "manifest.json").is_file():
             continue

@@ -17,7 +17,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "hearth": ("cli", "storage", "log", "hardware", "run"),
     "reporting": ("page", "report", "trackers"),
     "data": (
-        *("tokenizer", "chat_format", "cleaning", "hub", "readers", "layouts", "demo_world"),
+        *("tokenizer", "chat_format", "cleaning", "hub", "readers", "layouts", "problems"),
+        "demo_world",
         *("shard_folder", "token_shards", "text_shards", "sources", "ingest"),
     ),
     "decoding": ("calculator", "tools", "matrices", "kv_cache", "slots", "engine", "scheduler"),

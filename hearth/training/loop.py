@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from config import Config, LoopConfig, UserError, settled
+from config import Config, LoopConfig, OptimConfig, SFTConfig, UserError, settled
 from hearth import hardware, log
 from hearth.cli import from_plain
 from hearth.data.tokenizer import Tokenizer
@@ -147,17 +147,19 @@ def fit_stage(
     state_of_batches: Callable[[], dict[str, Any]] = dict,
     **further: Any,
 ) -> None:
-    """Train `model` as `stage` of the run (base, sft1, sft2, rl): from its newest checkpoint, if
-    there is one, to the last step.
+    """Train `model` as `stage` of the run (`run.TRAINED`): from its newest checkpoint, if there is
+    one, to the last step.
 
     files: further texts of a checkpoint, by their path in its folder. loop: None is the stage's
     settings. state_of_batches: what the batches to come depend on besides step and weights; it
     joins the checkpoint's state. The rest, and `further`, as in `Job`.
     """
     config = settled(config)
-    loop = loop or (config.pretrain if stage == "base" else getattr(config, stage))
+    optim = config.optim
+    if loop is None:
+        loop, optim = loop_of(config, stage, batches.n_steps)
     folder = config.run_dir / stage
-    optimizers = build_optimizers(model, config.optim, loop.lr)
+    optimizers = build_optimizers(model, optim, loop.lr)
     progress = resume(folder, model, optimizers)
     start = f", continuing from step {progress.step}" if progress.step else ""
     dtype = str(model.dtype).removeprefix("torch.")
@@ -181,6 +183,14 @@ def fit_stage(
         refresh(config)
     title = STAGES[stage].title.lower()
     log.say(f"{title}: done in {log.duration(progress.seconds)}, {newest(folder)}")
+
+
+def loop_of(config: Config, stage: str, steps: int) -> tuple[LoopConfig, OptimConfig]:
+    """The loop's settings and the update rule of a stage of so many steps."""
+    if stage == "base":
+        return config.pretrain, config.optim
+    loop: SFTConfig = getattr(config, stage).in_steps(steps)
+    return loop, loop.optimizer(config.optim, steps)
 
 
 def fit(job: Job, progress: Progress) -> Progress:
