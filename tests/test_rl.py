@@ -48,6 +48,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
             **{"vocab_size": 384, "d_model": 32, "d_ff": 48, "context": 64, "window": 16},
         ),
         pretrain=replace(PRESETS["demo"].pretrain, stages=(Stage(64, 1.0),)),
+        mid=replace(PRESETS["demo"].mid, context=64, epochs=0),
         sft1=replace(PRESETS["demo"].sft1, context=64),
         sft2=replace(PRESETS["demo"].sft2, context=64),
         report=replace(PRESETS["demo"].report, draw=False),

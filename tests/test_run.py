@@ -142,7 +142,7 @@ def test_a_run_of_a_version_without_a_stage_is_read_and_leaves_it_out(tmp_path: 
 
 def test_stages_of_fine_tuning_are_the_fields_of_the_config_in_their_order() -> None:
     assert tuple(FINE_TUNING) == ("mid", "sft1", "sft2")
-    assert ("base", *FINE_TUNING) == run.TRAINED
+    assert ("base", *FINE_TUNING, "rl") == run.TRAINED
     names = list(run.STAGES)
     assert names[names.index("base") :] == list(run.TRAINED)
     for name, title in FINE_TUNING.items():
