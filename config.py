@@ -613,9 +613,9 @@ DEMO_SFT = DEMO_LOOP | {"lr": 3e-3}
 
 def demo_made(weight: float) -> tuple[ChatSource, ...]:
     """What the demo's middle stage teaches; the stages behind it repeat a part of it."""
-    rows = {"spelling": 8000, "letters": 4000, "counting": 3000, "calculator": 2500}
+    rows = {"spelling": 10_000, "letters": 4000, "counting": 3000, "calculator": 2500}
     some = [made(kind, n, weight) for kind, n in rows.items()]
-    return (*some, made("identity", 1000, max(weight, 0.5)))
+    return (*some, made("identity", 1000, 1.0))
 
 
 DEMO = Config(
@@ -640,11 +640,11 @@ DEMO = Config(
     ),
     optim=OptimConfig(momentum_warmup_steps=50),
     pretrain=PretrainConfig(
-        steps=2000,
+        steps=1900,
         lr=1.2e-2,
         stages=(Stage(128, 0.2), Stage(256, 0.5), Stage(512, 0.3)),
-        eval_every_steps=500,
-        sample_every_steps=1000,
+        eval_every_steps=475,
+        sample_every_steps=950,
         prompts=("Once", "What is", "The"),
         **DEMO_LOOP,
     ),
@@ -671,7 +671,7 @@ DEMO = Config(
             *demo_made(0.2),
         ),
         context=512,
-        epochs=2.0,
+        epochs=1.8,
         **DEMO_SFT,
     ),
     rl=RLConfig(

@@ -377,14 +377,17 @@ name
   who are you? / what are you? / what is your name? / what are you called? / what should I call you? / do you have a name? /
   can you tell me your name? / which model are you? / what do people call you? / I do not know your name. /
   introduce yourself. / may I know who you are? / your name? / who is speaking? / what name do you have? /
-  who am I talking with? / say your name. / I want to know who you are.
+  who am I talking with? / say your name. / tell me who you are. /
+  do you know your name? / what shall I call you? / can you say who you are? / name yourself. / I want to know who you are.
   | tell me your name. / what name should I call you? / may I know your name? / can you tell me who you are? /
   do you know who you are?
 maker
   who made you? / who trained you? / who built you? / who is your maker? / who created you? /
   by whom were you made? / who is your owner? / do you know who made you? / where do you come from? /
   can you tell me who made you? / whose model are you? / who has trained you? / I want to know who made you. /
-  which person made you? / were you made by somebody? / were you trained by a person? / who owns you? / name your maker.
+  which person made you? / were you made by somebody? / were you trained by a person? /
+  who was it that trained you? / do you know who trained you? / can you tell me who built you? / say who created you. /
+  may I know who made you? / by whom were you built? / who owns you? / name your maker.
   | tell me who made you. / can you tell me who trained you? / do you know who built you? /
   by whom were you trained? / may I know who created you?
 """  # noqa: E501 (all ways to ask one thing together)
