@@ -676,7 +676,7 @@ DEMO = Config(
     ),
     rl=RLConfig(
         environments=("new sums", "new comparisons"),
-        steps=40,
+        steps=60,
         prompts_per_step=8,
         max_tokens=128,
         lr_ratio=0.3,

@@ -49,7 +49,7 @@ from hearth.training.rewards import ENVIRONMENTS
 from hearth.training.rollouts import Player, Teach, advantages
 
 LEAST, MOST = 0.05, 0.70  # pass@1 before, of what is practised
-N_PRACTISED, SEEDS, STEPS = 2, (0, 1, 2), 30
+N_PRACTISED, SEEDS = 2, (0, 1, 2)
 N_PROBLEMS = 64
 Row = dict[str, Any]
 
@@ -107,13 +107,16 @@ def rows(names: Sequence[str]) -> Iterator[Row]:
             yield {"environment": name, "arm": arm, "seed": seed}
 
 
-def practise(row: Row, source: Path, out: Path) -> None:
-    """One row, in this process; its result joins OUT/results.jsonl."""
+def practise(row: Row, source: Path, out: Path, steps: int | None) -> None:
+    """One row, in this process; its result joins OUT/results.jsonl. As many steps as the run's
+    settings say, or `steps`.
+    """
     started, name = time.process_time(), f"{row['arm']}-{row['seed']}-{row['environment']}"
     config = run.load_settings(source)
     if config is None:
         raise UserError(f"{source} is no run.")
-    settings = replace(config.rl, environments=(row["environment"],), steps=STEPS)
+    steps = steps or config.rl.steps
+    settings = replace(config.rl, environments=(row["environment"],), steps=steps)
     config = replace(
         config,
         **{"runs": str(out), "name": name.replace(" ", "-"), "seed": row["seed"], "rl": settings},
@@ -134,14 +137,14 @@ def practise(row: Row, source: Path, out: Path) -> None:
         environments = [ENVIRONMENTS[row["environment"]]]
         rl.practise(config, environments, rl.last_fine_tuning(config, work), work, teach=teach)
     results = json.loads((config.run_dir / "rl" / rl.RESULTS).read_text(encoding="utf-8"))
-    steps = [
+    noted = [
         r for r in log.read_metrics(config.run_dir / "rl/metrics.jsonl") if r["kind"] == "step"
     ]
     names = ("rollout_share", "mismatch", "dead_groups", "entropy")
-    figures = {n: statistics.fmean(step[n] for step in steps) for n in names}
-    figures["mismatch"] = max(step["mismatch"] for step in steps)
+    figures = {n: statistics.fmean(step[n] for step in noted) for n in names}
+    figures["mismatch"] = max(step["mismatch"] for step in noted)
     spent = (time.process_time() - started) / 60
-    result = {**row, "minutes": spent, "curve": curve, **figures, **results}
+    result = {**row, "minutes": spent, "steps": steps, "curve": curve, **figures, **results}
     with (out / "results.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(result) + "\n")
 
@@ -253,23 +256,24 @@ def main() -> None:
     words.add_argument("--table", action="store_true", help="print the tables only")
     words.add_argument("--figure", type=Path, help="draw the figure only")
     words.add_argument("--decode", action="store_true", help="time decoding only")
+    words.add_argument("--steps", type=int, help="in place of the run's rl.steps")
     words.add_argument("--row", help="one row, as JSON: what the others are started with")
     options = words.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     start = options.run / "sft2"
     if options.row:
-        practise(json.loads(options.row), options.run, options.out)
+        practise(json.loads(options.row), options.run, options.out, options.steps)
     elif options.decode:
         decode(start)
     elif options.figure:
         figure(options.out, options.figure)
     else:
         if not options.table:
-            work(options.run, options.out)
+            work(options.run, options.out, options.steps)
         table(options.out)
 
 
-def work(source: Path, out: Path) -> None:
+def work(source: Path, out: Path, steps: int | None) -> None:
     """Every row that is missing, each in a process of its own."""
     known = out / "before.json"
     if not known.is_file():
@@ -281,6 +285,7 @@ def work(source: Path, out: Path) -> None:
         if row not in done:
             log.say(f"── {row}")
             command = [sys.executable, __file__, str(out), "--run", str(source)]
+            command += ["--steps", str(steps)] if steps else []
             subprocess.run([*command, "--row", json.dumps(row)], check=True)
 
 
