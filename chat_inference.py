@@ -23,7 +23,7 @@ from config import PRESETS, Config, UserError
 from hearth import cli, hardware, run
 from hearth.serving.commands import Terminal
 from hearth.serving.conversation import Chat
-from hearth.serving.terminal import lines_of, neutral, new_screen, show, tolerate_any_text
+from hearth.serving.terminal import lines_of, neutral, new_screen, show
 from hearth.training import checkpoint
 
 
@@ -54,7 +54,6 @@ def main(config: Config, options: Options) -> None:
     """Open the chat; or answer the prompt given, the lines of the pipe, or the preset's sample
     questions.
     """
-    tolerate_any_text()
     chat = load(options.checkpoint, config, options)
     chat.think, chat.think_tokens, chat.stop = options.think, options.think_tokens, options.stop
     chat.set_cycles(options.cycles)

@@ -128,8 +128,8 @@ class ModelConfig:
     d_model: int = 768  # width of the residual stream
     n_head: int = 12  # query heads
     n_kv_head: int = 4  # key/value heads, each shared by n_head / n_kv_head query heads
-    d_ff: int = 2048  # width inside the MLP
-    gated_mlp: bool = True  # SwiGLU; False is squared ReLU: d_ff × 1.5 makes as many parameters
+    d_ff: int = 3072  # width inside the MLP
+    gated_mlp: bool = False  # SwiGLU: d_ff × 2/3 makes as many parameters; False is squared ReLU
     context: int = 4096  # longest sequence, in tokens
     window: int | None = 1024  # attention reach of a short layer, in tokens; None is all
     pattern: str = "SSSL"  # short (S) and long (L) layers, repeated; the last is always long
@@ -189,6 +189,7 @@ class OptimConfig:
     embedding_lr_ratio: float = 3.0  # learning rate of the embedding, relative to lr
     weight_decay: float = 0.1  # of matrices only, decoupled, multiplied by the learning rate
     momentum: float = 0.95  # of Muon
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"  # of Muon; half the memory
     momentum_warmup_steps: int = 200  # Muon's momentum climbs from 0.85 over this many steps
     beta1: float = 0.8  # of AdamW
     beta2: float = 0.95  # of AdamW
@@ -214,10 +215,10 @@ class LoopConfig:
     final_lr_ratio: float = 0.05  # learning rate at the end, relative to the peak
     tokens_per_step: int | None = None  # tokens in one optimizer step; None: by the rule below
     micro_batch_tokens: int | None = None  # tokens in one pass; None fits the card's free memory
-    eval_every_steps: int = 250  # steps between two evaluations on held-out data
+    eval_every_steps: int = 1000  # steps between two evaluations on held-out data
     eval_tokens: int = 1_048_576  # held-out tokens of each corpus that an evaluation reads
     log_every_steps: int = 10  # steps between two lines on the console
-    sample_every_steps: int = 1000  # steps between two sample texts
+    sample_every_steps: int = 5000  # steps between two sample texts
     save_every_minutes: float = 15.0  # minutes between two checkpoints
     keep_checkpoints: int = 2  # the newest ones kept
     log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()  # beside metrics.jsonl
@@ -266,6 +267,8 @@ class SFTConfig(LoopConfig):
 
     sources: tuple[ChatSource, ...] = ()  # the sets of conversations
     files: tuple[str, ...] = ()  # your own files, folders or globs instead of the sources
+    eval_every_steps: int = 250  # steps between two evaluations on held-out data
+    sample_every_steps: int = 1000  # steps between two sample texts
     context: int = 2048  # longest conversation, in tokens
     epochs: float = 3.0  # passes over the conversations
     validation_share: float = 0.02  # share of the conversations held out, chosen by a hash
@@ -305,6 +308,7 @@ class ChatConfig:
     min_p: float | None = None  # draw from those at least this likely beside the likeliest
     repetition_penalty: float = 1.0  # above 1 makes what was said less likely, but <|end|>
     max_tokens: int = 1024  # longest answer, in tokens
+    tool_calls: int = 8  # most calls of the calculator an answer; 0 switches it off
     seed: int | None = None  # of the draws; None differs each time
 
 
@@ -321,7 +325,7 @@ class ReportConfig:
 LOOPS = ("pretrain", "sft1", "sft2")
 # what every number must be → which ones; `loop` stands for each of LOOPS
 BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "at least 0": (lambda x: x >= 0, "model.hrm.l_cycles report.price_per_kwh"),
+    "at least 0": (lambda x: x >= 0, "model.hrm.l_cycles report.price_per_kwh chat.tool_calls"),
     "at least 1": (
         lambda x: x >= 1,
         "data.shard_mb tokenizer.sample_mb tokenizer.shard_tokens model.vocab_size model.n_layer "
@@ -356,7 +360,7 @@ class Config:
     runs: str = "runs"  # folder that holds one folder a run
     name: str | None = None  # name of the run's folder; None is the preset's name
     seed: int = 0  # of initialisation, data order and samples
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a card where torch can use one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # cuda: AMD too; mps: Apple
     compile: bool | None = None  # fuse small operations with torch.compile; None: on a card
     eight_bit: Literal["float8", "int8"] | None = None  # refused where slower
     data: DataConfig = field(default_factory=DataConfig)
@@ -396,8 +400,8 @@ FINE_TUNING_LR = 0.25  # of pretraining's
 
 def shaped(model: ModelConfig, depth: int) -> ModelConfig:
     """The presets' shape at another depth: `depth` blocks, the head's among them, 40 channels of
-    width a block, heads of 64, a key/value head for about three, an MLP of 8/3 the width, a
-    vocabulary of about 32 entries a channel; context and kind stay.
+    width a block, heads of 64, a key/value head for about three, an MLP four times as wide (8/3
+    where gated), a vocabulary of about 32 entries a channel; context and kind stay.
     """
     width = 64 * max(2, round(depth * 40 / 64))
     n_head = width // 64
@@ -411,7 +415,7 @@ def shaped(model: ModelConfig, depth: int) -> ModelConfig:
         d_model=width,
         n_head=n_head,
         n_kv_head=max(fits),
-        d_ff=64 * math.ceil(width / 24),
+        d_ff=64 * math.ceil(width / 24) if model.gated_mlp else 4 * width,
         hrm=hrm,
     )
 
@@ -452,9 +456,8 @@ def settled(config: Config) -> Config:
 # ------------------------------------------------------------------------------------------ presets
 
 # No `revision` is pinned: the first start takes the newest, writes it down and sticks to it.
-HALF = {"column": "text", "max_bytes": 5_000_000_000}
-FINEWEB = TextSource("fineweb-edu", "HuggingFaceFW/fineweb-edu", "sample-10BT", **HALF)
-WEB_MATH = TextSource("open-web-math", "open-web-math/open-web-math", weight=0.5, **HALF)
+FINEWEB = TextSource("fineweb-edu", "HuggingFaceFW/fineweb-edu", "sample-10BT", column="text")
+WEB_MATH = TextSource("open-web-math", "open-web-math/open-web-math", column="text", weight=0.5)
 ALPACA = ChatSource("alpaca", "yahma/alpaca-cleaned")
 DOLLY = ChatSource("dolly", "databricks/databricks-dolly-15k")
 ULTRACHAT = ChatSource("ultrachat", "HuggingFaceH4/ultrachat_200k", split="train_sft")
@@ -487,6 +490,7 @@ DEMO = Config(
         n_head=4,
         n_kv_head=2,
         d_ff=384,
+        gated_mlp=True,
         context=512,
         window=64,
         pattern="SL",
@@ -518,11 +522,23 @@ DEMO = Config(
     chat=ChatConfig(temperature=0.0, top_p=None, max_tokens=200),
 )
 
+BYTES_PER_TOKEN = 5  # of English text: what is fetched is read once, or a little less
+
+
+def for_card(name: str, depth: int) -> Config:
+    """A card's preset: a model of this depth, as much text as the rule has it read."""
+    model = shaped(CARD.model, depth)
+    n_bytes = BYTES_PER_TOKEN * TOKENS_PER_WEIGHT * model.n_weights
+    total = sum(source.weight for source in CARD.data.sources)
+    sources = tuple(
+        replace(source, max_bytes=int(round(n_bytes * source.weight / total, -8)))
+        for source in CARD.data.sources
+    )
+    return replace(CARD, preset=name, model=model, data=replace(CARD.data, sources=sources))
+
+
 DEPTHS = {"16gb": 19, "12gb": 16, "24gb": 24, "8gb": 13}  # blocks; the rest follows
 PRESETS: dict[str, Config] = {
-    **{
-        name: replace(CARD, preset=name, model=shaped(CARD.model, depth))
-        for name, depth in DEPTHS.items()
-    },
+    **{name: for_card(name, depth) for name, depth in DEPTHS.items()},
     "demo": DEMO,
 }

@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache, partial
-from inspect import signature
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import HRMConfig, ModelConfig, UserError
+from config import HRMConfig, ModelConfig
 
 # N tokens laid flat (packed segments, or B rows of T positions), D d_model, H query heads, G
 # key/value heads, E head_dim, V vocab_size, R rows of L tokens, C entries of a cache
 
 
 # ---------------------------------------------------------------------------------------- the whole
+
+
+class Recomputed(NamedTuple):
+    """Activation checkpointing: what the backward pass computes a second time, not kept."""
+
+    head: bool = False  # the calls of the head's modules
+    blocks: int = 0  # the first blocks of the trunk, which it comes to last
 
 
 class Model(nn.Module):
@@ -47,8 +53,7 @@ class Model(nn.Module):
         self.dtype = torch.float32  # of the activations; the weights stay float32
         # of keys and values while decoding; None is `dtype`
         self.cache_dtype: torch.dtype | None = None
-        # activations recomputed in the backward pass: none, head (module calls) or all
-        self.activation_checkpointing = "none"
+        self.activation_checkpointing = Recomputed()
 
     def forward(
         self, ids: Tensor, attn_ctx: AttentionContext, *, h_cycles: int | None = None
@@ -72,10 +77,8 @@ class Model(nn.Module):
         x = self.run_trunk(ids, attn_ctx)
         yield x
         if self.head is not None:
-            recomputed = self.activation_checkpointing
-            yield from self.head.cycles(
-                x, attn_ctx, h_cycles=h_cycles, activation_checkpointing=recomputed
-            )
+            recomputed = self.activation_checkpointing.head
+            yield from self.head.cycles(x, attn_ctx, h_cycles=h_cycles, recomputed=recomputed)
 
     def run_trunk(self, ids: Tensor, attn_ctx: AttentionContext) -> Tensor:
         """Hidden states (N, D) before the head, for ids (N,)."""
@@ -83,11 +86,8 @@ class Model(nn.Module):
         x = self.embed(ids, attn_ctx)
         values = self.token_values(ids)
         for place, block in enumerate(self.trunk):
-            given = (x, attn_ctx, values.get(place))
-            if self.activation_checkpointing == "all":
-                x = checkpoint(block, *given, use_reentrant=False)
-            else:
-                x = block(*given)
+            recomputed = place < self.activation_checkpointing.blocks
+            x = call(block, x, attn_ctx, values.get(place), recomputed=recomputed)
         return x
 
     def embed(self, ids: Tensor, attn_ctx: AttentionContext) -> Tensor:
@@ -178,6 +178,13 @@ class Model(nn.Module):
         return 6 * weights + 12 * c.n_head * c.head_dim * attended
 
 
+def call(module: nn.Module, *given: Any, recomputed: bool) -> Tensor:
+    """module(*given); where `recomputed`, run again in the backward pass (arXiv 1604.06174)."""
+    if recomputed and torch.is_grad_enabled():
+        return checkpoint(module, *given, use_reentrant=False)
+    return module(*given)
+
+
 def trunk_windows(config: ModelConfig) -> list[int | None]:
     """Attention reach of each trunk block: the pattern repeated, at last the whole context."""
     pattern = config.pattern
@@ -227,11 +234,12 @@ class HRMHead(nn.Module):
         *,
         h_cycles: int | None = None,
         detach: bool = False,
-        activation_checkpointing: str = "none",
+        recomputed: bool = False,
     ) -> Iterator[Tensor]:
         """Yield y (N, D) after each H cycle, for the trunk's output x (N, D).
 
-        `detach` cuts the states' graph after each cycle. Cycles beyond the trained number reuse the
+        `detach` cuts the states' graph after each cycle; `recomputed` calls keep no activations for
+        the backward pass. Cycles beyond the trained number reuse the
         last one's call embeddings.
         """
         gain = self.gains.to(x.dtype)
@@ -244,20 +252,12 @@ class HRMHead(nn.Module):
             embedding = call_embedding[min(h, len(call_embedding) - 1)]
             for step in range(self.hrm.l_cycles):
                 mixed = gain[0] * z_fast + gain[1] * z_slow + gain[2] * e + embedding[step]
-                z_fast = self._call(self.fast, mixed, attn_ctx, activation_checkpointing)
+                z_fast = call(self.fast, mixed, attn_ctx, recomputed=recomputed)
             mixed = gain[-2] * z_slow + gain[-1] * (z_fast if self.fast else e) + embedding[-1]
-            z_slow = self._call(self.slow, mixed, attn_ctx, activation_checkpointing)
+            z_slow = call(self.slow, mixed, attn_ctx, recomputed=recomputed)
             yield e + project(z_slow, self.out)
             if detach:
                 z_slow, z_fast = z_slow.detach(), z_fast.detach()
-
-    @staticmethod
-    def _call(
-        module: HRMModule, z: Tensor, attn_ctx: AttentionContext, activation_checkpointing: str
-    ) -> Tensor:
-        if activation_checkpointing == "none" or not torch.is_grad_enabled():
-            return module(z, attn_ctx)
-        return checkpoint(module, z, attn_ctx, use_reentrant=False)
 
     def block_passes(self, h_cycles: int | None = None) -> list[Block]:
         """The blocks of the modules in the order in which they are called."""
@@ -420,7 +420,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, embedding: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """hidden (N, D), embedding (V, D), targets (N,), weights (N,) -> scalar float32."""
         matrix = embedding.to(hidden.dtype)
-        chunk = max(1, LOGITS_PER_CHUNK // len(matrix)) if hidden.is_cuda else ROWS_PER_CHUNK
+        on_cpu = hidden.device.type == "cpu"
+        chunk = ROWS_PER_CHUNK if on_cpu else max(1, LOGITS_PER_CHUNK // len(matrix))
         wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         d_hidden = torch.empty_like(hidden) if wants_grad else None
         d_matrix = torch.zeros_like(embedding) if wants_grad else None
@@ -488,10 +489,20 @@ def build_model(config: ModelConfig, *, seed: int, device: torch.device | str = 
     return model
 
 
+# MI100, MI200, MI300, RX 7000, RX 9000
+AMD_BFLOAT16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively, float32 where it would emulate it."""
-    if device.type == "cuda":
+    """bfloat16 where the hardware multiplies it natively, float32 where it would emulate it, and on
+    Apple's chips, where bfloat16 has not been measured.
+    """
+    if device.type == "cuda" and torch.version.hip:  # AMD's: matrix cores from these on
+        native = torch.cuda.get_device_properties(device).gcnArchName.startswith(AMD_BFLOAT16)
+    elif device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "mps":
+        native = False
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
@@ -582,47 +593,22 @@ class PackedSequences:
         return self._masks[window, start]
 
 
+Attention = Callable[[Tensor, Tensor, Tensor, PackedSequences, "int | None"], Tensor]
+# by device and dtype, what `hearth/training/attention.py` found fastest there
+DOORS: dict[tuple[str, torch.dtype], Attention] = {}
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, window: int | None) -> Tensor:
     """The one door to attention while training: q (N, H, E), k and v (N, G, E) -> (N, H, E)."""
-    if q.is_cuda and q.dtype != torch.float32:
-        return attend_varlen(q, k, v, packed, window)
-    return attend_in_blocks(q, k, v, packed, window)
-
-
-def attend_varlen(
-    q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, window: int | None
-) -> Tensor:
-    """FlashAttention-2 over the segments as they lie (arXiv 2307.08691), without padding."""
-    reach = (-1 if window is None else window - 1, 0)  # tokens seen before and after the query
-    longest = packed.row_length
-    return varlen_attention()(
-        q, k, v, packed.cu_seqlens, packed.cu_seqlens, longest, longest, window_size=reach
-    )
-
-
-@cache
-def varlen_attention() -> Callable[..., Tensor]:
-    """The flash-attn package where it is installed (its extra), else `varlen_attn` of torch."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ModuleNotFoundError:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:
-        raise UserError(
-            f"flash-attn is installed but cannot be loaded ({error}). Build it again for torch "
-            f"{torch.__version__}, or do without it: `uv sync`."
-        ) from error
-    else:
-        return partial(flash_attn_varlen_func, causal=True)
-    told = "enable_gqa" in signature(varlen_attn).parameters
-    return partial(varlen_attn, enable_gqa=True) if told else varlen_attn
+    door = DOORS.get((q.device.type, q.dtype), attend_in_blocks)
+    return door(q, k, v, packed, window)
 
 
 def attend_in_blocks(
     q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, window: int | None
 ) -> Tensor:
     """`scaled_dot_product_attention` under an explicit mask: a block of each row's queries at a
-    time, over no more keys than one of them may see.
+    time, over no more keys than one of them may see. Runs everywhere; the reference of the others.
     """
     N, H, E = q.shape
     L, size = packed.row_length, query_block(window)

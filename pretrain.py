@@ -28,7 +28,7 @@ from hearth.data.shard_folder import inputs_of_tokens, is_finished, read_manifes
 from hearth.data.token_shards import TokenShards
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Engine, Sampling
-from hearth.training import checkpoint, distributed
+from hearth.training import attention, checkpoint, distributed
 from hearth.training.batches import PretrainingBatches, validation_batches
 from hearth.training.eight_bit import linear_that_pays
 from hearth.training.held_out import evaluate_loss, probe_head
@@ -150,6 +150,7 @@ def show_plan(config: Config, seconds: float = 50) -> None:
     device, loop = hardware.pick_device(config.device), settled(config).pretrain
     process = hardware.memory_in_use(device) if device.type == "cpu" else 0.0
     model = build(config, device)
+    attention.pick(model)
     optimizers = build_optimizers(model, config.optim, loop.lr)
     stages = [(stage.context, stage.share) for stage in loop.stages]
     plan = make_plan(model, optimizers, loop, stages=stages, n_steps=loop.steps)
@@ -212,7 +213,7 @@ def say_plan(config: Config, model: Model, plan: Plan, chosen: Row) -> None:
         f"peak        {plan.peak_flops / 1e12:.3g} TFLOP/s; a run may fill {plan.room / GIB:.1f} "
         "GiB"
     )
-    for line in table(plan, chosen):
+    for line in table(plan, chosen, model):
         log.say(line)
 
 

@@ -37,12 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train import micro_step_rates
 
-from config import PRESETS, Config, UserError
+from config import PRESETS, Config, UserError, settled
 from hearth import hardware, log, storage
 from hearth.cli import run_script
 from hearth.decoding.engine import Engine
+from hearth.training import attention
 from hearth.training.optim import build_optimizers
-from hearth.training.planning import GIB, make_plan, measure, time_update
+from hearth.training.planning import GIB, in_words, make_plan, measure, time_update
 from model import Model, build_model, compute_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +69,7 @@ class Sizes:
 
 
 CARD = Sizes("16gb", (2048, 4096), 8192, 10, (1, 16, 64, 256), 128, 128, "tests")
-TINY = Sizes("demo", (128, 256), 512, 2, (1, 3), 8, 4, "tests/test_model.py")
+TINY = Sizes("demo", (128, 256), 512, 2, (1, 3), 8, 4, "tests/training/test_attention.py")
 TRAIN_SECONDS = 480  # of one call
 # MFU to reach, plain and with the head: on a consumer's card, and on one for a data centre, whose
 # peak a model this small cannot fill
@@ -143,9 +144,10 @@ def speed(device: torch.device, sizes: Sizes, options: argparse.Namespace) -> li
 
 def memory(device: torch.device, sizes: Sizes, options: argparse.Namespace) -> list[Row]:
     """Every micro-batch of the plan: estimated, measured, and the one over the other."""
-    config, loop, rows = sizes.config, sizes.config.pretrain, []
+    config, loop, rows = sizes.config, settled(sizes.config).pretrain, []
     for compiled in sorted({False, hardware.compiles(None, device)}):
         model = build_model(config.model, seed=0, device=device)
+        attention.pick(model)
         if compiled:
             model.compile_blocks()
         optimizers = build_optimizers(model, config.optim, loop.lr)
@@ -156,7 +158,7 @@ def memory(device: torch.device, sizes: Sizes, options: argparse.Namespace) -> l
         for row in plan.rows:
             if row.peak is not None:
                 found = {"compiled": compiled, "rows": row.n_rows, "context": row.context}
-                found |= {"recompute": row.activation_checkpointing}
+                found |= {"recompute": in_words(row.activation_checkpointing, model)}
                 found |= {"estimated GiB": row.memory.peak / GIB, "measured GiB": row.peak / GIB}
                 rows.append(found | {"estimated/measured": row.memory.peak / row.peak})
     return rows
@@ -186,11 +188,13 @@ def run_until(deadline: float, words: list[str]) -> bool:
     """Whether a script of this project ended by itself; at the deadline it is asked to save and
     leave. Raises UserError where it fails.
     """
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT)
+    # Windows asks only a group of processes to stop, by Ctrl-Break
+    own = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, **own)
     try:
         code = process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT))
         process.wait()
         return False
     if code:

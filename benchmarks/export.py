@@ -35,7 +35,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from exported import awkward_strings, load, load_tokenizer, long_text, our_logits, padded  # noqa: E402
 
-from config import PRESETS, Config  # noqa: E402
+from config import PRESETS, Config, settled  # noqa: E402
 from hearth.cli import portable, run_script  # noqa: E402
 from hearth.data import demo_world  # noqa: E402
 from hearth.data.chat_format import parse_answer, render, stop_ids  # noqa: E402
@@ -117,6 +117,7 @@ def export(place: Path, name: str, shape: Any, tokenizer: Tokenizer, steps: int)
         model=shape,
         pretrain=replace(demo.pretrain, tokens_per_step=2048, micro_batch_tokens=2048),
     )
+    config = settled(config)
     model, started = build_model(shape, seed=0), time.perf_counter()
     model.dtype = torch.float32
     optimizers = build_optimizers(model, config.optim, config.pretrain.lr)

@@ -37,6 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, CONTEXT = 4096, 1024  # entries, tokens of a row
 HELD_OUT_ROWS, EVALUATIONS, SKIPPED = 32, 6, 3  # of an evaluation; of a run; steps not timed
 TUNING = "openstax.parquet"  # the file that all tuning reads
+BATCH_OF_RIVALS = 2048  # tokens of their steps: small steps suit short runs on every side
+RUNS: dict[str, dict[str, Any]] = {}  # those that are done, by key
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ class Row:
 
     part: str  # of the plan
     side: str = "hearth"  # or nanochat, nanogpt
-    width: int = 256  # of the residual stream; the shape follows
-    lr: float = 0.012  # a rival's: factor on all its rates (nanochat), its rate (nanogpt)
+    depth: int = 6  # blocks; the shape follows
+    lr: float = 1.0  # times the rule's; nanochat: times all its rates; nanogpt: its rate
     tokens: int | None = None  # train on so many …
     seconds: float | None = None  # … or for so long
-    batch: int = 2048  # tokens of a step
+    batch: int | None = None  # tokens of a step; None: the rule's
     seed: int = 0
     text: str = "tuning"  # or unseen
     change: str = ""  # settings that differ, as JSON: {"model": {…}, "optim": {…}, "loop": {…}}
@@ -106,50 +108,47 @@ def rows_of(ids: np.ndarray, which: np.ndarray) -> Any:
 # -------------------------------------------------------------------------------------------- sides
 
 
-def depth_of(width: int) -> int:
-    """Blocks of a model of this width, the head's among them: as the presets have them."""
-    return max(4, round(width / 40))
+def ours(depth: int) -> Any:
+    """The presets' shape at a depth, on this vocabulary and these rows."""
+    from config import PRESETS, shaped
+
+    card = PRESETS["16gb"].model
+    shape = replace(card, context=CONTEXT, window=CONTEXT * card.window // card.context)
+    return replace(shaped(shape, depth), vocab_size=VOCABULARY)
 
 
-def ours(width: int) -> dict[str, Any]:
-    """The presets' shape at a width, as fields of `ModelConfig`."""
-    from config import HRMConfig
+def by_the_rule(row: Row, options: argparse.Namespace) -> Row:
+    """The row with the batch and, for us, the learning rate that the rule gives for its tokens;
+    how many the clock will let it have is measured first. Rivals take the same batch.
+    """
+    from config import batch_for, lr_for
 
-    n_head, n = width // 64, depth_of(width)
-    head = max(1, round(n / 10))
-    n_kv = max(
-        k for k in range(1, n_head // 2 + 1) if (n_head % k == 0 and k <= n_head / 2.5) or k == 1
-    )
-    return {
-        "vocab_size": VOCABULARY,
-        "n_layer": n - 2 * head,
-        "d_model": width,
-        "n_head": n_head,
-        "n_kv_head": n_kv,
-        "d_ff": 64 * math.ceil(width / 24),
-        "context": CONTEXT,
-        "window": CONTEXT // 4,
-        "hrm": HRMConfig(l_layer=head, h_layer=head),
-    }
+    tokens = row.tokens
+    if tokens is None:
+        guess = replace(row, batch=row.batch or 2 * CONTEXT)
+        tokens = int(guess.batch / step_seconds(guess, options) * row.seconds)
+    batch = row.batch or batch_for(tokens, CONTEXT)
+    rule = lr_for(ours(row.depth), tokens // batch) if row.side == "hearth" else 1.0
+    return replace(row, batch=batch, lr=row.lr * rule)
 
 
 class Hearth:
     """This project: its model and optimizer; documents of a row see themselves alone."""
 
     def __init__(self, row: Row, bos: int, options: argparse.Namespace) -> None:
-        from config import HRMConfig, LoopConfig, ModelConfig, OptimConfig
+        from config import HRMConfig, LoopConfig, OptimConfig
         from hearth.training import gradients
         from hearth.training.batches import Batch
         from hearth.training.optim import build_optimizers
         from model import build_model
 
         change = json.loads(row.change) if row.change else {}
-        shape = ours(row.width) | change.get("model", {})
-        if isinstance(shape["hrm"], dict):
-            shape["hrm"] = HRMConfig(**shape["hrm"])
+        shape = replace(ours(row.depth), **change.get("model", {}))
+        if isinstance(shape.hrm, dict):
+            shape = replace(shape, hrm=HRMConfig(**shape.hrm))
         if change.get("plain"):
-            shape |= {"hrm": None, "n_layer": depth_of(row.width)}
-        self.model = build_model(ModelConfig(**shape), seed=row.seed)
+            shape = replace(shape, hrm=None, n_layer=row.depth)
+        self.model = build_model(shape, seed=row.seed)
         self.model.compile_blocks()
         optim = OptimConfig(**{"momentum_warmup_steps": 100} | change.get("optim", {}))
         self.optimizers = build_optimizers(self.model, optim, row.lr)
@@ -193,11 +192,16 @@ class NanoGPT:
         theirs = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(theirs)
         torch.manual_seed(row.seed)
-        shape = {"n_layer": depth_of(row.width), "n_head": row.width // 64, "n_embd": row.width}
+        shape = {"n_layer": row.depth, "n_head": ours(row.depth).n_head}
         with contextlib.redirect_stdout(sys.stderr):
             self.model = theirs.GPT(
                 theirs.GPTConfig(
-                    block_size=CONTEXT, vocab_size=VOCABULARY, dropout=0.0, bias=False, **shape
+                    block_size=CONTEXT,
+                    vocab_size=VOCABULARY,
+                    n_embd=ours(row.depth).d_model,
+                    dropout=0.0,
+                    bias=False,
+                    **shape,
                 )
             )
             self.optimizer = self.model.configure_optimizers(0.1, row.lr, (0.9, 0.95), "cpu")
@@ -236,14 +240,15 @@ class Nanochat:
         from nanochat.gpt import GPT, GPTConfig
 
         torch.manual_seed(row.seed)
-        n_head = max(1, row.width // 128)
-        shape = {"n_layer": depth_of(row.width), "n_head": n_head, "n_kv_head": n_head}
+        width = ours(row.depth).d_model
+        n_head = max(1, width // 128)
+        shape = {"n_layer": row.depth, "n_head": n_head, "n_kv_head": n_head}
         with contextlib.redirect_stdout(sys.stderr):
             self.model = GPT(
                 GPTConfig(
                     sequence_len=CONTEXT,
                     vocab_size=VOCABULARY,
-                    n_embd=row.width,
+                    n_embd=width,
                     window_pattern="L",
                     **shape,
                 )
@@ -302,6 +307,7 @@ def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     train, held_out, n_bytes = arrays["train"], arrays["held_out"], arrays["n_bytes"]
     order = np.random.default_rng(row.seed).permutation((len(train) - 1) // CONTEXT)
     measure = rows_of(held_out, np.arange(HELD_OUT_ROWS))
+    asked, row = row, by_the_rule(row, options)
     a_step = row.batch // CONTEXT
     most = len(order) // a_step
     side = SIDES[row.side](row, int(arrays["bos"]), options)
@@ -335,7 +341,9 @@ def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         ):
             curve.append((n * row.batch, training_seconds(taken), bits_per_byte()))
     return {
-        **asdict(row),
+        **asdict(asked),
+        "peak_lr": row.lr,
+        "step": row.batch,
         "parameters": sum(p.numel() for p in side.model.parameters()),
         "trained": n * row.batch,
         "rate": row.batch / statistics.median(taken[SKIPPED:]),
@@ -366,30 +374,53 @@ def training_seconds(taken: list[float]) -> float:
 # --------------------------------------------------------------------------------------------- plan
 
 
-def plan() -> Iterator[Row]:
+def plan(copies: list[str]) -> Iterator[Row]:
     """The rows in the order in which they are run."""
-    small = {"width": 128, "tokens": 2**19, "lr": 0.012}
-    for lr in (0.012, 0.024, 0.048, 0.006):
-        yield Row("grid", **small | {"lr": lr})
-    plain, tables = {"plain": True}, {"model": {"n_value_embeddings": 2}}
-    yield Row("idea", **small, change=json.dumps(plain))
-    yield Row("idea", **small, change=json.dumps({**plain, **tables}))
-    relu2 = {"gated_mlp": False, "d_ff": 576}
-    yield Row("idea", **small, change=json.dumps({"model": relu2}))
-    yield Row("idea", **small, change=json.dumps({"model": {**relu2, "n_value_embeddings": 2}}))
-    for copy in ("H1", "H2"):
-        yield Row("idea", **small, copy=f"/work/study/{copy}", change=json.dumps(tables))
-    yield Row("idea", **small, change=json.dumps(tables))
-    medium = {"width": 256, "tokens": 2**19, "lr": 0.012}
-    yield Row("grid", **medium)
-    wide = {"gated_mlp": False, "d_ff": 1056}
-    yield Row("idea", **medium, change=json.dumps({"model": wide}))
-    for copy in ("H3", "X", "G", "B"):
-        yield Row("idea", **small, copy=f"/work/study/{copy}")
-    yield Row("idea", **medium, change=json.dumps(tables))
-    yield Row("grid", **medium | {"lr": 0.006})
-    for lr in (0.006, 0.012):
-        yield Row("grid", **small | {"lr": lr, "tokens": 2**21})
+    plain = json.dumps({"plain": True})
+    for factor in (1.0, 0.5, 2.0):
+        yield Row("rate", depth=4, tokens=2**19, lr=factor)
+    for seed in (0, 1):
+        yield Row("head", depth=4, tokens=2**19, seed=seed)
+        yield Row("head", depth=4, tokens=2**19, seed=seed, change=plain)
+    for copy in copies:
+        yield Row("idea", depth=4, tokens=2**19, copy=copy)
+    yield from race(4, 120.0, seeds=(0, 1))
+    yield Row("rate", depth=6, tokens=2**19)
+    yield Row("head", depth=6, tokens=2**19, change=plain)
+    for factor in (0.5, 2.0):
+        yield Row("rate", depth=6, tokens=2**19, lr=factor)
+    yield from race(6, 240.0, seeds=(0,))
+    for depth, powers in (
+        (4, (18, 20)),
+        (5, (18, 19)),
+        (6, (18,)),
+        (4, (21,)),
+        (5, (20,)),
+        (9, (18,)),
+    ):
+        for power in powers:
+            yield Row("law", depth=depth, tokens=2**power)
+    for batch in (1024, 4096):
+        yield Row("batch", depth=4, tokens=2**19, batch=batch)
+    yield from race(6, 240.0, seeds=(1,))
+
+
+def race(depth: int, seconds: float, seeds: tuple[int, ...]) -> Iterator[Row]:
+    """nanochat's rates tuned on the text for tuning; then both sides on text that no tuning saw."""
+    both = {"depth": depth, "seconds": seconds}
+    tuned = [
+        Row("tune", side="nanochat", batch=BATCH_OF_RIVALS, lr=factor, **both)
+        for factor in (0.3, 0.6, 1.2)
+    ]
+    yield from tuned
+    if any(row.key not in RUNS for row in tuned):  # another worker is at one of them
+        return
+    best = min(tuned, key=lambda row: RUNS[row.key]["bpb"])
+    for seed in seeds:
+        here = {**both, "seed": seed, "text": "unseen"}
+        yield Row("race", **here)
+        yield Row("race", side="nanochat", batch=BATCH_OF_RIVALS, lr=best.lr, **here)
+        yield Row("race", change=json.dumps({"plain": True}), **here)
 
 
 # ------------------------------------------------------------------------------------------- worker
@@ -400,7 +431,7 @@ def work(options: argparse.Namespace) -> None:
     (options.out / "claims").mkdir(parents=True, exist_ok=True)
     for text in ("tuning", "unseen"):
         tokens(options.out, options.data, text)
-    for row in plan():
+    for row in plan(options.copies):
         if (options.only and row.part not in options.only) or row.key in done(options.out):
             continue
         claim = options.out / "claims" / hashlib.sha256(row.key.encode()).hexdigest()[:16]
@@ -411,6 +442,7 @@ def work(options: argparse.Namespace) -> None:
             found = run_apart(row, options)
         finally:
             claim.unlink(missing_ok=True)
+        RUNS[row.key] = found
         with (options.out / "runs.jsonl").open("a") as file:
             file.write(json.dumps({"key": row.key, **found}) + "\n")
         print(line_of(found), flush=True)
@@ -447,7 +479,8 @@ def run_apart(row: Row, options: argparse.Namespace) -> dict[str, Any]:
 def line_of(r: dict[str, Any]) -> str:
     until = f"{r['tokens'] / 1e6:.2f}M tokens" if r["tokens"] else f"{r['seconds']:.0f} s"
     return (
-        f"{r['part']:10} {r['side']:8} {r['width']:4} lr {r['lr']:<7g} batch {r['batch']:5} "
+        f"{r['part']:6} {r['side']:8} depth {r['depth']} lr × {r['lr']:<4g} = {r['peak_lr']:.4f} "
+        f"batch {r['step']:5} "
         f"{until:13} seed {r['seed']} {r['text']:6} {r['change']} {r['copy'].rsplit('/', 1)[-1]} | "
         f"{r['trained'] / 1e6:.2f}M in {r['took']:.0f} s, {r['rate']:,.0f}/s | {r['bpb']:.4f}"
     )
@@ -466,6 +499,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(data) / "pretrain" if data else None)
     parser.add_argument("--nanogpt", help="a clone of nanoGPT")
     parser.add_argument("--nanochat", help="a clone of nanochat")
+    parser.add_argument("--copies", nargs="*", default=[], help="changed copies of this project")
     parser.add_argument("--only", nargs="+", help="parts of the plan")
     parser.add_argument("--one", action="store_true", help="run one row; exit 3 if none is left")
     parser.add_argument("--row", type=json.loads, help="one row, as JSON")

@@ -14,8 +14,6 @@ Out: a line of JSON a run in OUT/runs.jsonl; a run that is there already is not 
         tokens per second, in turns
     uv run benchmarks/train.py contexts
         the same at 1k, 2k, 4k, 8k
-    uv run benchmarks/train.py card --data FOLDER --nanogpt PATH --nanochat PATH
-        an NVIDIA card: 146M, MFU
 
 A rival's code is imported, its own optimizer and schedule drive it; its learning rates are tuned
 like ours, by a factor on all of them, and its shape is the best that was found for so short a run,
@@ -54,14 +52,14 @@ def main() -> None:
     if options.command == "run":
         print(json.dumps(run(options)))
     else:
-        {"race": race, "table": table, "speed": speed, "contexts": contexts, "card": card}[
-            options.command
-        ](options)
+        {"race": race, "table": table, "speed": speed, "contexts": contexts}[options.command](
+            options
+        )
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["race", "table", "speed", "contexts", "card", "run"])
+    parser.add_argument("command", choices=["race", "table", "speed", "contexts", "run"])
     parser.add_argument("out", nargs="?", type=Path, default=Path("train-race"))
     parser.add_argument(
         "--data",
@@ -516,7 +514,7 @@ def speed(options: argparse.Namespace) -> None:
             )
 
 
-# ------------------------------------------------------------------------------ cost growth, a card
+# ------------------------------------------------------------------------------------- cost growth
 
 
 def contexts(options: argparse.Namespace) -> None:
@@ -551,12 +549,13 @@ def micro_step_rates(config: Any, n_tokens: int, n_steps: int) -> Iterator[float
     """Tokens a second of forward and backward over one micro-batch of whole documents."""
     import torch
 
-    from hearth.training import gradients
+    from hearth.training import attention, gradients
     from hearth.training.batches import Batch
     from model import build_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config, seed=0, device=device)
+    attention.pick(model)
     ids = torch.randint(
         0, config.vocab_size, (n_tokens + 1,), generator=torch.Generator().manual_seed(0)
     )
@@ -570,34 +569,6 @@ def micro_step_rates(config: Any, n_tokens: int, n_steps: int) -> Iterator[float
         model.zero_grad()
         if n >= 2:
             yield n_tokens / (time.perf_counter() - begin)
-
-
-def card(options: argparse.Namespace) -> None:
-    """MFU of the 16gb preset at 2k and 4k, dense and with its head, on an NVIDIA card."""
-    sys.path.insert(0, options.hearth)
-    import torch
-
-    if not torch.cuda.is_available():
-        raise SystemExit("No NVIDIA card that torch can use is here: nothing was measured.")
-    from config import PRESETS
-    from hearth import hardware
-    from model import Model
-
-    print(hardware.describe(torch.device("cuda")))
-    peak = hardware.peak_flops(torch.device("cuda"), torch.bfloat16)
-    head = PRESETS["16gb"].model
-    for name, shape in (
-        ("dense", replace(head, n_layer=19, hrm=None)),
-        ("with the HRM head", head),
-    ):
-        for context in (2048, 4096):
-            config = replace(shape, context=context)
-            rate = statistics.median(micro_step_rates(config, 32_768, 10))
-            flops = Model(config).flops_per_token(context)
-            print(
-                f"{name:18} {context:5} tokens: {rate:10,.0f} tokens/s, MFU "
-                f"{rate * flops / peak:.1%}"
-            )
 
 
 if __name__ == "__main__":

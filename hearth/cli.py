@@ -121,7 +121,9 @@ def portable(model: ModelConfig) -> ModelConfig:
     """The same size as a Qwen3 (`config.PORTABLE`): the head's blocks join the trunk."""
     hrm = model.hrm
     head_blocks = hrm.h_layer + (hrm.l_layer if hrm.l_cycles else 0) if hrm else 0
-    return replace(model, n_layer=model.n_layer + head_blocks, shape="portable", **PORTABLE)
+    d_ff = model.d_ff if model.gated_mlp else 64 * round(model.d_ff / 96)  # as many weights
+    n_layer = model.n_layer + head_blocks
+    return replace(model, n_layer=n_layer, d_ff=d_ff, shape="portable", **PORTABLE)
 
 
 def words_of(config: Config, base: Config | None = None) -> list[str]:
@@ -361,6 +363,15 @@ def fail(message: str) -> Any:
     raise SystemExit(2)
 
 
+def tolerate_any_text() -> None:
+    """Let output that the terminal's encoding lacks, or that of a pipe on Windows, become question
+    marks instead of an error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def run_script(
     work: Callable[[], object], stopped: str = "stopped; the same command continues from here."
 ) -> None:
@@ -369,6 +380,7 @@ def run_script(
 
     An error raised while Ctrl-C unwinds, by something it left half done, is part of being stopped.
     """
+    tolerate_any_text()
     try:
         work()
     except (Exception, KeyboardInterrupt) as error:

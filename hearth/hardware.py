@@ -102,16 +102,25 @@ def card_named(name: str) -> Card:
 
 
 def pick_device(wish: str) -> torch.device:
-    """The device to run on. An NVIDIA card that torch cannot use is an error with its remedy, never
-    a silent crawl.
+    """The device to run on: an NVIDIA card, or an AMD one, which torch calls cuda too; an Apple
+    chip; the processor. An NVIDIA card that torch cannot use is an error with its remedy, never a
+    silent crawl.
     """
-    if wish != "cpu" and torch.cuda.is_available():
+    if wish in ("auto", "cuda") and torch.cuda.is_available():
         # of torchrun: a card for each process
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda")
+    if wish in ("auto", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    if wish == "mps":
+        raise UserError(
+            f"Apple's chip was asked for, but torch {torch.__version__} finds none here (macOS 14 "
+            "or newer on Apple silicon). Leave --device away, or add --device cpu."
+        )
     card = None if wish == "cpu" else nvidia_card()
     if wish == "cuda" or card:
         built = torch.version.cuda and f"CUDA {torch.version.cuda}"
+        built = built or (torch.version.hip and f"ROCm {torch.version.hip}")
         raise UserError(
             f"{f'An NVIDIA card is here ({card})' if card else 'A CUDA device was asked for'}, "
             f"but torch "
@@ -129,10 +138,16 @@ OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 
 def card_remedy(cuda: str | None) -> str:
     """What to do about a card that torch, built for `cuda`, cannot use."""
+    if torch.version.hip:
+        return (
+            "See whether `rocminfo` lists an AMD card, and whether this user is in the groups "
+            "render and video."
+        )
     if cuda is None:
         return (
-            "This torch has no CUDA: install the build with CUDA that "
-            "https://pytorch.org/get-started names."
+            "This torch has no CUDA: install the build with CUDA by "
+            "`uv pip install --reinstall torch --torch-backend auto`, and set UV_NO_SYNC=1, so "
+            "that `uv run` leaves it there."
         )
     driver, oldest = driver_version(), OLDEST_DRIVER.get(int(cuda.split(".")[0]))
     if driver and oldest and int(driver.split(".")[0]) < oldest:
@@ -191,6 +206,8 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    if device.type == "mps":
+        return f"Apple GPU, {torch.mps.recommended_max_memory() / 2**30:.1f} GiB of the machine's"
     return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -221,15 +238,34 @@ def seconds_of_product(n: int, device: torch.device, dtype: torch.dtype) -> floa
 
 
 def memory_limit(device: torch.device) -> int:
-    """Bytes that this process may fill: what is free on the card or already its own, or the
-    machine's whole memory.
+    """Bytes that this process may fill: what is free on the card or already its own, what Apple
+    recommends for its chip, or the machine's whole memory.
     """
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
     if device.type != "cuda":
         # not what is free just now: that differs from start to start
         return psutil.virtual_memory().total
     free, total = torch.cuda.mem_get_info(device)
     allowed = torch.cuda.get_per_process_memory_fraction(device) * total
     return int(min(free + torch.cuda.memory_reserved(device), allowed))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that the device's memory is full: a class of its own on CUDA,
+    a text on Apple's chips and in the libraries that ask the driver themselves.
+    """
+    said = str(error).lower()
+    told = "out of memory" in said or "alloc_failed" in said or "not enough memory" in said
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and told)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what torch keeps of a device's memory without using it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -239,9 +275,11 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def memory_in_use(device: torch.device) -> float:
-    """Memory of this process in 10^9 bytes: a card's peak since the last `reset_peak_memory`, or
-    what is resident on the CPU.
+    """Memory of this process in 10^9 bytes: a card's peak since the last `reset_peak_memory`, what
+    Apple's driver holds for it now, or what is resident on the CPU.
     """
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e9
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return psutil.Process().memory_info().rss / 1e9

@@ -104,4 +104,4 @@ def script(chat: Chat, *answers: tuple[str | None, str]) -> Scripted:
 
 
 def say(chat: Chat, question: str) -> str:
-    return "".join(text for thinking, text in chat.ask(question) if not thinking)
+    return "".join(text for kind, text in chat.ask(question) if kind == "content")

@@ -40,10 +40,13 @@ def start(
     """
     # for the fork server: models this small only wait for more threads
     os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "safetensors.torch", "tyro", "datasets", "tokenizers", "psutil", "tqdm"]
-    )
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["torch", "safetensors.torch", "tyro", "datasets", "tokenizers", "psutil", "tqdm"]
+        )
+    else:  # Windows
+        context = multiprocessing.get_context("spawn")
     process = context.Process(target=_run, args=(script, words, str(output), environment or {}))
     process.start()
     return process

@@ -20,16 +20,15 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("tokenizer", "chat_format", "cleaning", "hub", "readers", "layouts", "demo_world"),
         *("shard_folder", "token_shards", "text_shards", "sources", "ingest"),
     ),
-    "decoding": ("calculator", "matrices", "kv_cache", "slots", "engine", "scheduler"),
+    "decoding": ("calculator", "tools", "matrices", "kv_cache", "slots", "engine", "scheduler"),
     "training": (
-        *("batches", "distributed", "optim", "eight_bit", "gradients", "held_out"),
-        *("planning", "sizing"),
-        *("checkpoint", "loop"),
+        *("batches", "distributed", "optim", "eight_bit", "attention", "gradients", "held_out"),
+        *("planning", "sizing", "checkpoint", "loop"),
     ),
     "evaluation": ("tasks", "scores", "chat_tasks", "battery", "lm_eval_adapter"),
     "export": ("modeling_hearth", "qwen3", "card", "huggingface", "gguf"),
     "serving": (
-        *("terminal", "conversation", "commands"),
+        *("marks", "terminal", "conversation", "commands"),
         *("requests", "answers", "workers", "api"),
     ),
 }

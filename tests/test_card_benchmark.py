@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,6 +61,30 @@ def test_training_stops_in_time_and_the_next_call_finishes_it(tmp_path: Path) ->
     rows = measured("train", tmp_path / "b", *call, "--", *settings)
     assert rows[-1]["step"] == 30
     assert any(name.startswith("bpb") for name in rows[-1])
+
+
+def test_a_script_is_asked_to_stop_by_what_the_system_has(monkeypatch, tmp_path: Path) -> None:
+    """Windows knows no SIGINT of another process: its group gets a Ctrl-Break."""
+    asked: list[object] = []
+
+    class Process:
+        def __init__(self, words, **own) -> None:
+            asked.append(own.get("creationflags"))
+
+        def wait(self, seconds: float | None = None) -> int:
+            if seconds is not None:
+                raise subprocess.TimeoutExpired("x", seconds)
+            return 0
+
+        def send_signal(self, number) -> None:
+            asked.append(number)
+
+    monkeypatch.setattr(card.subprocess, "Popen", Process)
+    assert not card.run_until(0.0, ["a.py"])
+    monkeypatch.setattr(card.signal, "CTRL_BREAK_EVENT", "ctrl-break", raising=False)
+    monkeypatch.setattr(card.subprocess, "CREATE_NEW_PROCESS_GROUP", 512, raising=False)
+    assert not card.run_until(0.0, ["a.py"])
+    assert asked == [0, signal.SIGINT, 512, "ctrl-break"]
 
 
 def test_training_without_text_says_what_is_missing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import json
 import re
 import shlex
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from config import PRESETS, Config, HRMConfig, ModelConfig, UserError
-from hearth import cli
+from hearth import cli, log
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
@@ -212,3 +213,12 @@ def test_a_reader_of_the_pipe_that_goes_away_is_no_error() -> None:
     assert process.stderr.read() == b""
     assert process.wait() == 0
     process.stderr.close()
+
+
+def test_a_pipe_that_lacks_a_character_gets_a_question_mark(monkeypatch) -> None:
+    """As a console's or a pipe's encoding on Windows may: no run ends for want of an arrow."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    cli.run_script(lambda: log.say("curriculum  1024 → 2048 · 4 × 5"))
+    sys.stdout.flush()
+    assert raw.getvalue().split() == "curriculum 1024 ? 2048 · 4 × 5".encode("cp1252").split()

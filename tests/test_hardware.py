@@ -11,9 +11,12 @@ import psutil
 import pytest
 import torch
 
-from config import UserError
+from config import PRESETS, UserError
 from hearth import hardware
-from hearth.training import loop
+from hearth.decoding.engine import Rules, Sampling, _Row, draw
+from hearth.training import loop, planning
+from hearth.training.optim import build_optimizers
+from model import Recomputed, build_model, compute_dtype
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 
@@ -167,6 +170,139 @@ def test_an_unknown_cards_peak_is_not_that_of_waiting_for_it(
     )
     measured = hardware.peak_flops.__wrapped__(CARD, torch.bfloat16)
     assert measured == pytest.approx(1e14, rel=0.01)
+
+
+# ---------------------------------------------------------------------------------------- platforms
+
+
+@pytest.fixture
+def apple(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As torch answers on Apple silicon."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12 * 2**30)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3 * 10**9)
+    return monkeypatch
+
+
+def test_apples_chip_is_the_device_where_nothing_else_is_asked_for(apple) -> None:
+    mps = torch.device("mps")
+    assert hardware.pick_device("auto") == hardware.pick_device("mps") == mps
+    assert hardware.pick_device("cpu") == CPU
+    assert hardware.memory_limit(mps) == 12 * 2**30
+    assert hardware.memory_in_use(mps) == 3.0
+    assert "12.0 GiB" in hardware.describe(mps)
+    assert not hardware.compiles(None, mps)
+    assert hardware.EnergyMeter(mps).joules() is None
+    assert compute_dtype(mps) == torch.float32
+    with planning.peak_memory(mps, held=7) as found:
+        pass
+    assert found == [3_000_000_000]
+
+
+def test_apples_chip_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"finds none here.*--device cpu"):
+        hardware.pick_device("mps")
+
+
+def test_a_plan_for_apples_chip_is_by_estimate(apple) -> None:
+    config = PRESETS["demo"]
+    model = build_model(config.model, seed=0)
+    apple.setattr(type(model), "device", property(lambda model: torch.device("mps")))
+    apple.setattr(hardware, "peak_flops", lambda device, dtype: 1e12)
+    optimizers = build_optimizers(model, config.optim, 1e-3)
+    plan = planning.make_plan(model, optimizers, config.pretrain, stages=((512, 1.0),), n_steps=1)
+    assert plan.room == int(planning.FILLED["mps"] * 12 * 2**30)
+    chosen = plan.choose(None, torch.device("mps"))
+    assert chosen.activation_checkpointing == Recomputed()
+    assert chosen.memory.peak <= plan.room
+
+
+class OnApple:
+    """A tensor on Apple's chip, which has no float64: all that `draw` may ask of it first."""
+
+    device = torch.device("mps")
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def cpu(self) -> torch.Tensor:
+        return self.x
+
+
+def test_tokens_are_drawn_without_float64_on_apples_chip() -> None:
+    logits, rules = torch.randn(1, 64), Rules(4, sampling=Sampling(temperature=1.0))
+    there, here = (draw(x, [_Row([1], 3, rules, None)], rules) for x in (OnApple(logits), logits))
+    assert there == here
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8.5 GB)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("HIP out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_memory_that_ran_out_is_known_by_what_each_device_says(error, full: bool) -> None:
+    assert hardware.is_out_of_memory(error) == full
+
+
+@pytest.fixture
+def amd(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As ROCm's torch answers: the device is called cuda."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [
+        ("gfx1100", torch.bfloat16),  # RX 7900
+        ("gfx942:sramecc+:xnack-", torch.bfloat16),  # MI300
+        ("gfx1201", torch.bfloat16),  # RX 9070
+        ("gfx1030", torch.float32),  # RX 6800: capability (10, 3), and no matrix cores
+        ("gfx906", torch.float32),  # MI50: capability (9, 0)
+    ],
+)
+def test_an_amd_card_computes_in_what_it_multiplies(arch: str, dtype: torch.dtype, amd) -> None:
+    amd.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(gcnArchName=arch))
+    assert hardware.pick_device("auto") == CARD
+    assert compute_dtype(CARD) == dtype
+
+
+def test_an_amd_card_without_nvml_trains_without_figures_of_power(amd) -> None:
+    amd.setitem(sys.modules, "pynvml", None)  # as where it is not installed
+    meter = hardware.EnergyMeter(CARD)
+    assert meter.joules() is None
+    assert meter.temperature() is None
+
+
+def test_an_unknown_cards_name_is_measured_not_taken_for_a_geforce(amd) -> None:
+    amd.setattr(torch.cuda, "get_device_name", lambda device: "AMD Radeon RX 7900 XTX")
+    amd.setattr(hardware, "seconds_of_product", lambda n, device, dtype: 2 * n**3 / 6e13)
+    assert hardware.peak_flops.__wrapped__(CARD, torch.bfloat16) == pytest.approx(6e13)
+
+
+def test_a_rocm_that_finds_no_card_is_told_its_own_remedy(amd) -> None:
+    amd.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"ROCm 7.0.*rocminfo.*render and video"):
+        hardware.pick_device("cuda")
+
+
+def test_on_windows_a_torch_without_cuda_is_told_a_way_that_uv_run_keeps(
+    unusable_card: pytest.MonkeyPatch,
+) -> None:
+    unusable_card.setattr(torch.version, "cuda", None)
+    with pytest.raises(UserError, match=r"--torch-backend auto.*UV_NO_SYNC=1"):
+        hardware.pick_device("auto")
 
 
 # ------------------------------------------------------------------------------------------- energy

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 from dataclasses import replace
-from functools import wraps
-from inspect import signature
-from types import ModuleType
 
 import pytest
 import torch
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from config import PRESETS, ModelConfig, UserError
+from config import PRESETS, ModelConfig
 from hearth.decoding.kv_cache import KVCache, Thought, decode_early_exit
 from model import (
     ChunkedCrossEntropy,
     Model,
     PackedSequences,
+    Recomputed,
     attend_in_blocks,
-    attend_varlen,
     build_model,
     initialise,
     rms_norm,
     rotary_table,
     rotate,
-    varlen_attention,
 )
 
 
@@ -142,123 +136,6 @@ def test_attention_in_blocks_equals_attention_a_query_at_a_time(window: int | No
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def flash_attention(q, k, v, edges, longest, left: int, right: int) -> torch.Tensor:
-    """What FlashAttention documents of packed segments, in plain torch: a segment's query i sees
-    the segment's keys i - left to i + right, all where a bound is -1; each key head serves a group
-    of neighbouring query heads; edges are int32, dtypes 16 bits wide.
-    """
-    for x in (q, k, v):
-        assert x.dtype == torch.bfloat16
-    assert edges.dtype == torch.int32
-    assert edges[0] == 0
-    assert edges[-1] == len(q) == len(k) == len(v)
-    assert 0 < int(edges.diff().min()) <= int(edges.diff().max()) <= longest
-    out = []
-    for start, end in zip(edges.tolist(), edges.tolist()[1:], strict=False):
-        groups = q.shape[1] // k.shape[1]
-        key, value = (x[start:end].float().repeat_interleave(groups, dim=1) for x in (k, v))
-        scores = torch.einsum("qhe,khe->hqk", q[start:end].float(), key) / q.shape[2] ** 0.5
-        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
-        unseen = (distance > left) & (left >= 0) | (distance < -right) & (right >= 0)
-        share = scores.masked_fill(unseen, -math.inf).softmax(dim=-1)
-        out.append(torch.einsum("hqk,khe->qhe", share, value))
-    return torch.cat(out).to(q.dtype)
-
-
-def flash_attn_varlen_func(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-):
-    """The function of this name in the flash-attn package, as its documentation has it."""
-    assert dropout_p == 0
-    assert softmax_scale is None
-    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-    left, right = window_size
-    longest = min(max_seqlen_q, max_seqlen_k)
-    return flash_attention(q, k, v, cu_seqlens_q, longest, left, 0 if causal else right)
-
-
-@wraps(varlen_attn)
-def plain_varlen_attn(*args, **kwargs):
-    """`varlen_attn` of the torch that is here, by its signature and documentation."""
-    bound = signature(varlen_attn).bind(*args, **kwargs)
-    bound.apply_defaults()
-    said = bound.arguments
-    assert said.get("scale") is None
-    # the same tensor, not only equal: one of its kernels is causal under no other condition
-    assert said["cu_seq_q"] is said["cu_seq_k"]
-    q, k, v = said["query"], said["key"], said["value"]
-    assert q.shape[1] == k.shape[1] or said.get("enable_gqa", True)
-    longest = min(said["max_q"], said["max_k"])
-    return flash_attention(q, k, v, said["cu_seq_q"], longest, *said["window_size"])
-
-
-@pytest.mark.parametrize("door", ["torch", "flash-attn"])
-@pytest.mark.parametrize("window", [None, 1, 6, 40, 130, 1000])
-def test_the_call_of_a_cards_attention_means_attention_in_blocks(
-    window: int | None, door: str, monkeypatch
-) -> None:
-    """Over the edges of windows, documents and rows; forward and backward, from bfloat16."""
-    package = ModuleType("flash_attn")
-    package.flash_attn_varlen_func = flash_attn_varlen_func
-    # None: as where it is not installed
-    monkeypatch.setitem(sys.modules, "flash_attn", package if door == "flash-attn" else None)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen_attn)
-    # asked again, not remembered
-    monkeypatch.setattr("model.varlen_attention", varlen_attention.__wrapped__)
-    starts = torch.zeros(600, dtype=torch.bool)
-    starts[[3, 130, 131, 290, 450]] = True
-    packed, heads = PackedSequences(starts, 300), random_heads(600, dtype=torch.bfloat16)
-    exact = [x.detach().float().requires_grad_() for x in heads]
-    y, expected = attend_varlen(*heads, packed, window), attend_in_blocks(*exact, packed, window)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), expected, atol=2e-2, rtol=2e-2)
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    for a, b in zip(
-        torch.autograd.grad((y * weights).sum(), heads),
-        torch.autograd.grad((expected * weights.float()).sum(), exact),
-        strict=True,
-    ):
-        torch.testing.assert_close(a.float(), b, atol=4e-2, rtol=4e-2)
-
-
-def test_a_flash_attn_of_another_torch_is_told_with_the_remedy(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # without the function: ImportError
-    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-    with pytest.raises(UserError, match="Build it again for torch"):
-        varlen_attention.__wrapped__()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("window", [None, 40, 130])
-def test_attention_on_a_card_equals_attention_in_blocks(window: int | None) -> None:
-    starts = torch.zeros(600, dtype=torch.bool)
-    starts[[3, 130, 131, 290, 450]] = True
-    card = torch.device("cuda")
-    heads = random_heads(600, device="cuda", dtype=torch.bfloat16)
-    y = attend_varlen(*heads, PackedSequences(starts, 300, card), window)
-    reference = [x.detach().float().cpu().requires_grad_() for x in heads]
-    expected = attend_in_blocks(*reference, PackedSequences(starts, 300), window)
-    torch.testing.assert_close(y.float().cpu(), expected, atol=2e-2, rtol=2e-2)
-    for a, b in zip(
-        torch.autograd.grad(y.sum(), heads),
-        torch.autograd.grad(expected.sum(), reference),
-        strict=True,
-    ):
-        torch.testing.assert_close(a.float().cpu(), b, atol=3e-2, rtol=3e-2)
-
-
 def test_the_token_before_is_mixed_in_within_its_document_alone(tiny: ModelConfig) -> None:
     model = build_model(replace(tiny, n_layer=1, hrm=None), seed=0)
     model.dtype = torch.float32
@@ -354,14 +231,14 @@ def test_every_parameter_receives_gradient(tiny: ModelConfig, gated: bool) -> No
     assert without == []
 
 
-@pytest.mark.parametrize("activation_checkpointing", ["head", "all"])
+@pytest.mark.parametrize("recomputed", [(True, 0), (True, 2), (False, 1), (True, 3)])
 def test_recomputed_activations_give_the_same_gradients(
-    tiny: ModelConfig, activation_checkpointing: str
+    tiny: ModelConfig, recomputed: tuple[bool, int]
 ) -> None:
     gradients = []
-    for mode in ("none", activation_checkpointing):
+    for again in (Recomputed(), Recomputed(*recomputed)):
         model = awake(tiny)
-        model.activation_checkpointing = mode
+        model.activation_checkpointing = again
         ids = random_ids(33, tiny)
         model.loss(model(ids[:-1], one_segment(32)), ids[1:], torch.ones(32)).backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -482,6 +359,7 @@ def test_thinking_without_leaving_equals_the_full_computation(
 
 
 def test_a_row_leaves_early_without_regard_to_its_neighbours(tiny: ModelConfig) -> None:
+    tiny = replace(tiny, gated_mlp=True)  # its rows settle at different times
     model = awake_settling(tiny)
     ids = random_ids(72, tiny).view(3, 24)
     found, together = thoughts(model, ids, LEAVES_SOMETIMES)

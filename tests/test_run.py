@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -283,3 +286,25 @@ def test_a_second_process_is_told_who_works_on_the_run_and_a_dead_one_holds_noth
     other.join()
     with run.locked(tmp_path):
         assert (tmp_path / "lock").read_text().split() == [str(os.getpid())]
+
+
+def test_on_windows_the_lock_is_that_of_its_own_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locks there keep others from reading what is locked: a byte far beyond the process id."""
+    held: set[tuple[int, int]] = set()
+
+    def locking(handle: int, mode: int, n_bytes: int) -> None:
+        place = (os.fstat(handle).st_ino, os.lseek(handle, 0, os.SEEK_CUR))
+        if place in held:
+            raise OSError(errno.EACCES, "Permission denied")
+        held.add(place)
+
+    windows = ModuleType("msvcrt")
+    windows.LK_NBLCK, windows.locking = 2, locking
+    monkeypatch.setitem(sys.modules, "msvcrt", windows)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with run.locked(tmp_path):
+        assert (tmp_path / "lock").read_text().split() == [str(os.getpid())]
+        with pytest.raises(UserError, match=f"Another process .*pid {os.getpid()}"):
+            run.locked(tmp_path).__enter__()

@@ -62,6 +62,20 @@ def test_sync_opens_no_file_for_reading_alone(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"content"
 
 
+def test_a_folder_that_cannot_be_opened_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows opens no folder; its renames are written through by the file system."""
+
+    def refuses(path: Path, flags: int) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuses)
+    storage.sync_folder(tmp_path)
+    storage.write_json(tmp_path / "a", {"x": 1})
+    assert read_json(tmp_path / "a") == {"x": 1}
+
+
 # ------------------------------------------------------------------------------- disks that refuse
 
 

@@ -21,15 +21,13 @@ from hearth import storage
 
 BOS, SYSTEM, USER, ASSISTANT, END = "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 THINK, END_THINK, PAD = "<think>", "</think>", "<|pad|>"
-SPARES = (
-    "<|tool|>",
-    "<|tool_call|>",
-    "<|end_tool_call|>",
-    "<|tool_result|>",
-    *(f"<|spare_{i}|>" for i in range(4)),
-)
+TOOL_CALL, END_TOOL_CALL, TOOL_RESULT = "<|tool_call|>", "<|end_tool_call|>", "<|tool_result|>"
+SPARES = tuple(f"<|spare_{i}|>" for i in range(4))
 # their ids are their places here
-SPECIAL_TOKENS = (BOS, SYSTEM, USER, ASSISTANT, END, THINK, END_THINK, PAD, *SPARES)
+SPECIAL_TOKENS = (
+    *(BOS, SYSTEM, USER, ASSISTANT, END, THINK, END_THINK, PAD),
+    *("<|tool|>", TOOL_CALL, END_TOOL_CALL, TOOL_RESULT, *SPARES),
+)
 
 FILE = "tokenizer.json"
 MAX_FILE_BYTES = 64 << 20
@@ -65,6 +63,9 @@ class Tokenizer:
             self.special[t] for t in SPECIAL_TOKENS[:5]
         )
         self.think, self.end_think, self.pad = (self.special[t] for t in (THINK, END_THINK, PAD))
+        self.tool_call, self.end_tool_call, self.tool_result = (
+            self.special[t] for t in (TOOL_CALL, END_TOOL_CALL, TOOL_RESULT)
+        )
         model = json.loads(backend.to_str())["model"]
         meaning = json.dumps([sorted(backend.get_vocab().items()), model["merges"], PATTERN])
         self.hash = hashlib.sha256(meaning.encode()).hexdigest()[:16]

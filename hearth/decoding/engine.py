@@ -1,21 +1,26 @@
 """Generate token ids with a model: prefill in chunks, then a cached pass a token, and draw.
 
 In: prompts as ids. Out: answers as ids, whole (`generate`, many at once) or one by one (`stream`).
-Knows no tokenizer and no chat format; leaves the model untouched.
+Where an answer calls a tool, the result's ids are forced behind the call. Knows no chat format, and
+a tokenizer only to read calls; leaves the model untouched.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hearth.data.chat_format import last_call, result_ids
+from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.kv_cache import KVCache, decode, decode_early_exit, for_decoding
 from hearth.decoding.matrices import BlockKernel, Matrix
+from hearth.decoding.tools import Function, Tools
 from model import Block, Model
 
 # B rows, T positions of a chunk, V vocab_size
@@ -74,6 +79,16 @@ class Rules:
     # asked after each token, with the answer so far
     stop_when: Callable[[list[int]], bool] | None = None
     begin: tuple[int, ...] = ()  # ids that it is made to begin with, in place of its own choice
+    tools: Tools | None = None  # what it may call; None leaves calls without a result
+
+
+class Completion(NamedTuple):
+    """An answer, and of each of its ids where it came from."""
+
+    ids: list[int]
+    forced: list[bool]  # by the rules, such as a tool's result; all others were drawn
+    # natural logarithm of the probability, before temperature and the like; of forced ids 0
+    logprobs: list[float]
 
 
 class Engine:
@@ -86,12 +101,14 @@ class Engine:
     h_cycles: how often the reasoning head cycles; None is as the model was configured.
     exit_kl_threshold: leave the cycles once the prediction moves by less than this, in nats (KL
     divergence); None runs them all.
+    tokenizer: reads the calls of tools; needed where there are any.
     """
 
     def __init__(
         self,
         model: Model,
         *,
+        tokenizer: Tokenizer | None = None,
         weights: str | None = None,
         h_cycles: int | None = None,
         exit_kl_threshold: float | None = None,
@@ -99,6 +116,7 @@ class Engine:
         chunk_tokens: int = 512,
     ) -> None:
         self.model = model if weights is None else compress(model, weights)
+        self.tokenizer = tokenizer
         self.h_cycles, self.exit_kl_threshold = h_cycles, exit_kl_threshold
         self.max_rows = max_rows  # answers decoded together
         self.chunk_tokens = chunk_tokens  # tokens in one pass while a prompt is read
@@ -108,7 +126,11 @@ class Engine:
 
     # --------------------------------------------------------------------------------- many at once
 
-    def generate(
+    def generate(self, prompts: Sequence[Ids], **settings: Any) -> list[list[int]]:
+        """The ids of `complete`'s answers, with its settings."""
+        return [answer.ids for answer in self.complete(prompts, **settings)]
+
+    def complete(
         self,
         prompts: Sequence[Ids],
         *,
@@ -120,32 +142,45 @@ class Engine:
         budget: Budget | None = None,
         stop_when: Callable[[list[int]], bool] | None = None,
         begin: Ids = (),
-    ) -> list[list[int]]:
+        tools: Tools | Mapping[str, Function] | None = None,
+        logprobs: bool = False,
+    ) -> list[Completion]:
         """`n_samples` answers to each prompt, in the order of the prompts; one that stopped ends in
         its stop id.
 
         `seeds` gives each answer its own rng, so what it says does not depend on its neighbours
-        (default: its index). An answer also ends where its row fills the context.
+        (default: its index). An answer also ends where its row fills the context. `logprobs` fills
+        those of the completions.
         """
         rules = Rules(
-            max_tokens, frozenset(stop_ids), sampling or Sampling(), budget, stop_when, tuple(begin)
+            max_tokens,
+            frozenset(stop_ids),
+            sampling or Sampling(),
+            budget,
+            stop_when,
+            tuple(begin),
+            _tools(tools),
         )
         n_answers = len(prompts) * n_samples
         seeds = range(n_answers) if seeds is None else seeds
         if len(seeds) != n_answers:
             raise ValueError(f"{len(seeds)} seeds for {n_answers} answers")
         rows = [
-            _Row(prompts[i // n_samples], seeds[i], rules, self.context) for i in range(n_answers)
+            self.row(prompts[i // n_samples], seeds[i], rules, self.context)
+            for i in range(n_answers)
         ]
         # rows of like length share a batch, and samples of one prompt stay together
         order = sorted(range(n_answers), key=lambda i: len(rows[i].ids))
         for part in range(0, n_answers, self.max_rows):
-            self._finish(
-                [rows[i] for i in order[part : part + self.max_rows] if not rows[i].finish], rules
-            )
-        return [row.answer for row in rows]
+            together = [rows[i] for i in order[part : part + self.max_rows]]
+            self._finish([row for row in together if not row.finish], rules, logprobs=logprobs)
+        return [Completion(row.answer, row.forced, row.logprobs) for row in rows]
 
-    def _finish(self, rows: list[_Row], rules: Rules) -> None:
+    def row(self, prompt: Ids, seed: int, rules: Rules, longest: int | None) -> _Row:
+        """An answer to be made; ValueError for what cannot be."""
+        return _Row(prompt, seed, rules, longest, self.tokenizer)
+
+    def _finish(self, rows: list[_Row], rules: Rules, *, logprobs: bool) -> None:
         """Decode all rows to their ends, together."""
         if not rows:
             return
@@ -166,6 +201,8 @@ class Engine:
         while True:
             for row, token, n_cycles in zip(rows, draw(logits, rows, rules), cycles, strict=True):
                 row.take(token, n_cycles)
+            if logprobs:
+                _note_logprobs(logits, rows)
             going = [i for i, row in enumerate(rows) if not row.finish]
             if not going:
                 return
@@ -188,6 +225,7 @@ class Engine:
         budget: Budget | None = None,
         stop_when: Callable[[list[int]], bool] | None = None,
         begin: Ids = (),
+        tools: Tools | Mapping[str, Function] | None = None,
         keep: int | None = None,
     ) -> Stream:
         """The answer's ids as they are decoded, the stop id included.
@@ -196,7 +234,13 @@ class Engine:
         keeps that many first ids and drops the oldest of the others, see `Stream.dropped`.
         """
         rules = Rules(
-            max_tokens, frozenset(stop_ids), sampling or Sampling(), budget, stop_when, tuple(begin)
+            max_tokens,
+            frozenset(stop_ids),
+            sampling or Sampling(),
+            budget,
+            stop_when,
+            tuple(begin),
+            _tools(tools),
         )
         return Stream(self, prompt, seed, rules, keep)
 
@@ -218,12 +262,12 @@ class Engine:
         self.held = self.held[:common]
         return common
 
-    def extend(self, ids: list[int]) -> tuple[Tensor, int]:
+    def extend(self, ids: list[int], *, mark: bool) -> tuple[Tensor, int]:
         """Add ids to the stream's cache; float32 logits (1, V) after the last, and the cycles that
-        it ran.
+        it ran. `mark` as for a prompt, which others may continue in another way.
         """
         try:
-            logits, (n_cycles,) = self._read([ids], self.cache, mark=len(ids) > 1)
+            logits, (n_cycles,) = self._read([ids], self.cache, mark=mark and len(ids) > 1)
         # Ctrl-C above all. A token half read is written over; a half-read chunk spoils the rings
         except BaseException:
             if len(ids) > 1:
@@ -294,10 +338,11 @@ class Engine:
 
 class Stream(Iterator[int]):
     """An answer in the making: iterate over its ids. Afterwards `finish` says why it ended: stop,
-    length or context.
+    length, context, or call, of a tool whose result others tell.
 
     reused: ids of the prompt that the cache already held. read: ids that had to be read.
     dropped: ids left out so far because the context was full.
+    forced: for each id so far, also of those to come, whether the rules forced it.
     """
 
     def __init__(
@@ -307,7 +352,8 @@ class Stream(Iterator[int]):
         self.dropped = 0
         if keep is not None:
             prompt = self._shortened(list(prompt), engine.context)
-        self._row = _Row(prompt, seed, rules, engine.context if keep is None else None)
+        self._row = engine.row(prompt, seed, rules, engine.context if keep is None else None)
+        self._n_said = 0
         self.reused = engine.reuse(self._row.ids)
         self.read = len(prompt) - self.reused
         self._next = self._row.ids[self.reused :]
@@ -317,21 +363,33 @@ class Stream(Iterator[int]):
         return self._row.finish
 
     @property
+    def forced(self) -> list[bool]:
+        return self._row.forced
+
+    @property
     def n_cycles(self) -> int:
         """Cycles of the reasoning head that the answer's tokens took, added up."""
         return self._row.n_cycles
 
     def __next__(self) -> int:
         row = self._row
-        if row.finish:
-            raise StopIteration
+        if self._n_said == len(row.answer):
+            if row.finish:
+                raise StopIteration
+            self._decode()
+        self._n_said += 1
+        return row.answer[self._n_said - 1]
+
+    def _decode(self) -> None:
+        """The next id, and those that the rules force behind it."""
+        row, said = self._row, len(self._row.answer)
         if len(row.ids) > self.engine.context:
             row.ids = self._shortened(row.ids, self.engine.context)
             self._next = row.ids[self.engine.reuse(row.ids) :]
-        logits, n_cycles = self.engine.extend(self._next)
+        logits, n_cycles = self.engine.extend(self._next, mark=not said)
         row.take(draw(logits, [row], self.rules)[0], n_cycles)
-        self._next = row.ids[-1:]
-        return row.ids[-1]
+        row.take_due()
+        self._next = row.answer[said:]
 
     def _shortened(self, ids: list[int], longest: int) -> list[int]:
         """`ids` if at most `longest`; otherwise the first `keep` and the newest, three quarters of
@@ -346,16 +404,33 @@ class Stream(Iterator[int]):
 
 
 class _Row:
-    """One answer in the making: the ids that the model reads, those of the answer, and its rng."""
+    """One answer in the making: the ids that the model reads, those of the answer, and its rng.
 
-    def __init__(self, prompt: Ids, seed: int, rules: Rules, longest: int | None) -> None:
+    due: ids that come next whatever is drawn; nothing is drawn for them.
+    """
+
+    def __init__(
+        self,
+        prompt: Ids,
+        seed: int,
+        rules: Rules,
+        longest: int | None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         if not prompt or (longest and len(prompt) > longest):
             raise ValueError(f"a prompt of {len(prompt)} tokens; it must have 1 to {longest}")
+        if rules.tools is not None and tokenizer is None:
+            raise ValueError("an answer with tools needs the engine's tokenizer")
         self.ids, self.answer = list(prompt), []
+        self.forced: list[bool] = []  # of the answer's ids
+        self.logprobs: list[float] = []
+        self.due: deque[int] = deque()
         self.rules, self.longest = rules, longest
         self.finish = "" if rules.max_tokens > 0 else "length"
         self._generator = torch.Generator().manual_seed(seed)
         self._rolled: list[float] = []
+        self._tokenizer = tokenizer
+        self._n_calls = 0
         self._open = False  # inside the budget's brackets
         self._spent = 0  # ids said inside them
         self.n_cycles = 0  # of the reasoning head, over all ids of the answer
@@ -374,26 +449,66 @@ class _Row:
         """
         if self.finish:
             return
-        if len(self.answer) < len(self.rules.begin):
+        forced = bool(self.due) or len(self.answer) < len(self.rules.begin)
+        if self.due:
+            token = self.due.popleft()
+        elif forced:
             token = self.rules.begin[len(self.answer)]
         budget = self.rules.budget
         if budget is not None:
             if self._open and self._spent >= budget.tokens:
-                token = budget.close
+                token, forced = budget.close, True
             self._spent += self._open
             self._open = token != budget.close if self._open else token == budget.open
         self.n_cycles += n_cycles
         self.ids.append(token)
         self.answer.append(token)
+        self.forced.append(forced)
         if token in self.rules.stop_ids or (
             self.rules.stop_when and self.rules.stop_when(self.answer)
         ):
             self.finish = "stop"
-        elif len(self.answer) >= self.rules.max_tokens:
+        elif self.rules.tools and token == self._tokenizer.end_tool_call:
+            self._call(self.rules.tools)
+        if self.finish:
+            return
+        if len(self.answer) >= self.rules.max_tokens:
             self.finish = "length"
         # the last token need not fit: nothing follows it
         elif self.longest and len(self.ids) > self.longest:
             self.finish = "context"
+
+    def take_due(self) -> None:
+        """Add all the ids that come next in any case; the model has not run for them."""
+        while self.due and not self.finish:
+            self.take(self.due[0], 0)
+
+    def _call(self, tools: Tools) -> None:
+        """Let the result follow the call that the last id closes, if it closes one."""
+        call = last_call(self.answer, self._tokenizer)
+        if call is None:
+            return
+        self._n_calls += 1
+        if call.tool in tools.handed_back:
+            self.finish = "call"
+        else:
+            self.due.extend(result_ids(tools.result(call, self._n_calls), self._tokenizer))
+
+
+def _tools(given: Tools | Mapping[str, Function] | None) -> Tools | None:
+    """Tools, also where only the functions are given."""
+    return given if given is None or isinstance(given, Tools) else Tools(given)
+
+
+def _note_logprobs(logits: Tensor, rows: Sequence[_Row]) -> None:
+    """Note how likely each row's newest id was under float32 logits (B, V); a row that is done and
+    carried along has all of them.
+    """
+    newest = torch.tensor([row.answer[-1] for row in rows], device=logits.device)
+    own = logits.log_softmax(dim=-1).gather(1, newest[:, None])[:, 0].tolist()
+    for row, logprob in zip(rows, own, strict=True):
+        if len(row.logprobs) < len(row.answer):
+            row.logprobs.append(0.0 if row.forced[-1] else logprob)
 
 
 SMALL = 20_000_000  # parameters up to which float32 is fast enough
@@ -450,6 +565,8 @@ class FastBlock(torch.nn.Module):
 def draw(logits: Tensor, rows: Sequence[_Row], rules: Rules) -> list[int]:
     """The next token of each row from float32 logits (B, V)."""
     sampling = rules.sampling
+    if logits.device.type == "mps":  # which has no float64
+        logits = logits.cpu()
     if sampling.repetition_penalty != 1.0:
         logits = penalise(
             logits, [row.ids for row in rows], sampling.repetition_penalty, rules.stop_ids
@@ -457,7 +574,8 @@ def draw(logits: Tensor, rows: Sequence[_Row], rules: Rules) -> list[int]:
     if sampling.temperature == 0:
         return logits.argmax(dim=-1).tolist()
     p, token = probabilities(logits, sampling)
-    rng = torch.tensor([row.roll() for row in rows], dtype=torch.float64, device=p.device)
+    rolled = [0.0 if row.due else row.roll() for row in rows]
+    rng = torch.tensor(rolled, dtype=torch.float64, device=p.device)
     return token.gather(1, pick(p, rng)[:, None]).squeeze(1).tolist()
 
 

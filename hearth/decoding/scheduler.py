@@ -66,10 +66,11 @@ class Token(NamedTuple):
     id: int
     n_cycles: int  # of the reasoning head that it took
     scored: Scored | None
+    forced: bool = False  # by the rules, such as a tool's result
 
 
 class Finished(NamedTuple):
-    reason: str  # stop, length or context
+    reason: str  # stop, length, context, or call, of a tool whose result the client tells
 
 
 class Failed(NamedTuple):
@@ -111,8 +112,11 @@ class Seat:
 
     @property
     def left(self) -> int:
-        """Tokens of the prompt that are not read yet; 0 once tokens are drawn."""
-        return 0 if self.row.answer else len(self.row.ids) - self.cache.length
+        """Tokens of the prompt, or of a tool's result, that a chunk has to read; 0 where one token
+        is left of the answer, which is read with those of the others.
+        """
+        left = len(self.row.ids) - self.cache.length
+        return 0 if self.row.answer and left == 1 else left
 
 
 class Scheduler:
@@ -180,7 +184,9 @@ class Scheduler:
             job = self.waiting.popleft()
             request = job.request
             try:
-                row = Row(request.prompt, request.seed, request.rules, self.engine.context)
+                row = self.engine.row(
+                    request.prompt, request.seed, request.rules, self.engine.context
+                )
             except ValueError as error:
                 job.emit(Failed(str(error)))
                 continue
@@ -205,37 +211,48 @@ class Scheduler:
     # -------------------------------------------------------------------------------------- passes
 
     def _read_chunk(self) -> None:
-        """Read on in one prompt: the one with the fewest tokens left, every other time the oldest,
-        so that neither a short prompt nor a long one waits for all the others.
+        """Read on in one prompt, or tool's result: the one with the fewest tokens left, every other
+        time the oldest, so that neither a short prompt nor a long one waits for all the others.
         """
         reading = [seat for seat in self.seats if seat.job and seat.left]
         if not reading:
             return
         by = (lambda seat: seat.left) if self.n_steps % 2 else (lambda seat: seat.last_used)
         seat = min(reading, key=by)
-        row, cache, request = seat.row, seat.cache, seat.job.request
-        if cache.length + CHUNK_TOKENS >= len(row.ids):
-            cache.mark()  # another answer to this prompt comes back to here
-        chunk = row.ids[cache.length : cache.length + CHUNK_TOKENS]
-        ids = torch.tensor([chunk], device=self.model.device)
-        following = row.ids[cache.length + 1 : cache.length + len(chunk) + 1]
-        hidden = decode(self.model, ids, cache, self.engine.h_cycles)[0]  # (T, D)
-        if request.score_prompt and following:
-            logits = self._logits(hidden[: len(following)])
-            seat.scores += _score(logits, following, request.n_top or 0)
-        seat.job.emit(Read(cache.length, seat.reused))
-        if seat.left:
+        row = seat.row
+        hidden = self._read(seat) if row.answer else self._read_prompt(seat)
+        if seat.cache.length < len(row.ids):
             return
-        cache.mark()  # and a conversation that says this answer in other tokens to here
-        if request.score_prompt:
-            seat.job.emit(PromptScores(tuple(seat.scores)))
         if row.finish:  # no token is wanted
             self._end(seat)
         else:
             self._take([seat], self._logits(hidden[-1:]), [self.engine.n_cycles])
 
+    def _read(self, seat: Seat) -> Tensor:
+        """Hidden states (T, D) of the next chunk."""
+        at = seat.cache.length
+        ids = torch.tensor([seat.row.ids[at : at + CHUNK_TOKENS]], device=self.model.device)
+        return decode(self.model, ids, seat.cache, self.engine.h_cycles)[0]
+
+    def _read_prompt(self, seat: Seat) -> Tensor:
+        row, cache, request = seat.row, seat.cache, seat.job.request
+        at = cache.length
+        if at + CHUNK_TOKENS >= len(row.ids):
+            cache.mark()  # another answer to this prompt comes back to here
+        hidden = self._read(seat)
+        following = row.ids[at + 1 : cache.length + 1]
+        if request.score_prompt and following:
+            logits = self._logits(hidden[: len(following)])
+            seat.scores += _score(logits, following, request.n_top or 0)
+        seat.job.emit(Read(cache.length, seat.reused))
+        if not seat.left:
+            cache.mark()  # and a conversation that says this answer in other tokens to here
+            if request.score_prompt:
+                seat.job.emit(PromptScores(tuple(seat.scores)))
+        return hidden
+
     def _decode(self) -> None:
-        going = [seat for seat in self.seats if seat.job and seat.row.answer]
+        going = [seat for seat in self.seats if seat.job and seat.row.answer and not seat.left]
         if not going:
             return
         ids = torch.tensor([seat.row.ids[-1:] for seat in going], device=self.model.device)
@@ -258,15 +275,21 @@ class Scheduler:
         return self.model.logits(hidden)
 
     def _take(self, seats: Sequence[Seat], logits: Tensor, cycles: Sequence[int]) -> None:
-        """Draw each answer's next token, each under its own rules."""
+        """Draw each answer's next token, each under its own rules, and take those that the rules
+        force behind it.
+        """
         for n, seat in enumerate(seats):
             row, request, own = seat.row, seat.job.request, logits[n : n + 1]
             row.take(draw(own, [row], request.rules)[0], cycles[n])
-            token = row.answer[-1]
+            token, n_said = row.answer[-1], len(row.answer)
             scored = None
             if request.n_top is not None:
                 (scored,) = _score(own, [token], request.n_top)
-            seat.job.emit(Token(token, cycles[n], scored))
+            seat.job.emit(Token(token, cycles[n], scored, row.forced[-1]))
+            row.take_due()
+            certain = None if request.n_top is None else Scored(0.0, ())
+            for forced in row.answer[n_said:]:
+                seat.job.emit(Token(forced, 0, certain, forced=True))
             if row.finish:
                 self._end(seat)
 

@@ -18,6 +18,7 @@ from hearth.data import demo_world
 from hearth.data.chat_format import Answer, Message, parse_answer, render
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Engine
+from hearth.decoding.tools import Tools
 from hearth.evaluation import tasks
 from hearth.evaluation.scores import Bench, Score, mean_score
 from hearth.training.checkpoint import Loaded
@@ -67,12 +68,13 @@ def converse(
     """The likeliest next turn of each conversation; reasoning is expected where its system prompt
     asks for it.
     """
-    engine, tokenizer, context = Engine(loaded.model), loaded.tokenizer, loaded.model.config.context
+    tokenizer, context = loaded.tokenizer, loaded.model.config.context
+    engine = Engine(loaded.model, tokenizer=tokenizer)
     room = context - min(max_tokens, context // 4)
     prompts = [render(turns, tokenizer, answer=True).ids for turns in conversations]
     prompts = [ids if len(ids) <= room else [ids[0], *ids[-room + 1 :]] for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    looks = {"max_tokens": max_tokens, "stop_ids": [tokenizer.end]}
+    looks = {"max_tokens": max_tokens, "stop_ids": [tokenizer.end], "tools": Tools()}
     replies: dict[int, Reply] = {}
     with log.progress(len(prompts), "answer", title) as bar:
         for first in range(0, len(order), engine.max_rows):

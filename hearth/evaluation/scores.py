@@ -190,7 +190,7 @@ def token_losses(loaded: Loaded, batch: Batch) -> np.ndarray:
     size = max(1, tasks.LOGITS_PER_PASS // model.config.vocab_size)
     parts = zip(hidden.split(size), batch.targets.split(size), strict=True)
     losses = [F.cross_entropy(model.logits(h), t, reduction="none") for h, t in parts]
-    return torch.cat(losses).double().cpu().numpy()
+    return torch.cat(losses).cpu().double().numpy()
 
 
 # --------------------------------------------------------------------------------------- base tasks

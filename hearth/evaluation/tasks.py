@@ -505,15 +505,11 @@ def score_spans(
     size = max(1, LOGITS_PER_PASS // model.config.vocab_size)
     for part, target in zip(picked.split(size), targets.split(size), strict=True):
         logits = model.logits(part)
-        nats.append(F.cross_entropy(logits, target, reduction="none").double())
+        nats.append(F.cross_entropy(logits, target, reduction="none").cpu().double())
         greedy.append(logits.argmax(dim=-1) == target)
-    owner = index[:, 0]
-    sums = torch.zeros(len(rows), dtype=torch.double, device=hidden.device).index_add_(
-        0, owner, torch.cat(nats)
-    )
-    misses = torch.zeros(len(rows), device=hidden.device).index_add_(
-        0, owner, (~torch.cat(greedy)).float()
-    )
+    owner = index[:, 0].cpu()  # Apple's chips have no float64
+    sums = torch.zeros(len(rows), dtype=torch.double).index_add_(0, owner, torch.cat(nats))
+    misses = torch.zeros(len(rows)).index_add_(0, owner, (~torch.cat(greedy)).float().cpu())
     return sums.tolist(), (misses == 0).tolist()
 
 

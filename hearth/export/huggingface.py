@@ -20,14 +20,14 @@ from torch import Tensor
 
 from config import ModelConfig, UserError
 from hearth.data.chat_format import CHAT_TEMPLATE, stop_ids
-from hearth.data.tokenizer import BOS, END, END_THINK, FILE, PAD, SPARES, THINK, Tokenizer
+from hearth.data.tokenizer import BOS, END, FILE, PAD, SPARES, SPECIAL_TOKENS, THINK, Tokenizer
 from hearth.export import card, qwen3
 from hearth.training.checkpoint import Loaded
 from model import Block, Model, trunk_windows
 
 CODE = Path(__file__).with_name("modeling_hearth.py")
 # what an answer shows of its special tokens: servers tell reasoning and tool calls apart by these
-SHOWN = (THINK, END_THINK, *(name for name in SPARES if "spare" not in name))
+SHOWN = tuple(t for t in SPECIAL_TOKENS[SPECIAL_TOKENS.index(THINK) :] if t not in (PAD, *SPARES))
 
 
 def write(checkpoint: Path, loaded: Loaded, out: Path) -> None:

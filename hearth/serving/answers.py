@@ -8,13 +8,15 @@ one is held back.
 from __future__ import annotations
 
 import codecs
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hearth.data.chat_format import AnswerReader
+from hearth.data.chat_format import AnswerReader, Call, Kind, read_call
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.scheduler import Scored, Token
+from hearth.serving.marks import ARROW, CLOSE, OPEN
 
 LOWEST = -9999.0  # for probabilities that are 0: JSON has no infinity
 
@@ -33,10 +35,11 @@ class Part:
 
 @dataclass
 class Piece:
-    """Text to send, and the tokens it is made of."""
+    """Text to send, and the tokens it is made of; or a call of a client's function."""
 
     thinking: bool
     parts: list[Part]
+    call: Call | None = None
 
     @property
     def text(self) -> str:
@@ -46,41 +49,46 @@ class Piece:
 class _PlainReader:
     """Text of ids that follow no chat format; special tokens have none."""
 
-    thinking = False
+    span: Kind = "content"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._special = tokenizer, set(tokenizer.special.values())
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def read(self, token: int) -> Iterator[tuple[bool, str]]:
+    def read(self, token: int) -> Iterator[tuple[Kind, str]]:
         if token not in self._special:
-            yield False, self._utf8.decode(self._tokenizer.decode_bytes([token]))
+            yield "content", self._utf8.decode(self._tokenizer.decode_bytes([token]))
 
-    def rest(self) -> str:
+    def rest(self) -> Iterator[tuple[Kind, str]]:
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
-        return rest
+        yield "content", rest
 
 
 @dataclass
 class AnswerText:
     """One answer on its way out.
 
+    functions: names of the client's functions: a call of one is a piece of its own, every other
+    call is marked in the content, once its result is there.
     stopped: whether one of the texts in `stops` was found; nothing comes after it.
     """
 
     tokenizer: Tokenizer
     stops: Sequence[str] = ()
     chat: bool = True
+    functions: frozenset[str] = frozenset()
     stopped: bool = False
     n_tokens: int = 0
     n_thinking: int = 0  # tokens said while thinking
     n_cycles: int = 0
     _unfinished: list[Part] = field(default_factory=list)  # of a character
     _held: list[Part] = field(default_factory=list)  # whole, but they may become a stop
+    _tool: list[Part] = field(default_factory=list)  # of a call, as it is marked
 
     def __post_init__(self) -> None:
         self._reader = (AnswerReader if self.chat else _PlainReader)(self.tokenizer)
+        self._tool_text = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: Token) -> list[Piece]:
         """What the token lets go."""
@@ -88,19 +96,30 @@ class AnswerText:
             return []
         self.n_tokens += 1
         self.n_cycles += token.n_cycles
-        was_thinking = self._reader.thinking
+        before = self._reader.span
         said = list(self._reader.read(token.id))
-        self.n_thinking += was_thinking or self._reader.thinking
+        spans = (before, self._reader.span)
+        self.n_thinking += "thinking" in spans
         special = token.id in self.tokenizer.special.values()
         data = b"" if special else self.tokenizer.decode_bytes([token.id])
         pieces = []
-        for thinking, text in said:
+        if before == "content" and self._tool and spans[1] != "result":
+            pieces += self._end_tool()  # a call without a result
+        self._add_tool(token, data, spans)
+        for kind, text in said:
+            if kind == "result":
+                pieces += self._end_tool()
+                continue
+            if kind == "call":
+                if (call := read_call(text)).tool in self.functions:
+                    pieces += self._end_tool(call)
+                continue
             if data:
                 self._unfinished.append(Part(text, data, token.scored, token.n_cycles))
             elif text and self._unfinished:
                 self._unfinished[-1].text += text  # a character that this token cuts off
             if text:
-                pieces += self._say(thinking)
+                pieces += self._say(kind == "thinking")
         if not self.chat and not data:  # a text's tokens are all counted, also those without text
             self._unfinished.append(Part("", b"", token.scored, token.n_cycles))
         return pieces
@@ -111,10 +130,31 @@ class AnswerText:
             return []
         pieces = []
         if self._unfinished:
-            self._unfinished[-1].text += self._reader.rest()
-            pieces = self._say(self._reader.thinking)
+            self._unfinished[-1].text += "".join(text for _, text in self._reader.rest())
+            pieces = self._say(self._reader.span == "thinking")
+        if self._tool:
+            pieces += self._end_tool()
         held, self._held = self._held, []
         return [*pieces, Piece(False, held)] if held else pieces
+
+    def _add_tool(self, token: Token, data: bytes, spans: tuple[Kind, Kind]) -> None:
+        """Keep a token of a call or a result, `spans` being where the reader was and is."""
+        before, now = spans
+        if not {"call", "result"} & set(spans):
+            return
+        mark = "" if before == now else {"call": OPEN, "result": ARROW}.get(now, "")
+        text = self._tool_text.decode(data, final=not data) + mark
+        self._tool.append(Part(text, data or mark.encode(), token.scored, token.n_cycles))
+
+    def _end_tool(self, call: Call | None = None) -> list[Piece]:
+        """Let go of a call: one of the client's function as such, any other as marked text."""
+        parts, self._tool = self._tool, []
+        held, self._held = self._held, []
+        pieces = [Piece(False, held)] if held else []
+        if call is None:
+            parts[-1].text += self._tool_text.decode(b"", final=True) + CLOSE
+            parts[-1].data += CLOSE.encode()
+        return [*pieces, Piece(False, parts, call)]
 
     def _say(self, thinking: bool) -> list[Piece]:
         """Let go of the parts that make up whole characters, but for what may become a stop."""
@@ -158,7 +198,7 @@ def prompt_parts(
         text = "".join(text for _, text in reader.read(token))
         data = b"" if token in special else tokenizer.decode_bytes([token])
         parts.append(Part(text, data, scored))
-    parts[-1].text += reader.rest()
+    parts[-1].text += "".join(text for _, text in reader.rest())
     return parts
 
 
@@ -215,6 +255,8 @@ def completion_scores(parts: Sequence[Part], tokenizer: Tokenizer, offset: int) 
 
 def delta(piece: Piece, tokenizer: Tokenizer, *, scores: bool) -> Json:
     """The fields of a chat chunk's choice that a piece fills."""
+    if piece.call is not None:
+        return {"delta": {"tool_calls": [{"index": 0, **tool_call(piece.call)}]}}
     names = ("reasoning", "reasoning_content") if piece.thinking else ("content",)
     found: Json = {"delta": dict.fromkeys(names, piece.text)}
     if scores:
@@ -225,13 +267,23 @@ def delta(piece: Piece, tokenizer: Tokenizer, *, scores: bool) -> Json:
     return found
 
 
+def tool_call(call: Call) -> Json:
+    """A call of a client's function, which ends an answer."""
+    function = {"name": call.tool, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+
+
 def message(pieces: Sequence[Piece], tokenizer: Tokenizer, *, scores: bool) -> Json:
     """The fields of a whole chat choice."""
+    calls = [tool_call(piece.call) for piece in pieces if piece.call is not None]
+    pieces = [piece for piece in pieces if piece.call is None]
     said = {
         thinking: [part for piece in pieces if piece.thinking is thinking for part in piece.parts]
         for thinking in (False, True)
     }
     answer: Json = {"role": "assistant", "content": Piece(False, said[False]).text, "refusal": None}
+    if calls:
+        answer |= {"content": answer["content"] or None, "tool_calls": calls}
     if said[True]:
         answer |= dict.fromkeys(("reasoning", "reasoning_content"), Piece(True, said[True]).text)
     logprobs: Json | None = None

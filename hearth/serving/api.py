@@ -60,7 +60,7 @@ PAGE = Path(__file__).with_name("page.html")
 BODY_BYTES = 4_000_000  # of a request at most
 BODY_SECONDS = 30.0  # in which it must have come
 KEEP_ALIVE_SECONDS = 5.0  # a stream is silent no longer
-REASONS = {"stop": "stop", "length": "length", "context": "length"}
+REASONS = {"stop": "stop", "length": "length", "context": "length", "call": "tool_calls"}
 
 
 class Engines(Protocol):
@@ -456,7 +456,10 @@ class UnderWay:
     ) -> None:
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self.answers = [AnswerText(served.tokenizer, stops, chat) for _ in wanted]
+        self.answers = [
+            AnswerText(served.tokenizer, stops, chat, tools.handed_back if tools else frozenset())
+            for tools in (one.rules.tools for one in wanted)
+        ]
         self.n_cached = 0
         self.scores: dict[int, PromptScores] = {}
         self._open = set(range(len(wanted)))

@@ -15,6 +15,7 @@ from typing import Any
 from config import UserError
 from hearth.log import count, size
 from hearth.serving.conversation import Chat, Piece
+from hearth.serving.marks import marked
 from hearth.serving.terminal import Keyboard, new_screen, say, show
 
 
@@ -192,7 +193,7 @@ class Terminal:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} holds no conversation: {error}") from None
         for message in self.chat.messages():
-            say(f"{message['role']}: {message['content']}", 2)
+            say(f"{message['role']}: {marked(message['content'])}", 2)
 
     def do_stats(self, argument: str) -> None:
         """what the model is, what it takes, how fast it was"""

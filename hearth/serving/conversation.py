@@ -17,6 +17,7 @@ from config import REASONING_PROMPT, ChatConfig, UserError
 from hearth.data.chat_format import (
     Answer,
     AnswerReader,
+    Kind,
     Message,
     close_turn,
     parse_answer,
@@ -26,13 +27,14 @@ from hearth.data.chat_format import (
 )
 from hearth.decoding.engine import Budget, Engine, Sampling, store_for
 from hearth.decoding.matrices import compiler_missing
+from hearth.decoding.tools import chat_tools
 from hearth.log import count, size
 from hearth.run import STAGES
 from hearth.training.checkpoint import Loaded
 
 MAX_SEED = 2**60
 
-Piece = tuple[bool, str]  # is it thinking?, text in whole characters
+Piece = tuple[Kind, str]  # what it is; its text, in whole characters
 
 
 @dataclass
@@ -79,7 +81,8 @@ class Chat:
         self.n_parameters = loaded.model.n_parameters()
         if weights == "auto":
             weights = store_for(self.n_parameters)
-        self.store, self.engine = weights, Engine(loaded.model, weights=weights)
+        self.store = weights
+        self.engine = Engine(loaded.model, weights=weights, tokenizer=self.tokenizer)
         self.config = config
         self.set_sampling()
         self.system = config.system
@@ -253,6 +256,7 @@ class Chat:
             seed=random.randrange(MAX_SEED) if seed is None else seed + len(self.turns),
             budget=budget,
             begin=begin,
+            tools=None if self.is_base else chat_tools(self.config),
             keep=keep,
         )
         timing.reused, timing.read = stream.reused, stream.read
@@ -263,7 +267,7 @@ class Chat:
             timing.first_seconds = timing.first_seconds or timing.seconds
             if token not in stops:
                 yield from reader.read(token)
-        yield reader.thinking, reader.rest()
+        yield from reader.rest()
         timing.finish = stream.finish
         if stream.dropped:
             self._note_full(f"{stream.dropped} tokens left out")
@@ -277,14 +281,16 @@ class Chat:
         held back.
         """
         held = ""
-        for thinking, text in pieces:
-            if thinking:
-                yield thinking, text
+        for kind, text in pieces:
+            if kind != "content":
+                yield "content", held
+                held = ""
+                yield kind, text
                 continue
             held += text
             found = [at for stop in self.stop if (at := held.find(stop)) >= 0]
             if found:
-                yield False, held[: min(found)]
+                yield "content", held[: min(found)]
                 self.timing.finish = "stop"
                 return
             safe = next(
@@ -292,14 +298,12 @@ class Chat:
                 for at in range(len(held) + 1)
                 if at == len(held) or any(stop.startswith(held[at:]) for stop in self.stop)
             )
-            yield False, held[:safe]
+            yield "content", held[:safe]
             held = held[safe:]
-        yield False, held
+        yield "content", held
 
     def _answer_turn(self) -> Turn:
-        answer = self._answer()
-        message = {"role": "assistant", "content": answer.content, "thinking": answer.thinking}
-        return Turn(message, close_turn(self.timing.ids, self.tokenizer))
+        return Turn(self._answer().message(), close_turn(self.timing.ids, self.tokenizer))
 
     def _answer(self) -> Answer:
         stops = stop_ids(self.tokenizer)
@@ -334,6 +338,7 @@ class Chat:
             "checkpoint": str(self.folder),
             "text": answer.content,
             "thinking": answer.thinking,
+            "calls": [part for part in answer.parts if "tool" in part],
             "ids": t.ids,
             "finish": t.finish,
             "prompt_tokens": t.reused + t.read,

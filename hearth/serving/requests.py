@@ -6,6 +6,7 @@ in the client's words. Unknown fields are ignored; what cannot be done is refuse
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -15,10 +16,13 @@ from config import REASONING_PROMPT, ChatConfig
 from hearth.data.chat_format import Message, render, render_turn, stop_ids
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Budget, Rules, Sampling
+from hearth.decoding.tools import chat_tools
+from hearth.serving.marks import marked, unmarked
 
 CHOICES = 8  # answers to one prompt
 STOPS, STOP_CHARS = 4, 1000  # texts that end an answer, and how long each may be
 TOP = 20  # alternatives reported a token
+FUNCTIONS = 128  # of a client's, in one request
 PROMPTS = 64  # prompts times answers of one completion request
 # tokens of reasoning; None is as long as it likes
 EFFORTS: dict[str, int | None] = {"low": 256, "medium": 1024, "high": None}
@@ -138,10 +142,15 @@ def _message(name: str, value: Any) -> Message:
     message = _object(name, value)
     role = message.get("role")
     role = "system" if role == "developer" else role
-    if role not in ("system", "user", "assistant"):
-        raise _refuse(f"{name}.role", role, "system, developer, user or assistant")
+    if role not in ("system", "user", "assistant", "tool"):
+        raise _refuse(f"{name}.role", role, "system, developer, user, assistant or tool")
     content = _content(f"{name}.content", message.get("content"), role)
-    _nothing(f"{name}.tool_calls", message.get("tool_calls") or [])
+    if role == "tool":
+        answers = _text(f"{name}.tool_call_id", message.get("tool_call_id"))
+        return {"role": role, "content": content, "tool_call_id": answers}
+    calls = _calls(f"{name}.tool_calls", message.get("tool_calls") or [])
+    if calls and role != "assistant":
+        raise Refused(400, f"{name}: only the assistant has tool_calls", param=name)
     thinking = None
     if role == "assistant":
         given = (message.get(key) for key in ("reasoning", "reasoning_content"))
@@ -150,7 +159,51 @@ def _message(name: str, value: Any) -> Message:
         inside, closed, after = rest.partition("</think>")
         if opened and closed and not before.strip():
             thinking, content = thinking or inside.strip(), after.lstrip("\n")
-    return {"role": role, "content": content, "thinking": thinking}
+        content = unmarked(content)
+    return {"role": role, "content": content, "thinking": thinking, "tool_calls": calls}
+
+
+def _calls(name: str, value: Any) -> list[dict[str, Any]]:
+    """The calls of an assistant's message, each with its id."""
+    if not isinstance(value, list):
+        raise _refuse(name, value, "a list of calls")
+    calls = []
+    for call in value:
+        function = _object(f"{name}.function", _object(name, call).get("function"))
+        said = {
+            "name": _name(f"{name}.function.name", function.get("name")),
+            "arguments": _text(f"{name}.function.arguments", function.get("arguments")),
+        }
+        calls.append({"id": _text(f"{name}.id", call.get("id")), "function": said})
+    return calls
+
+
+def _name(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.-]{1,64}", value, re.ASCII):
+        raise _refuse(name, value, "1 to 64 letters, digits, dots, underscores and dashes")
+    return value
+
+
+def _functions(name: str, value: Any) -> tuple[dict[str, Any], ...]:
+    """The functions that a client offers."""
+    if not isinstance(value, list) or len(value) > FUNCTIONS:
+        raise _refuse(name, value, f"a list of at most {FUNCTIONS} functions")
+    for tool in value:
+        if _object(name, tool).get("type") != "function":
+            raise Refused(400, f"{name}: only the type function is supported here", param=name)
+        function = _object(f"{name}.function", tool.get("function"))
+        _name(f"{name}.function.name", function.get("name"))
+    return tuple(value)
+
+
+def _choice(name: str, value: Any) -> str | dict[str, Any]:
+    """none, auto, required, or the name of a function, in OpenAI's shape."""
+    if isinstance(value, dict):
+        function = _object(f"{name}.function", value.get("function"))
+        return {"name": _name(f"{name}.function.name", function.get("name"))}
+    if value not in ("none", "auto", "required"):
+        raise _refuse(name, value, "none, auto, required or a function")
+    return value
 
 
 def _content(name: str, value: Any, role: str) -> str:
@@ -246,12 +299,32 @@ class ChatRequest(Wishes):
     chat_template_kwargs: dict[str, Any] | None = field(default=None, metadata=by(_object))
     continue_final_message: bool = field(default=False, metadata=by(_flag))
     response_format: None = field(default=None, metadata=by(_plain_text))
-    tools: None = field(default=None, metadata=by(_nothing))
+    tools: tuple[dict[str, Any], ...] = field(default=(), metadata=by(_functions))
+    tool_choice: str | dict[str, Any] = field(default="auto", metadata=by(_choice))
     functions: None = field(default=None, metadata=by(_nothing))
 
     @property
     def n_top(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
+
+    def offered(self) -> tuple[dict[str, Any], ...]:
+        """The client's functions that may be called; `Refused` where one is chosen that is not
+        there.
+        """
+        names = [tool["function"]["name"] for tool in self.tools]
+        missing = not names and self.tool_choice == "required"
+        if isinstance(self.tool_choice, dict):
+            missing = self.tool_choice["name"] not in names
+        if missing:
+            raise Refused(400, "tool_choice needs that function in tools", param="tool_choice")
+        return () if self.tool_choice == "none" else self.tools
+
+    def begun_call(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """What an answer begins with that has to be a call; nothing where it need not be one."""
+        if not self.offered() or self.tool_choice == "auto":
+            return ()
+        name = self.tool_choice["name"] if isinstance(self.tool_choice, dict) else ""
+        return (tokenizer.tool_call, *tokenizer.encode(name))
 
     def thinks(self) -> bool:
         """Whether reasoning before the answer is asked for."""
@@ -302,8 +375,11 @@ def read(kind: type[Kind], body: Any) -> Kind:
 def chat_prompt(request: ChatRequest, served: Served) -> list[int]:
     """The ids that the model reads. A base model, which knows no turns, continues the last one."""
     tokenizer, messages = served.tokenizer, list(request.messages)
+    functions = request.offered()
     if served.is_base:
-        ids = [tokenizer.bos, *tokenizer.encode(messages[-1]["content"])]
+        if functions:
+            raise Refused(400, f"{served.name} is a base model: it calls no tools", param="tools")
+        ids = [tokenizer.bos, *tokenizer.encode(marked(messages[-1]["content"]))]
         return _checked(ids, served, "messages")
     if served.chat.system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": served.chat.system})
@@ -313,10 +389,10 @@ def chat_prompt(request: ChatRequest, served: Served) -> list[int]:
     begun = None
     if request.continue_final_message:
         begun = messages.pop()
-        if begun["role"] != "assistant" or not messages:
+        if begun["role"] != "assistant" or begun["tool_calls"] or not messages:
             raise Refused(400, "continue_final_message needs an assistant's message to continue.")
     try:
-        ids = render(messages, tokenizer, answer=True).ids
+        ids = render(messages, tokenizer, answer=True, tools=functions).ids
     except ValueError as error:
         raise Refused(400, str(error), param="messages") from None
     if begun:
@@ -331,13 +407,17 @@ def chat_rules(request: ChatRequest, served: Served, n_prompt: int) -> Rules:
     budget = None
     if think and tokens is not None:
         budget = Budget(tokens, tokenizer.think, tokenizer.end_think)
-    begins = think and served.stage in ("sft2", "rl") and not request.continue_final_message
+    called = request.begun_call(tokenizer)
+    begun = request.continue_final_message or request.messages[-1]["role"] == "tool"
+    begins = think and served.stage in ("sft2", "rl") and not begun
+    names = frozenset(tool["function"]["name"] for tool in request.offered())
     return Rules(
         _room(request.max_completion_tokens or request.max_tokens, served, n_prompt),
         frozenset(stop_ids(tokenizer)),
         request.sampling(served.chat),
         budget,
-        begin=(tokenizer.think,) if begins else (),
+        begin=called or ((tokenizer.think,) if begins else ()),
+        tools=None if served.is_base else chat_tools(served.chat, names),
     )
 
 

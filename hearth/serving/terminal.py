@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from hearth.serving.marks import ARROW, mark
+
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 JOINERS = "\u200c\u200d"  # invisible, but emoji and several scripts need them
 NO_ANSWER = "(no answer)"
@@ -74,11 +76,12 @@ def fitting(parts: Sequence[str], width: int) -> str:
 
 
 class Screen(Protocol):
-    """Where an answer appears, piece by piece. An answer without content shows the thinking that
-    was hidden, and that it has none.
+    """Where an answer appears, piece by piece, each its kind (thinking, content, or a tool's call
+    with its result) and its text. An answer without content shows the thinking that was hidden, and
+    that it has none.
     """
 
-    def add(self, thinking: bool, text: str) -> None: ...
+    def add(self, kind: str, text: str) -> None: ...
 
     def end(self, *, whole: bool) -> None: ...
 
@@ -92,29 +95,49 @@ def new_screen(*, thoughts: bool) -> Screen:
     return RichScreen(Console(highlight=False), thoughts=thoughts)
 
 
-def show(pieces: Iterable[tuple[bool, str]], screen: Screen) -> None:
+def show(pieces: Iterable[tuple[str, str]], screen: Screen) -> None:
     """Draw an answer as it comes; whatever ends it, what was said stays on the screen."""
     whole = False
     try:
-        for thinking, text in pieces:
-            screen.add(thinking, text)
+        for kind, text in with_results(pieces):
+            screen.add(kind, text)
         whole = True
     finally:
         screen.end(whole=whole)
 
 
+def with_results(pieces: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """The pieces, a call and the result that follows it as one."""
+    call = None
+    try:
+        for kind, text in pieces:
+            if call is not None:
+                yield "call", f"{call}{ARROW}{text}" if kind == "result" else call
+            call = text if kind == "call" else None
+            if kind not in ("call", "result"):
+                yield kind, text
+    except (Exception, KeyboardInterrupt):
+        if call is not None:
+            yield "call", call
+        raise
+    if call is not None:
+        yield "call", call
+
+
 class PlainScreen:
     """An answer as plain text, for pipes and for terminals that can only print; `thoughts` shows
-    the thinking too.
+    the thinking too, and calls of tools, marked.
     """
 
     def __init__(self, out: TextIO, *, thoughts: bool) -> None:
         self._out, self._thoughts, self._was_thinking, self._last = out, thoughts, False, ""
         self._hidden, self._said = "", False
 
-    def add(self, thinking: bool, text: str) -> None:
-        text = neutral(text)
-        self._said |= not thinking and bool(text.strip())
+    def add(self, kind: str, text: str) -> None:
+        text, thinking = neutral(text), kind == "thinking"
+        self._said |= kind == "content" and bool(text.strip())
+        if kind == "call":
+            text = mark(text, None) if self._thoughts else ""
         if thinking and not self._thoughts:
             self._hidden += text
         elif text:
@@ -138,7 +161,8 @@ class PlainScreen:
 
 
 class RichScreen:
-    """An answer on a terminal: the block being written as it comes, each complete one as Markdown.
+    """An answer on a terminal: the block being written as it comes, each complete one as Markdown;
+    a tool's call and its result as a dim line.
 
     thoughts: show the thinking, dimmed, or fold it into one line once the answer begins.
     """
@@ -152,9 +176,11 @@ class RichScreen:
         self._drawn = 0.0
         self._live.start()
 
-    def add(self, thinking: bool, text: str) -> None:
-        if thinking:
+    def add(self, kind: str, text: str) -> None:
+        if kind == "thinking":
             self._thought += neutral(text)
+        elif kind == "call":
+            self._add_call(neutral(text))
         else:
             self._block += neutral(text)
             if self._block.strip():
@@ -175,6 +201,15 @@ class RichScreen:
             self._print(NO_ANSWER)
         self._live.update("")
         self._live.stop()
+
+    def _add_call(self, text: str) -> None:
+        from rich.text import Text
+
+        self._end_thinking(folded=not self._thoughts)
+        if self._block.strip():
+            self._print(markdown(self._block))
+        self._block = ""
+        self._print(Text(text, style="dim"))
 
     def _print(self, block: Any) -> None:
         self._live.update("")
@@ -375,10 +410,3 @@ def lines_of(stream: TextIO | None) -> list[str]:
         else stream.read().encode("utf-8", "replace")
     )
     return [line.strip() for line in data.decode("utf-8", "replace").split("\n") if line.strip()]
-
-
-def tolerate_any_text() -> None:
-    """Let output that the terminal's encoding lacks become question marks instead of an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")

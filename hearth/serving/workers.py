@@ -54,7 +54,8 @@ class Loader:
     n_rows: int = 8
 
     def __call__(self, name: str) -> Scheduler:
-        model = checkpoint.load_for_inference(self.folders[name], self.device).model
+        loaded = checkpoint.load_for_inference(self.folders[name], self.device)
+        model = loaded.model
         store = self.weights
         if store == "auto":
             store = store_for(model.n_parameters())
@@ -62,6 +63,7 @@ class Loader:
         engine = Engine(
             model,
             weights=store,
+            tokenizer=loaded.tokenizer,
             h_cycles=None if headless else self.cycles,
             exit_kl_threshold=None if headless else self.early_exit,
         )

@@ -8,8 +8,10 @@ nothing of the model or the GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -47,12 +49,60 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
+        pinned = self.pinned(device)
         move = (
-            x.pin_memory().to(device, non_blocking=True)
-            for x in (self.ids, self.targets, self.weights)
+            x.to(device, non_blocking=True) for x in (pinned.ids, pinned.targets, pinned.weights)
         )
         # `PackedSequences` reads the starts before the card needs them
         return Batch(*move, self.starts, self.row_length)
+
+    def pinned(self, device: torch.device) -> Batch:
+        """In memory from which a CUDA card reads by itself; what is there already stays."""
+        if device.type != "cuda":
+            return self
+        there = (x.pin_memory() for x in (self.ids, self.targets, self.weights))
+        return Batch(*there, self.starts, self.row_length)
+
+
+class Batches(Protocol):
+    """What the loop asks for."""
+
+    n_steps: int
+    context: int  # longest segment of all stages of the curriculum
+
+    def batch(self, step: int) -> Batch: ...
+
+    def stage(self, step: int) -> int: ...
+
+    def context_of(self, stage: int) -> int: ...
+
+
+class LoadedAhead:
+    """`Batches` of which the next one is loaded, and pinned for a card, in a thread while a step
+    runs. A batch is a function of its step, so it is the same however it is loaded.
+    """
+
+    def __init__(self, batches: Batches, device: torch.device) -> None:
+        self.batches, self.device = batches, device
+        self.n_steps, self.context = batches.n_steps, batches.context
+        self.stage, self.context_of = batches.stage, batches.context_of
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._next: tuple[int, Future[Batch]] | None = None  # step, and its batch to be
+
+    def batch(self, step: int) -> Batch:
+        found = self._next[1] if self._next and self._next[0] == step else self._load(step)
+        batch = found.result()
+        self._next = (step + 1, self._load(step + 1)) if step + 1 < self.n_steps else None
+        return batch
+
+    def _load(self, step: int) -> Future[Batch]:
+        return self._thread.submit(lambda: self.batches.batch(step).pinned(self.device))
+
+    def __enter__(self) -> LoadedAhead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
 
 @lru_cache(maxsize=64)

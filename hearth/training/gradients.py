@@ -33,12 +33,8 @@ def backward_by_cycle(
     """
     x = model.run_trunk(micro.ids, packed)
     leaf = x.detach().requires_grad_()
-    states = model.head.cycles(
-        leaf,
-        packed,
-        detach=True,
-        activation_checkpointing=model.activation_checkpointing,
-    )
+    recomputed = model.activation_checkpointing.head
+    states = model.head.cycles(leaf, packed, detach=True, recomputed=recomputed)
     for y in states:
         loss = model.loss(y, micro.targets, weights)
         (loss / model.head.hrm.h_cycles).backward()

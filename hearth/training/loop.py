@@ -11,9 +11,9 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -24,11 +24,11 @@ from hearth.data.tokenizer import Tokenizer
 from hearth.reporting.report import Reporter, refresh
 from hearth.reporting.trackers import open_trackers
 from hearth.run import STAGES, newest
-from hearth.training import checkpoint, distributed
-from hearth.training.batches import Batch
+from hearth.training import attention, checkpoint, distributed
+from hearth.training.batches import Batch, Batches, LoadedAhead
 from hearth.training.gradients import accumulate
 from hearth.training.optim import Optimizers, build_optimizers
-from hearth.training.planning import ACTIVATION_CHECKPOINTING, GIB, make_plan, measure
+from hearth.training.planning import GIB, in_words, make_plan, measure, more_of
 from model import Model
 
 # ------------------------------------------------------------------------------------ spiking steps
@@ -84,17 +84,6 @@ class SpikeGuard:
 
 
 # --------------------------------------------------------------------------------------------- loop
-
-
-class Batches(Protocol):
-    n_steps: int
-    context: int  # longest segment of all stages of the curriculum
-
-    def batch(self, step: int) -> Batch: ...
-
-    def stage(self, step: int) -> int: ...
-
-    def context_of(self, stage: int) -> int: ...
 
 
 @dataclass
@@ -189,14 +178,17 @@ def fit(job: Job, progress: Progress) -> Progress:
 
     Of several processes (`distributed`) the first one alone logs, saves and evaluates.
     """
-    with distributed.group(job.model.device), StopSignal() as stop:
-        return train(job, progress, stop)
+    device = job.model.device
+    ahead = LoadedAhead(job.batches, device)
+    with distributed.group(device), StopSignal() as stop, ahead:
+        return train(replace(job, batches=ahead), progress, stop)
 
 
 def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
     """The loop itself."""
     model, loop, steps = job.model, job.loop, job.batches.n_steps
     preflight(job)
+    attention.pick(model)
     micro_tokens = fit_micro_batch(job)
     hardware.reset_peak_memory(model.device)  # of the trials
     peak = distributed.n_ranks() * hardware.peak_flops(model.device, model.dtype)
@@ -290,7 +282,7 @@ def train_step(job: Job, progress: Progress, micro_tokens: int) -> tuple[dict[st
         loss = distributed.total(weight * loss, model.device)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), job.optimizers.config.clip))
     if progress.guard.allows(loss, norm):
-        job.optimizers.step()
+        update_within_memory(job)
     elif progress.guard.in_a_row >= loop.max_skipped_steps:
         raise UserError(
             f"{progress.guard.in_a_row} steps in a row had a spiking or non-finite gradient (loss "
@@ -320,37 +312,70 @@ def share_of(batch: Batch) -> Batch:
     )
 
 
+SMALLER = "Take a smaller preset, or lower --model.context, --model.n_layer or --model.d_model."
+
+
 def accumulate_within_memory(job: Job, batch: Batch, micro_tokens: int) -> tuple[float, int]:
     """`accumulate`; when memory runs out, the same batch again in micro-batches of half the size,
     and when there is but one row in them, with more of its activations recomputed.
     """
+    model = job.model
     while True:
         try:
-            return accumulate(job.model, batch, micro_tokens), micro_tokens
-        except torch.OutOfMemoryError as error:
-            if (
-                micro_tokens <= batch.row_length
-                and job.model.activation_checkpointing == ACTIVATION_CHECKPOINTING[-1]
-            ):
+            return accumulate(model, batch, micro_tokens), micro_tokens
+        except RuntimeError as error:
+            if not hardware.is_out_of_memory(error):
+                raise
+            more = more_of(model.activation_checkpointing, model)
+            if micro_tokens <= batch.row_length and more is None:
                 raise UserError(
-                    f"Out of memory with one row of {batch.row_length} tokens. Take a smaller "
-                    "preset, or lower "
-                    f"--model.context, --model.n_layer or --model.d_model."
+                    f"Out of memory with one row of {batch.row_length} tokens. {SMALLER}"
                 ) from error
         job.optimizers.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        hardware.free_memory(model.device)
         if micro_tokens > batch.row_length:
             micro_tokens = max(batch.row_length, micro_tokens // 2)
         else:
-            job.model.activation_checkpointing = ACTIVATION_CHECKPOINTING[
-                ACTIVATION_CHECKPOINTING.index(job.model.activation_checkpointing) + 1
-            ]
+            model.activation_checkpointing = more
         log.say(
             f"Memory ran out: the micro-batch is {micro_tokens} tokens from here on, activations "
-            "recomputed: "
-            f"{job.model.activation_checkpointing}. Tokens per step stay the same."
+            f"recomputed: {in_words(model.activation_checkpointing, model)}. Tokens per step stay "
+            "the same."
         )
+
+
+def update_within_memory(job: Job) -> None:
+    """The optimizers' step; where memory runs out, what torch keeps unused is given back and the
+    weights that were not updated yet are.
+    """
+    device = job.model.device
+    for again in (False, True):
+        try:
+            return job.optimizers.step()
+        except RuntimeError as error:
+            if not hardware.is_out_of_memory(error):
+                raise
+            if again or not job.optimizers.can_continue:
+                raise UserError(f"Out of memory in the optimizer's step. {SMALLER}") from error
+        hardware.free_memory(device)
+        log.say("Memory ran out in the optimizer's step, which continues where it was.")
+    return None
+
+
+def look_within_memory(job: Job, what: str, look: Callable[[], Any]) -> Any:
+    """What `look` makes of the weights meant for use; None, and a line in the log, where memory
+    runs out a second time: a run does not end for want of an evaluation.
+    """
+    for _ in range(2):
+        try:
+            with job.optimizers.inference_weights():
+                return look()
+        except RuntimeError as error:
+            if not hardware.is_out_of_memory(error):
+                raise
+        hardware.free_memory(job.model.device)
+    log.say(f"Memory ran out: no {what} at this step.")
+    return None
 
 
 def fit_micro_batch(job: Job) -> int:
@@ -370,18 +395,13 @@ def fit_micro_batch(job: Job) -> int:
         n_ranks=distributed.n_ranks(),
     )
     if model.device.type == "cuda":
-        measure(plan, plan.candidates(loop.micro_batch_tokens), model, job.optimizers, seconds=60)
+        rows = plan.candidates(loop.micro_batch_tokens)
+        measure(plan, rows, model, job.optimizers, seconds=60, until_no_gain=True)
     row = plan.choose(loop.micro_batch_tokens, model.device)
     model.activation_checkpointing = row.activation_checkpointing
-    recomputed = {
-        "none": "",
-        "head": ", the head's activations recomputed",
-        "all": ", all activations recomputed",
-    }
-    log.say(
-        f"micro-batch {row.n_rows} rows of {row.context} "
-        f"tokens{recomputed[row.activation_checkpointing]}"
-    )
+    recomputed = in_words(row.activation_checkpointing, model)
+    told = "" if recomputed == "none" else f", activations recomputed: {recomputed}"
+    log.say(f"micro-batch {row.n_rows} rows of {row.context} tokens{told}")
     if not row.fits(plan.room):
         log.say(
             f"It takes about {row.memory.peak / GIB:.1f} GiB; a run here should fill "
@@ -414,8 +434,9 @@ def report(job: Job, step: int, run_log: log.RunLog) -> None:
     """Evaluate with the weights meant for use; the figures go to the console and to
     `metrics.jsonl`.
     """
-    with job.optimizers.inference_weights():
-        held_out = job.evaluate()
+    held_out = look_within_memory(job, "evaluation", job.evaluate)
+    if held_out is None:
+        return
     run_log.note("eval", step, **held_out)
     log.say(
         f"held out at step {step}: "
@@ -424,9 +445,7 @@ def report(job: Job, step: int, run_log: log.RunLog) -> None:
 
 
 def show_samples(job: Job, progress: Progress, run_log: log.RunLog) -> None:
-    with job.optimizers.inference_weights():
-        pairs = job.sample()
-    for prompt, text in pairs:
+    for prompt, text in look_within_memory(job, "sample", job.sample) or []:
         run_log.note("sample", progress.step, tokens=progress.tokens, prompt=prompt, text=text)
         log.say(f"sample at step {progress.step}: {prompt!r} → {text!r}")
 
@@ -476,8 +495,9 @@ class Clock:
         self._last_save = time.monotonic()
 
 
-# Windows has no terminal that hangs up
-HANG_UP = getattr(signal, "SIGHUP", None)
+def hang_up() -> int:
+    """The signal of a terminal that closes; on Windows that of its window, and of Ctrl-Break."""
+    return signal.SIGHUP if hasattr(signal, "SIGHUP") else signal.SIGBREAK
 
 
 class StopSignal:
@@ -488,7 +508,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         self.number, self._when = 0, 0.0  # of the first signal that came
-        asking = [s for s in (signal.SIGINT, signal.SIGTERM, HANG_UP) if s is not None]
+        asking = {signal.SIGINT, signal.SIGTERM, hang_up()}
         asking = [s for s in asking if signal.getsignal(s) != signal.SIG_IGN]
         self._before = {s: signal.signal(s, self._note) for s in asking}
         return self
@@ -496,7 +516,7 @@ class StopSignal:
     def _note(self, number: int, frame: object) -> None:
         if self.number:
             # a terminal that closes sends several, and torchrun passes on what came already
-            repeated = number == HANG_UP or (
+            repeated = number == hang_up() or (
                 distributed.n_ranks() > 1 and time.monotonic() < self._when + 10
             )
             if not repeated:

@@ -71,19 +71,34 @@ def polar_factor(gram: Tensor) -> Tensor:
     return factor
 
 
+ELEMENTS_AT_ONCE = 2**26  # of equal matrices updated together: 256 MiB in float32
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised (https://kellerjordan.github.io/posts/muon), batched over matrices of
-    one shape.
+    one shape. All that takes memory is done before a weight or the state of a shape changes: where
+    memory runs out, the shape can be updated again.
     """
 
     def __init__(
-        self, matrices: list[Tensor], *, lr: float, momentum: float, weight_decay: float
+        self,
+        matrices: list[Tensor],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype = torch.float32,  # of the momentum between two steps
     ) -> None:
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for matrix in matrices:
             by_shape[matrix.shape].append(matrix)
+        groups = []
+        for shape, equal in by_shape.items():  # few at once where they are large
+            n = max(1, ELEMENTS_AT_ONCE // shape.numel())
+            groups += [{"params": equal[i : i + n]} for i in range(0, len(equal), n)]
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__([{"params": group} for group in by_shape.values()], settings)
+        self.dtype = dtype
+        super().__init__(groups, settings)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -93,17 +108,25 @@ class Muon(torch.optim.Optimizer):
                 continue
             gradient = torch.stack([p.grad for p in params])  # (K, m, n)
             state = self.state[group["params"][0]]
-            momentum_buffer = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
-            momentum_buffer.lerp_(gradient, 1 - group["momentum"])
-            direction = orthogonalise(gradient.lerp(momentum_buffer, group["momentum"]))  # Nesterov
-            direction = normalize_rows(direction, state)
-            m, n = gradient.shape[-2:]
+            before = state.get("momentum_buffer")
+            before = torch.zeros_like(gradient) if before is None else before.float()
+            momentum = before.lerp(gradient, 1 - group["momentum"])
+            new = {"momentum_buffer": momentum.to(self.dtype)}
+            if "second_moment" in state:
+                new["second_moment"] = state["second_moment"].clone()
+            direction = gradient.lerp_(momentum, group["momentum"])  # Nesterov
+            del before, momentum
+            direction = normalize_rows(orthogonalise(direction), new)
+            m, n = direction.shape[-2:]
+            del gradient
             size = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(m, n))
-            for param, update in zip(params, direction, strict=True):
-                # decay only where the update shrinks the weight too (arXiv 2510.12402)
-                shrinking = param * update > 0
-                param.mul_(1 - group["lr"] * group["weight_decay"] * shrinking)
-                param.add_(update, alpha=-size)
+            # decay only where the update shrinks the weight too (arXiv 2510.12402)
+            decay = group["lr"] * group["weight_decay"]
+            kept = [1 - decay * (p * u > 0) for p, u in zip(params, direction, strict=True)]
+            updates = list(direction)
+            state.update(new)
+            for param, factor, update in zip(params, kept, updates, strict=True):
+                param.mul_(factor).add_(update, alpha=-size)
 
 
 def normalize_rows(direction: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -119,6 +142,14 @@ def normalize_rows(direction: Tensor, state: dict[str, Tensor]) -> Tensor:
     )
 
 
+# what each rule keeps of a parameter, or of a group of equal matrices
+KEPT = {
+    "Muon": {"momentum_buffer", "second_moment"},
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "AdamWScheduleFree": {"z", "exp_avg_sq"},
+}
+
+
 class Optimizers:
     """The optimizers of one model as one: a learning rate by factor, one state, weights meant for
     use.
@@ -128,6 +159,7 @@ class Optimizers:
         self, parts: list[torch.optim.Optimizer], config: OptimConfig, model: nn.Module
     ) -> None:
         self.parts, self.config, self.model = parts, config, model
+        self._updated: set[int] = set()  # groups, of a step that an error broke off
         for group in self._groups():
             group["peak_lr"] = group["lr"]
 
@@ -152,9 +184,27 @@ class Optimizers:
                 group["momentum"] = 0.85 + (self.config.momentum - 0.85) * warm
         return factor
 
+    @property
+    def can_continue(self) -> bool:
+        """Whether a step that memory ran out in can be taken up again, and ends the same."""
+        return self.config.name != "schedulefree"
+
     def step(self) -> None:
+        """Update all weights; after an error, those that it kept from it, where `can_continue`."""
         for part in self.parts:
-            part.step()
+            groups = part.param_groups
+            for p, state in list(part.state.items()):
+                if set(state) != KEPT[type(part).__name__]:
+                    del part.state[p]  # half made
+            try:
+                for group in groups:
+                    if id(group) not in self._updated:
+                        part.param_groups = [group]
+                        part.step()
+                        self._updated.add(id(group))
+            finally:
+                part.param_groups = groups
+        self._updated.clear()
 
     def zero_grad(self) -> None:
         self.model.zero_grad(set_to_none=True)
@@ -191,17 +241,19 @@ class Optimizers:
         return self.state_bytes() + (4 * sum(p.numel() for p in self.model.parameters()) * twice)
 
     def state_bytes(self) -> int:
-        """Memory of the whole state in bytes, whether or not it is there yet: Muon keeps one
-        float32 of each weight and one of each row or column, AdamW and its schedule-free form two
-        of each weight.
+        """Memory of the whole state in bytes, whether or not it is there yet: Muon keeps one number
+        of each weight, in its own dtype, and a float32 of each row or column, AdamW and its
+        schedule-free form two float32 of each weight.
         """
         sizes = (
-            p.numel() + max(p.shape) if isinstance(part, Muon) else 2 * p.numel()
+            part.dtype.itemsize * p.numel() + 4 * max(p.shape)
+            if isinstance(part, Muon)
+            else 8 * p.numel()
             for part in self.parts
             for group in part.param_groups
             for p in group["params"]
         )
-        return 4 * sum(sizes)
+        return sum(sizes)
 
     @contextmanager
     def inference_weights(self) -> Iterator[None]:
@@ -222,14 +274,6 @@ class Optimizers:
             with torch.no_grad():
                 for p, before in zip(self.model.parameters(), trained, strict=True):
                     p.copy_(before)
-
-
-# what each rule keeps of a parameter, or of a group of equal matrices
-KEPT = {
-    "Muon": {"momentum_buffer", "second_moment"},
-    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
-    "AdamWScheduleFree": {"z", "exp_avg_sq"},
-}
 
 
 def check_state(part: torch.optim.Optimizer) -> None:
@@ -268,7 +312,13 @@ def build_optimizers(model: nn.Module, config: OptimConfig, lr: float) -> Optimi
     dense = {"params": matrices, "lr": lr, "weight_decay": config.weight_decay}
     betas = (config.beta1, config.beta2)
     if config.name == "muon":
-        muon = Muon(matrices, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        muon = Muon(
+            matrices,
+            lr=lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            dtype=getattr(torch, config.momentum_dtype),
+        )
         parts = [muon, torch.optim.AdamW(rest, betas=betas, fused=True)]
     elif config.name == "adamw":
         parts = [torch.optim.AdamW([dense, *rest], betas=betas, fused=True)]

@@ -8,11 +8,13 @@ nothing of data: what it measures are random tokens.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -22,25 +24,66 @@ from hearth.training.batches import Batch
 from hearth.training.gradients import backward
 from hearth.training.optim import Muon, Optimizers
 from model import (
+    DOORS,
     LOGITS_PER_CHUNK,
     ROWS_PER_CHUNK,
     Block,
     HRMModule,
     Model,
+    Recomputed,
+    attend_in_blocks,
     compute_dtype,
     query_block,
 )
 
 GIB = 2**30
-# what of the activations the backward pass recomputes, fastest first
-ACTIVATION_CHECKPOINTING = ("none", "head", "all")
 # tokens of a micro-batch beyond which there is no more speed
-LARGEST = {"cpu": 2**14, "cuda": 2**17}
-# share of the memory that a run may fill; a CPU's memory is wanted by others too
-FILLED = {"cpu": 0.5, "cuda": 0.9}
+LARGEST = {"cpu": 2**14, "cuda": 2**17, "mps": 2**15}
+# share of the memory that a run may fill; where it is the machine's, others want it too
+FILLED = {"cpu": 0.5, "cuda": 0.9, "mps": 0.7}
 # share of the peak that a step is taken to reach where nothing was timed, what it computes twice
 # included
 UTILISATION = 0.4
+
+# ----------------------------------------------------------------------- what is computed twice
+
+
+def everything(model: Model) -> Recomputed:
+    """All that can be recomputed."""
+    return Recomputed(model.head is not None, len(model.trunk))
+
+
+def more_of(recomputed: Recomputed, model: Model) -> Recomputed | None:
+    """The next step on the way from nothing to everything: the head, then a quarter of the trunk
+    at a time; None where all of it is recomputed.
+    """
+    if recomputed == everything(model):
+        return None
+    if model.head is not None and not recomputed.head:
+        return recomputed._replace(head=True)
+    quarter = -(-len(model.trunk) // 4)
+    return recomputed._replace(blocks=min(len(model.trunk), recomputed.blocks + quarter))
+
+
+def share_recomputed(recomputed: Recomputed, model: Model) -> float:
+    """Of a forward pass, by the weights it multiplies with."""
+    head = model.head.block_passes() if model.head and recomputed.head else []
+    again, whole = (
+        sum(p.numel() for block in blocks for p in block.parameters())
+        for blocks in ([*model.trunk[: recomputed.blocks], *head], model.block_passes())
+    )
+    return again / whole
+
+
+def in_words(recomputed: Recomputed, model: Model) -> str:
+    """none, head, all, or such as head + 4 of 15."""
+    if recomputed == everything(model):
+        return "all"
+    if not recomputed.blocks:
+        return "head" if recomputed.head else "none"
+    head = "head + " if recomputed.head else ""
+    return f"{head}{recomputed.blocks} of {len(model.trunk)}"
+
 
 # ---------------------------------------------------------------------------------------- estimated
 
@@ -57,6 +100,8 @@ class Memory:
     block: int
     loss: int  # gradient of the embedding, and a chunk of logits
     update: int  # temporary matrices of the optimizer
+    # what the backward pass takes at its end, where the trunk's first blocks are recomputed
+    first_block: int = 0
 
     @property
     def peak(self) -> int:
@@ -64,9 +109,8 @@ class Memory:
         update.
         """
         at_loss = self.gradients + self.activations + max(self.loss, self.block)
-        return max(
-            self.weights + self.optimizer + max(at_loss, self.weights + self.block), self.at_update
-        )
+        at_end = self.weights + max(self.block, self.first_block)
+        return max(self.weights + self.optimizer + max(at_loss, at_end), self.at_update)
 
     @property
     def at_update(self) -> int:
@@ -80,7 +124,7 @@ def estimate_memory(
     *,
     n_rows: int,
     context: int,
-    activation_checkpointing: str,
+    activation_checkpointing: Recomputed,
     accumulates: bool,
     on_card: bool,
 ) -> Memory:
@@ -98,10 +142,10 @@ def estimate_memory(
                              call of the HRM head,
                              s `block_elements` for each pass, or s N D for a trunk's pass that is
                              recomputed
-        block                2 s N F while one block's gradient is made, the block or the
-                             head's module that is
-                             recomputed, and 4 V D: the embedding's gradient, waiting for that of
-                             its first use
+        block                2 s N F while one block's gradient is made, the head's module
+                             that is recomputed, and 4 V D: the embedding's gradient, waiting
+                             for that of its first use; a trunk's block that is recomputed less
+                             those behind it, whose activations are gone by then
         loss                 4 V D for the embedding's gradient, 4 V D for a chunk's part of
                              it, a chunk of logits; in
                              bfloat16 half as much again for their copies
@@ -113,19 +157,22 @@ def estimate_memory(
     c, s = model.config, model.dtype.itemsize
     N, D, V = n_rows * context, c.d_model, c.vocab_size
     x = s * N * D
-    varlen = on_card and model.dtype != torch.float32
+    door = DOORS.get((model.device.type, model.dtype))
+    varlen = on_card and door is not attend_in_blocks
 
     def kept(block: Block) -> int:
         return s * block_elements(block, n_rows, context, varlen=varlen)
 
     trunk = [kept(block) for block in model.trunk]
     activations = 8 * N * D + 3 * x + (0 if varlen else mask_bytes(model, n_rows, context))
-    activations += len(trunk) * x if activation_checkpointing == "all" else sum(trunk)
-    recomputed = max(trunk) if activation_checkpointing == "all" else 0
+    head_again, n_again = activation_checkpointing
+    activations += n_again * x + sum(trunk[n_again:])
+    first_block = max(trunk[:n_again], default=0)
+    recomputed = max(0, first_block - sum(trunk[n_again:]))
     for module in kept_calls(model):
         inside = sum(map(kept, module.blocks)) + x
-        activations += 2 * x + (inside if activation_checkpointing == "none" else 0)
-        recomputed = max(recomputed, 0 if activation_checkpointing == "none" else inside)
+        activations += 2 * x + (0 if head_again else inside)
+        recomputed = max(recomputed, inside if head_again else 0)
     logits = 4 * V * min(N, LOGITS_PER_CHUNK // V if on_card else ROWS_PER_CHUNK)
     weights = 4 * model.n_parameters()
     return Memory(
@@ -134,6 +181,7 @@ def estimate_memory(
         optimizer=optimizers.state_bytes(),
         activations=activations,
         block=recomputed + 2 * s * N * c.d_ff + 4 * V * D,
+        first_block=first_block + 2 * s * N * c.d_ff + 4 * V * D,
         loss=4 * V * D + (logits + 4 * V * D if s == 4 else logits * 3 // 2 + 6 * V * D),
         update=max(
             (muon_bytes(part, on_card) for part in optimizers.parts if isinstance(part, Muon)),
@@ -211,14 +259,14 @@ def peak_memory(device: torch.device, held: int) -> Iterator[list[int]]:
     """Inside, tensors are counted; afterwards the list holds the most bytes that were alive at
     once.
 
-    On a card as its allocator counts them; on a CPU as torch's profiler sees them come and go, on
-    top of the `held` bytes that are there before.
+    On a card as its allocator counts them; on an Apple chip what its driver then holds; on a CPU as
+    torch's profiler sees them come and go, on top of the `held` bytes that are there before.
     """
     found: list[int] = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != "cpu":
+        hardware.reset_peak_memory(device)
         yield found
-        found.append(torch.cuda.max_memory_allocated(device))
+        found.append(round(1e9 * hardware.memory_in_use(device)))
         return
     # the profiler's library would tell of its comings and goings
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -268,7 +316,7 @@ class Row:
 
     n_rows: int  # in a micro-batch, of `context` tokens each
     context: int
-    activation_checkpointing: str
+    activation_checkpointing: Recomputed
     memory: Memory  # estimated
     peak: int | None = None  # measured, in bytes
     seconds: dict[int, float] = field(default_factory=dict)  # of a micro-batch, by context
@@ -330,29 +378,23 @@ class Plan:
     def choose(self, fixed: int | None, device: torch.device) -> Row:
         """The row to run with; `fixed` is the micro-batch in tokens where the user set it.
 
-        On a card the fastest that fits, and of those within 1% the smallest. On a CPU the largest
-        that recomputes least, by its estimated memory alone: a choice that no clock has a
-        say in is the same at every start, and so is the result, bit for bit.
+        On a card the fastest that was run whole and fits, and of those within 1% the smallest. On
+        a CPU the largest that recomputes least, by its estimated memory alone: a choice that no
+        clock has a say in is the same at every start, and so is the result, bit for bit.
         """
         rows, on_card = self.candidates(fixed), device.type == "cuda"
-        able = [
-            row
-            for row in rows
-            if (row.fits(self.room) if on_card else row.memory.peak <= self.room)
-        ]
+        if on_card:
+            tried = [row for row in rows if row.peak is not None and row.fits(self.room)]
+        else:
+            tried = []
+        if tried:
+            fastest = min(self.seconds_of(row) for row in tried)
+            as_fast = [row for row in tried if self.seconds_of(row) <= 1.01 * fastest]
+            return min(as_fast, key=lambda row: row.memory.peak)
+        able = [row for row in rows if row.memory.peak <= self.room and not on_card]
         if not able:
             return min(rows, key=lambda row: row.memory.peak)
-        if on_card and (timed := [row for row in able if row.seconds]):
-            fastest = min(self.seconds_of(row) for row in timed)
-            as_fast = [row for row in timed if self.seconds_of(row) <= 1.01 * fastest]
-            return min(as_fast, key=lambda row: row.memory.peak)
-        return min(
-            able,
-            key=lambda row: (
-                ACTIVATION_CHECKPOINTING.index(row.activation_checkpointing),
-                -row.n_rows,
-            ),
-        )
+        return min(able, key=lambda row: (*reversed(row.activation_checkpointing), -row.n_rows))
 
 
 def make_plan(
@@ -377,25 +419,24 @@ def make_plan(
     sizes = {2**n for n in range(most.bit_length())}
     if loop.micro_batch_tokens:
         sizes.add(max(1, loop.micro_batch_tokens // context))
-    rows = [
-        Row(
-            n_rows,
-            context,
-            activation_checkpointing,
-            estimate_memory(
-                model,
-                optimizers,
-                n_rows=n_rows,
-                context=context,
-                activation_checkpointing=activation_checkpointing,
-                accumulates=n_rows * context < a_rank,
-                on_card=kind == "cuda",
-            ),
+    room = int(FILLED[kind] * memory / (n_ranks if kind == "cpu" else 1))
+
+    def row_of(n_rows: int, recomputed: Recomputed) -> Row:
+        estimated = estimate_memory(
+            model,
+            optimizers,
+            n_rows=n_rows,
+            context=context,
+            activation_checkpointing=recomputed,
+            accumulates=n_rows * context < a_rank,
+            on_card=kind != "cpu",
         )
-        for activation_checkpointing in ACTIVATION_CHECKPOINTING
-        if activation_checkpointing != "head" or model.head
-        for n_rows in sorted(sizes)
-    ]
+        return Row(n_rows, context, recomputed, estimated)
+
+    rows = []
+    for n_rows in sorted(sizes):
+        rows += rows_of_size(partial(row_of, n_rows), model, room)
+    rows.sort(key=lambda row: share_recomputed(row.activation_checkpointing, model))
     return Plan(
         rows,
         stages,
@@ -403,67 +444,97 @@ def make_plan(
         loop.tokens_per_step,
         {length: model.flops_per_token(length) for length, _ in stages},
         peak,
-        int(FILLED[kind] * memory / (n_ranks if kind == "cpu" else 1)),
+        room,
     )
+
+
+def rows_of_size(row: Callable[[Recomputed], Row], model: Model, room: int) -> list[Row]:
+    """Nothing, the head and everything recomputed; between the last two, where the head alone does
+    not make it fit, as few of the trunk's blocks as do.
+    """
+    nothing, last = Recomputed(), everything(model)
+    head = nothing._replace(head=last.head)
+    few = (head._replace(blocks=n) for n in range(1, last.blocks))
+    fewest = next((again for again in few if row(again).fits(room)), None)
+    steps = [nothing, head, *([fewest] if fewest and not row(head).fits(room) else []), last]
+    return [row(again) for again in dict.fromkeys(steps)]
 
 
 def assume_speed(plan: Plan, model: Model, card: hardware.Card) -> None:
     """Note for each row that fits what `card` would take at `UTILISATION` and its board power."""
-    head = model.head.block_passes() if model.head else []
-    passes = {"none": [], "head": head, "all": model.block_passes()}
-    weights = {
-        name: sum(p.numel() for block in blocks for p in block.parameters())
-        for name, blocks in passes.items()
-    }
     for row in plan.rows:
         if row.fits(plan.room):
-            # a third of a step is forward; what of it is run twice goes by the weights
-            share = weights[row.activation_checkpointing] / weights["all"]
+            # a third of a step is forward
+            share = share_recomputed(row.activation_checkpointing, model)
             rate = UTILISATION * plan.peak_flops / (1 + share / 3)
             row.seconds = {length: row.tokens * f / rate for length, f in plan.flops.items()}
             row.watts = float(card.watts)
 
 
 def measure(
-    plan: Plan, rows: Sequence[Row], model: Model, optimizers: Optimizers, *, seconds: float
+    plan: Plan,
+    rows: Sequence[Row],
+    model: Model,
+    optimizers: Optimizers,
+    *,
+    seconds: float,
+    until_no_gain: bool = False,
 ) -> None:
     """Run a micro-batch of each of `rows`, the smallest first, and note memory and time; about
-    `seconds` in all.
+    `seconds` in all, compilation left out.
 
     Rows whose estimated memory is far beyond the room, or which would take longer than the time
-    left, stay unmeasured. Weights and optimizer state are left as they are.
+    left, stay unmeasured; with `until_no_gain` also those that cannot be the fastest, as
+    `could_win` says. Weights and optimizer state are left as they are.
     """
-    deadline = time.perf_counter() + seconds
+    left = seconds
     rate = UTILISATION * plan.peak_flops  # FLOPs per second, until a pass was timed
-    before, missing = (
-        model.activation_checkpointing,
-        optimizers.state_bytes() - state_bytes_now(optimizers),
-    )
-    for row in sorted(rows, key=lambda row: row.tokens):
-        if row.memory.peak > 1.2 * plan.room:
+    before = model.activation_checkpointing
+    missing = optimizers.state_bytes() - state_bytes_now(optimizers)
+    rows = rows if until_no_gain else sorted(rows, key=lambda row: row.tokens)
+    for row in rows:
+        if row.memory.peak > 1.2 * plan.room or (until_no_gain and not could_win(row, rows, plan)):
             continue
         model.activation_checkpointing = row.activation_checkpointing
         for context in sorted({context for context, _ in plan.stages}, reverse=True):
             work = row.tokens * plan.flops[context]
-            left = deadline - time.perf_counter()
-            if work / rate > left:
+            # of a fit one is run in any case: what was not run is not chosen
+            needed = until_no_gain and not any(other.seconds for other in rows)
+            if work / rate > left and not needed:
                 break
+            twice = is_compiled(model) or 2 * work / rate < left
             try:
-                row.seconds[context] = time_pass(
-                    row, context, plan, model, optimizers, twice=2 * work / rate < left
-                )
-            except torch.OutOfMemoryError:
+                row.seconds[context] = time_pass(row, context, plan, model, optimizers, twice=twice)
+            except RuntimeError as error:
+                if not hardware.is_out_of_memory(error):
+                    raise
                 row.too_large = True
                 break
             rate = work / row.seconds[context]
+            left -= row.seconds[context] * (2 if twice else 1)
         if row.peak is not None:
             row.peak = max(row.peak + missing, plan.update_peak or row.memory.at_update)
         optimizers.zero_grad()
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        hardware.free_memory(model.device)
     model.activation_checkpointing = before
-    if not any(row.seconds or row.too_large for row in rows):
+    if not until_no_gain and not any(row.seconds or row.too_large for row in rows):
         time_short_pass(plan, rows[0], model, optimizers, rate * seconds)
+
+
+def could_win(row: Row, rows: Sequence[Row], plan: Plan) -> bool:
+    """Whether a row could be faster than those that were run: to recompute more pays only where it
+    lets more tokens in at once, and that only while the last doubling did.
+    """
+    fit = [other for other in rows if other.peak is not None and other.fits(plan.room)]
+    for fewer, more in itertools.pairwise(fit):
+        same = fewer.activation_checkpointing == more.activation_checkpointing
+        if same and plan.seconds_of(more) > 0.99 * plan.seconds_of(fewer):
+            return False
+    return all(row.n_rows > other.n_rows for other in fit)
+
+
+def is_compiled(model: Model) -> bool:
+    return any(block.compiled for block in model.trunk)
 
 
 def time_short_pass(
@@ -491,7 +562,7 @@ def time_pass(
     with peak_memory(model.device, held_bytes(model, optimizers)) as found:
         seconds = run_pass(model, batch)
     row.peak = max(row.peak or 0, found[0])
-    if twice:  # the first one warmed up
+    if twice:  # the first one compiled and warmed up
         if not row.memory.gradients:
             optimizers.zero_grad()
         meter = hardware.EnergyMeter(model.device)
@@ -524,10 +595,10 @@ def time_update(plan: Plan, model: Model, optimizers: Optimizers) -> None:
 # -------------------------------------------------------------------------------------------- shown
 
 
-def table(plan: Plan, chosen: Row) -> list[str]:
+def table(plan: Plan, chosen: Row, model: Model) -> list[str]:
     """The plan as lines of text, the chosen row marked."""
     has_power = any(row.watts for row in plan.rows)
-    head = f"    {'micro-batch':>18}  {'recompute':<9}  {'GiB estimated':>12}  {'measured':>8}"
+    head = f"    {'micro-batch':>18}  {'recompute':<15}  {'GiB estimated':>12}  {'measured':>8}"
     lines = [
         head + f"  {'tokens/s':>8}  {'MFU':>5}  {'time':>7}" + ("      kWh" if has_power else "")
     ]
@@ -538,7 +609,7 @@ def table(plan: Plan, chosen: Row) -> list[str]:
     for row in plan.rows:
         size = f"{row.n_rows} × {row.context} = {log.count(row.tokens)}"
         mark = ">" if row is chosen else " "
-        line = f"  {mark} {size:>18}  {row.activation_checkpointing:<9}"
+        line = f"  {mark} {size:>18}  {in_words(row.activation_checkpointing, model):<15}"
         line += f"  {gib(row.memory.peak, 12)}  {gib(row.peak, 8)}"
         seconds = plan.seconds_of(row)
         if seconds is not None:

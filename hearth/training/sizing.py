@@ -14,11 +14,11 @@ import torch
 
 from config import Config, UserError, settled, shaped
 from hearth import hardware
-from hearth.training import gradients
+from hearth.training import attention, gradients
 from hearth.training.batches import Batch
 from hearth.training.optim import build_optimizers
 from hearth.training.planning import estimate_memory
-from model import build_model
+from model import DOORS, Recomputed, build_model
 
 DEPTHS = (4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16, 18, 19, 21, 22, 24, 26)
 # bits per byte = FLOOR + SIZE / weights^SIZE_POWER + DATA / tokens^DATA_POWER (arXiv 2203.15556,
@@ -95,12 +95,14 @@ def tokens_per_second(config: Config, hours: float, device: torch.device) -> flo
         optimizers,
         n_rows=1,
         context=config.model.context,
-        activation_checkpointing="none",
+        activation_checkpointing=Recomputed(),
         accumulates=True,
         on_card=device.type != "cpu",
     )
     if memory.peak > 0.8 * hardware.memory_limit(device):
         return None
+    if (device.type, model.dtype) not in DOORS:
+        attention.pick(model)
     if hardware.compiles(config.compile, device):
         model.compile_blocks()
     a_token = 0.0

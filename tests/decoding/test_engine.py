@@ -46,6 +46,7 @@ def awake(**changes) -> Model:
         "n_head": 4,
         "n_kv_head": 2,
         "d_ff": 48,
+        "gated_mlp": True,  # says more different tokens at random
         "context": 48,
     }
     config = ModelConfig(

@@ -56,7 +56,7 @@ def test_ordinary_text_of_any_script_stays_as_it_is() -> None:
 
 
 def rich_output(
-    pieces: list[tuple[bool, str]],
+    pieces: list[tuple[str, str]],
     *,
     thoughts: bool = True,
     whole: bool = True,
@@ -68,8 +68,8 @@ def rich_output(
         file=file, width=width, height=20, force_terminal=True, color_system="standard", **settings
     )
     screen = RichScreen(console, thoughts=thoughts)
-    for thinking, text in pieces:
-        screen.add(thinking, text)
+    for kind, text in pieces:
+        screen.add(kind, text)
     screen.end(whole=whole)
     return file.getvalue()
 
@@ -109,19 +109,21 @@ def visible(output: str) -> str:
 def test_an_answer_cannot_send_sequences_of_its_own(text: str) -> None:
     out = io.StringIO()
     plain = PlainScreen(out, thoughts=True)
-    for thinking in (True, False):
-        plain.add(thinking, text)
+    for kind in ("thinking", "content", "call"):
+        plain.add(kind, text)
     plain.end(whole=True)
     assert not set(out.getvalue()) & set("\x1b\x9b\r\x07\x08\x00\u202e")
     # colours and lines only
-    visible(rich_output([(True, text), (False, f"{text}\n\n`{text}`\n\n```\n{text}\n```\n")]))
-    assert "]8;" not in rich_output([(False, "[here](http://evil.example)")])
+    visible(
+        rich_output([("thinking", text), ("content", f"{text}\n\n`{text}`\n\n```\n{text}\n```\n")])
+    )
+    assert "]8;" not in rich_output([("content", "[here](http://evil.example)")])
 
 
 def test_an_answer_is_whole_however_it_is_cut_into_pieces() -> None:
     answer = "One line\nand another.\n\n- **bold** item\n- `x < y` <b>\n\n"
     answer += "```python\nx = 1\n\ny = 2\n```\nEnd [a](http://b.c) \\"
-    whole = visible(rich_output([(False, answer)])).strip()
+    whole = visible(rich_output([("content", answer)])).strip()
     for expected in (
         "One line\nand another.",
         "• bold item",
@@ -135,26 +137,34 @@ def test_an_answer_is_whole_however_it_is_cut_into_pieces() -> None:
     for _ in range(10):
         cuts = sorted(rng.choices(range(len(answer)), k=rng.randrange(1, 60)))
         pieces = [
-            (False, answer[a:b]) for a, b in zip([0, *cuts], [*cuts, len(answer)], strict=True)
+            ("content", answer[a:b]) for a, b in zip([0, *cuts], [*cuts, len(answer)], strict=True)
         ]
         assert visible(rich_output(pieces)).strip() == whole
 
 
 @pytest.mark.parametrize("width", [1, 4, 15])
 def test_a_narrow_screen_breaks_nothing(width: int) -> None:
-    pieces = [(True, "thinking hard"), (False, "word " * 50), (False, "\n\n```\ncode\n```")]
+    pieces = [
+        ("thinking", "thinking hard"),
+        ("content", "word " * 50),
+        ("content", "\n\n```\ncode\n```"),
+    ]
     shown = visible(rich_output(pieces, width=width))
     assert "".join(shown.split()).count("word") == 50
 
 
 def test_an_answer_longer_than_the_screen_stays_whole() -> None:
     lines = [f"line {n}" for n in range(200)]
-    shown = visible(rich_output([(False, line + "\n") for line in lines]))
+    shown = visible(rich_output([("content", line + "\n") for line in lines]))
     assert [line for line in shown.splitlines() if line.strip()] == lines
 
 
 def test_thinking_is_dimmed_or_folded_into_a_line() -> None:
-    pieces = [(True, "first 2 + 7 = 9"), (True, " then 19"), (False, "The answer is 19.")]
+    pieces = [
+        ("thinking", "first 2 + 7 = 9"),
+        ("thinking", " then 19"),
+        ("content", "The answer is 19."),
+    ]
     shown, folded = rich_output(pieces), rich_output(pieces, thoughts=False)
     assert "\x1b[2mfirst 2 + 7 = 9 then 19\x1b[0m" in shown
     assert "then 19" not in folded
@@ -162,18 +172,53 @@ def test_thinking_is_dimmed_or_folded_into_a_line() -> None:
     assert all("The answer is 19." in visible(output) for output in (shown, folded))
 
 
+CALLED = [
+    ("content", "It is"),
+    ("call", "calculate 12*7"),
+    ("result", "84"),
+    ("content", " cats."),
+    ("call", "search x"),
+]
+
+
+def test_a_call_and_its_result_are_one_dim_line() -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=60, height=20, force_terminal=True, color_system="standard")
+    show(CALLED, RichScreen(console, thoughts=True))
+    assert "\x1b[2mcalculate 12*7 → 84\x1b[0m" in file.getvalue()
+    lines = [line.strip() for line in visible(file.getvalue()).splitlines() if line.strip()]
+    assert lines == ["It is", "calculate 12*7 → 84", "cats.", "search x"]
+
+
+def test_plain_text_marks_calls_or_leaves_them_out() -> None:
+    for thoughts, expected in (
+        (True, "It is⟦calculate 12*7 → 84⟧ cats.⟦search x⟧\n"),
+        (False, "It is cats.\n"),
+    ):
+        out = io.StringIO()
+        show(CALLED, PlainScreen(out, thoughts=thoughts))
+        assert out.getvalue() == expected
+
+
 def test_plain_text_marks_thinking_or_leaves_it_out() -> None:
     for thoughts, expected in ((True, "[thinking] hm\n[answer] yes\n"), (False, "yes\n")):
         out = io.StringIO()
         screen = PlainScreen(out, thoughts=thoughts)
-        for thinking, text in ((True, "h"), (True, "m"), (False, "y"), (False, "es")):
-            screen.add(thinking, text)
+        for kind, text in (
+            ("thinking", "h"),
+            ("thinking", "m"),
+            ("content", "y"),
+            ("content", "es"),
+        ):
+            screen.add(kind, text)
         screen.end(whole=True)
         assert out.getvalue() == expected
 
 
-@pytest.mark.parametrize("pieces", [[], [(False, "")], [(False, " \n\n \n"), (False, "\n")]])
-def test_an_empty_answer_says_so_unless_it_was_broken_off(pieces: list[tuple[bool, str]]) -> None:
+@pytest.mark.parametrize(
+    "pieces", [[], [("content", "")], [("content", " \n\n \n"), ("content", "\n")]]
+)
+def test_an_empty_answer_says_so_unless_it_was_broken_off(pieces: list[tuple[str, str]]) -> None:
     out = io.StringIO()
     show(pieces, PlainScreen(out, thoughts=True))
     assert out.getvalue().strip() == "(no answer)"
@@ -182,7 +227,7 @@ def test_an_empty_answer_says_so_unless_it_was_broken_off(pieces: list[tuple[boo
 
 
 def test_folded_thinking_unfolds_where_there_is_nothing_else() -> None:
-    pieces = [(True, "first 2 + 7"), (True, " then 19"), (False, "\n")]
+    pieces = [("thinking", "first 2 + 7"), ("thinking", " then 19"), ("content", "\n")]
     shown = visible(rich_output(pieces, thoughts=False))
     assert shown.split("\n\n")[:2] == ["first 2 + 7 then 19", "(no answer)"]
     assert "first 2 + 7 then 19" in visible(rich_output(pieces, thoughts=False, whole=False))
@@ -192,19 +237,20 @@ def test_folded_thinking_unfolds_where_there_is_nothing_else() -> None:
 
 
 def test_what_was_said_stays_when_an_answer_is_broken_off() -> None:
-    def pieces() -> Iterator[tuple[bool, str]]:
-        yield False, "the cat"
+    def pieces() -> Iterator[tuple[str, str]]:
+        yield "content", "the cat"
+        yield "call", "calculate 1+1"
         raise KeyboardInterrupt
 
     out = io.StringIO()
     with pytest.raises(KeyboardInterrupt):
         show(pieces(), PlainScreen(out, thoughts=True))
-    assert out.getvalue() == "the cat\n"
+    assert out.getvalue() == "the cat⟦calculate 1+1⟧\n"
 
 
 def test_without_colour_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    output = rich_output([(True, "hm"), (False, "**b** `c`\n\n```python\nx = 1\n```\n")])
+    output = rich_output([("thinking", "hm"), ("content", "**b** `c`\n\n```python\nx = 1\n```\n")])
     colours = {str(n) for n in (*range(30, 50), *range(90, 108))} - {"39", "49"}
     sequences = [part.split("m")[0] for part in output.split("\x1b[")[1:]]
     assert not colours & {code for sequence in sequences for code in sequence.split(";")}

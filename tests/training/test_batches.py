@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import torch
 from config import ChatSource, PretrainConfig, SFTConfig, Stage, UserError
 from hearth.data.token_shards import TokenShards, TokenShardWriter
 from hearth.training.batches import (
+    Batch,
     ConversationBatches,
+    LoadedAhead,
     PretrainingBatches,
     pack_rows,
     validation_batches,
@@ -220,3 +223,62 @@ def test_rows_are_full_and_never_overfull() -> None:
     filled = [sum(lengths[i] for i in row) for row in rows]
     assert max(filled) <= 256
     assert sum(filled) / (256 * len(rows)) > 0.96
+
+
+# ------------------------------------------------------------------------------------ loaded ahead
+
+
+class Recorded:
+    """Batches that note by which thread, and in which order, they were asked for."""
+
+    n_steps, context = 6, 4
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, bool]] = []  # step, and whether the main thread asked
+        self.came = threading.Condition()
+
+    def batch(self, step: int) -> Batch:
+        with self.came:
+            self.asked.append((step, threading.current_thread() is threading.main_thread()))
+            self.came.notify()
+        if step == 5:
+            raise UserError("the disk is gone")
+        ids = torch.full((4,), step)
+        return Batch(ids, ids, torch.ones(4), ids == 0, 4)
+
+    def stage(self, step: int) -> int:
+        return step // 3
+
+    def context_of(self, stage: int) -> int:
+        return 4
+
+
+def test_the_next_batch_is_loaded_while_a_step_runs_and_each_is_its_steps() -> None:
+    source = Recorded()
+    with LoadedAhead(source, torch.device("cpu")) as ahead:
+        assert (ahead.n_steps, ahead.context, ahead.stage(4), ahead.context_of(1)) == (6, 4, 1, 4)
+        assert ahead.batch(2).ids.tolist() == [2] * 4
+        with source.came:  # nobody has asked for it yet
+            assert source.came.wait_for(lambda: (3, False) in source.asked, timeout=60)
+        assert ahead.batch(3).ids.tolist() == [3] * 4
+        assert ahead.batch(1).ids.tolist() == [1] * 4  # not the one that was expected
+        assert ahead.batch(2).ids.tolist() == [2] * 4
+    assert not any(by_main for _, by_main in source.asked)
+
+
+def test_what_loading_ahead_raises_is_raised_at_its_own_step() -> None:
+    with LoadedAhead(Recorded(), torch.device("cpu")) as ahead:
+        assert ahead.batch(4).ids.tolist() == [4] * 4
+        with pytest.raises(UserError, match="the disk is gone"):
+            ahead.batch(5)
+
+
+def test_a_batch_for_a_card_is_pinned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    with LoadedAhead(Recorded(), torch.device("cuda")) as ahead:
+        ahead.batch(1)
+    assert len(pinned) >= 3  # ids, targets, weights
+    pinned.clear()
+    Recorded().batch(1).pinned(torch.device("mps"))
+    assert pinned == []

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import LoopConfig, ModelConfig, OptimConfig
 from hearth.training import optim
@@ -20,6 +21,66 @@ from hearth.training.optim import (
     orthogonalise,
 )
 from model import PackedSequences, build_model
+
+
+class RunsOut(TorchDispatchMode):
+    """Inside, the operation of this number that takes memory finds none."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if not name.endswith("_") and name not in FREE_OF_COST:
+            self.left -= 1
+            if self.left < 0:
+                self.left = math.inf
+                raise torch.OutOfMemoryError("injected")
+        return function(*args, **(kwargs or {}))
+
+
+# views, and what only asks
+FREE_OF_COST = {
+    *("select", "slice", "unbind", "view", "transpose", "t", "expand", "unsqueeze", "detach"),
+    *("_record_function_enter_new", "_record_function_exit"),
+    *("_local_scalar_dense", "alias", "as_strided", "_unsafe_view", "diagonal"),
+}
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_step_that_memory_ran_out_in_ends_as_one_that_had_it(
+    name: str, tiny: ModelConfig
+) -> None:
+    """Wherever it runs out, in the first step, which makes the state, and in a later one."""
+    rng, tiny = torch.Generator().manual_seed(0), replace(tiny, n_layer=1, hrm=None)
+    model = build_model(tiny, seed=0)
+    gradients = [[torch.randn(p.shape, generator=rng) for p in model.parameters()] for _ in "ab"]
+
+    def trained(at: int | None) -> tuple[list[torch.Tensor], int]:
+        model = build_model(tiny, seed=0)
+        optimizers, broke = build_optimizers(model, OptimConfig(name=name), 0.01), 0
+        for gradient in gradients:
+            for p, g in zip(model.parameters(), gradient, strict=True):
+                p.grad = g.clone()
+            if at is None:
+                optimizers.step()
+                continue
+            try:
+                with RunsOut(at):
+                    optimizers.step()
+            except torch.OutOfMemoryError:
+                broke += 1
+                optimizers.step()
+        return [p.detach().clone() for p in model.parameters()], broke
+
+    wanted, _ = trained(None)
+    at, n_broken = 0, 2
+    while n_broken:
+        found, n_broken = trained(at)
+        assert all(map(torch.equal, found, wanted)), at
+        at += 3
+    assert at > 10
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 48), (2, 48, 16), (1, 32, 32)])

@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,23 +14,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pretrain
-from config import PRESETS, HRMConfig, ModelConfig, OptimConfig, PretrainConfig, UserError
+from config import (
+    PRESETS,
+    HRMConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    UserError,
+    settled,
+)
 from hearth import hardware
-from hearth.training import planning
+from hearth.training import attention, planning
 from hearth.training.batches import Batch
 from hearth.training.gradients import backward
 from hearth.training.optim import Optimizers, build_optimizers
 from hearth.training.planning import (
-    ACTIVATION_CHECKPOINTING,
     Memory,
     Plan,
     Row,
     estimate_memory,
+    in_words,
     make_plan,
     measure,
+    more_of,
+    share_recomputed,
     time_update,
 )
-from model import LOGITS_PER_CHUNK, Model, attend_varlen, build_model
+from model import DOORS, Model, Recomputed, build_model
 
 DENSE = ModelConfig(
     vocab_size=512,
@@ -58,6 +69,23 @@ def plan_of(model: Model, optimizers: Optimizers) -> Plan:
     return make_plan(model, optimizers, loop, stages=stages, n_steps=10)
 
 
+def some_blocks_recomputed(model: Model, optimizers: Optimizers) -> list[Row]:
+    """Rows of each size between the head alone and everything."""
+    again = Recomputed(model.head is not None, 1)
+    sizes = {"context": model.config.context, "activation_checkpointing": again}
+    return [
+        Row(
+            n_rows,
+            model.config.context,
+            again,
+            estimate_memory(
+                model, optimizers, n_rows=n_rows, accumulates=n_rows == 1, on_card=False, **sizes
+            ),
+        )
+        for n_rows in (1, 2)
+    ]
+
+
 @pytest.mark.parametrize(
     ("config", "optim"),
     [(DENSE, "muon"), (UNGATED, "muon"), (SMALL, "adamw"), (PRESETS["demo"].model, "muon")],
@@ -69,11 +97,13 @@ def test_estimated_memory_is_within_a_tenth_of_the_measured(
     model, optimizers = build(config, optim)
     plan = plan_of(model, optimizers)
     time_update(plan, model, optimizers)
-    measure(plan, plan.rows, model, optimizers, seconds=math.inf)
     assert {row.n_rows for row in plan.rows} == {1, 2}
-    assert {row.activation_checkpointing for row in plan.rows} == set(ACTIVATION_CHECKPOINTING) - (
-        set() if config.hrm else {"head"}
-    )
+    assert {in_words(row.activation_checkpointing, model) for row in plan.rows} == {
+        *("none", "all"),
+        *(("head",) if config.hrm else ()),
+    }
+    plan.rows += some_blocks_recomputed(model, optimizers)
+    measure(plan, plan.rows, model, optimizers, seconds=math.inf)
     for row in plan.rows:
         assert row.peak == pytest.approx(row.memory.peak, rel=0.1), (
             row.n_rows,
@@ -150,9 +180,11 @@ def traced_peaks(model: Model, n_rows: int, context: int, monkeypatch) -> tuple[
         work()
         return counter.peak
 
-    monkeypatch.setattr("model.attend", attend_varlen)
+    from torch.nn.attention.varlen import varlen_attn
+
+    door = partial(attention.attend_varlen, partial(varlen_attn, enable_gqa=True))
+    monkeypatch.setitem(DOORS, ("meta", torch.bfloat16), door)
     monkeypatch.setattr("model.rms_norm", FusedNorm.apply)
-    monkeypatch.setattr("model.ROWS_PER_CHUNK", LOGITS_PER_CHUNK // model.config.vocab_size)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     with counter:
@@ -166,7 +198,7 @@ def traced_peaks(model: Model, n_rows: int, context: int, monkeypatch) -> tuple[
 DEEP = replace(SMALL, hrm=HRMConfig(h_cycles=3, l_cycles=1, deep_supervision=True))
 
 
-@pytest.mark.parametrize("activation_checkpointing", ACTIVATION_CHECKPOINTING)
+@pytest.mark.parametrize("quarters", [None, 0, 1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("config", "n_rows", "context"),
     [
@@ -180,10 +212,13 @@ DEEP = replace(SMALL, hrm=HRMConfig(h_cycles=3, l_cycles=1, deep_supervision=Tru
     ids=["4x4096", "1x4096", "8x1024", "demo", "ungated", "deep"],
 )
 def test_a_cards_estimated_memory_is_within_a_tenth_of_a_traced_step(
-    config: ModelConfig, n_rows: int, context: int, activation_checkpointing: str, monkeypatch
+    config: ModelConfig, n_rows: int, context: int, quarters: int | None, monkeypatch
 ) -> None:
     with torch.device("meta"):
         model = Model(config)
+    activation_checkpointing = Recomputed()
+    if quarters is not None:  # the head, and so much of the trunk
+        activation_checkpointing = Recomputed(True, quarters * len(model.trunk) // 4)
     model.dtype, model.activation_checkpointing = torch.bfloat16, activation_checkpointing
     optimizers = build_optimizers(model, OptimConfig(), 1e-3)
     alone, accumulating = traced_peaks(model, n_rows, context, monkeypatch)
@@ -214,7 +249,7 @@ def test_measuring_leaves_weights_optimizer_and_recomputation_as_they_were() -> 
     before = [p.detach().clone() for p in model.parameters()]
     plan = plan_of(model, optimizers)
     measure(plan, plan.rows, model, optimizers, seconds=math.inf)
-    assert model.activation_checkpointing == "none"
+    assert model.activation_checkpointing == Recomputed()
     assert all(p.grad is None for p in model.parameters())
     assert planning.state_bytes_now(optimizers) == 0
     for p, was in zip(model.parameters(), before, strict=True):
@@ -251,18 +286,15 @@ def test_where_a_whole_row_takes_too_long_a_short_one_tells_the_speed() -> None:
     assert all(row.peak is None for row in plan.rows)
 
 
-def row(
-    n_rows: int, activation_checkpointing: str, gigabytes: float, seconds: float | None = None
-) -> Row:
+STEPS = {"none": Recomputed(), "head": Recomputed(True, 0), "all": Recomputed(True, 2)}
+
+
+def row(n_rows: int, recomputed: str, gigabytes: float, seconds: float | None = None) -> Row:
+    """A row of 512 tokens each; one that was run took as much memory as was estimated."""
     memory = Memory(0, 0, 0, int(gigabytes * 1e9), 0, 0, 0)
-    return Row(
-        n_rows,
-        512,
-        activation_checkpointing,
-        memory,
-        None,
-        {} if seconds is None else {512: seconds},
-    )
+    if seconds is None:
+        return Row(n_rows, 512, STEPS[recomputed], memory)
+    return Row(n_rows, 512, STEPS[recomputed], memory, memory.peak, {512: seconds})
 
 
 def plan_with(*rows: Row) -> Plan:
@@ -282,11 +314,21 @@ def test_on_a_card_the_fastest_that_fits_is_chosen() -> None:
     assert plan_with(slow, fast, huge).choose(None, CARD) is slow
 
 
+def test_on_a_card_what_was_not_run_whole_is_not_chosen() -> None:
+    run, untried = row(1, "none", 2, 1.0), row(4, "none", 4)
+    assert plan_with(run, untried).choose(None, CARD) is run
+    untried.seconds[512] = 0.1  # told by a shorter pass
+    assert plan_with(run, untried).choose(None, CARD) is run
+    # nothing was run: what is least likely to fill the card
+    assert plan_with(row(1, "none", 2), row(1, "all", 1), untried).choose(None, CARD).n_rows == 1
+
+
 def test_on_a_cpu_no_clock_has_a_say_in_the_choice() -> None:
     small, large, huge = row(1, "none", 2, 1.0), row(2, "none", 4, 9.0), row(4, "none", 12, 0.1)
     assert plan_with(small, large, huge, row(4, "all", 3, 0.1)).choose(None, CPU) is large
     # nothing fits: the smallest
-    assert plan_with(huge, row(1, "all", 11)).choose(None, CPU).activation_checkpointing == "all"
+    chosen = plan_with(huge, row(1, "all", 11)).choose(None, CPU)
+    assert chosen.activation_checkpointing == STEPS["all"]
 
 
 def test_the_whole_runs_time_counts_each_stage_and_every_update() -> None:
@@ -335,7 +377,7 @@ def test_a_card_that_is_elsewhere_is_planned_from_its_figures(capsys) -> None:
     assert chosen[8] == "–"  # nothing is measured
     with torch.device("meta"):
         model = Model(config.model)
-    loop = config.pretrain
+    loop = settled(config).pretrain
     flops = sum(stage.share * model.flops_per_token(stage.context) for stage in loop.stages)
     hours = loop.steps * loop.tokens_per_step * flops / (0.4 * card.tflops * 1e12) / 3600
     assert float(chosen[-1]) == pytest.approx(hours * card.watts / 1000, abs=0.01)  # kWh
@@ -349,10 +391,113 @@ def test_what_is_recomputed_is_counted_into_the_assumed_time() -> None:
     card = hardware.CARDS["RTX 4070"]
     plan = make_plan(model, optimizers, loop, stages=((4096, 1.0),), n_steps=1, card=card)
     planning.assume_speed(plan, model, card)
-    one = {row.activation_checkpointing: row for row in plan.rows if row.n_rows == 1}
-    none, head, everything = (plan.seconds_of(one[how]) for how in ACTIVATION_CHECKPOINTING)
-    assert none < head < everything
-    assert everything == pytest.approx(none * 4 / 3)
+    rows = [row for row in plan.rows if row.n_rows == 1]
+    told = [in_words(row.activation_checkpointing, model) for row in rows]
+    assert told == ["none", "head", "all"]
+    none, head, whole = map(plan.seconds_of, rows)
+    assert none < head < whole
+    assert whole == pytest.approx(none * 4 / 3)
+
+
+def test_the_way_from_nothing_to_everything_recomputes_ever_more_and_ends() -> None:
+    with torch.device("meta"):
+        for config in (PRESETS["12gb"].model, replace(DENSE, n_layer=5), SMALL):
+            model, steps = Model(config), [Recomputed()]
+            while (more := more_of(steps[-1], model)) is not None:
+                steps.append(more)
+            shares = [share_recomputed(step, model) for step in steps]
+            assert shares == sorted(set(shares))
+            assert shares[0] == 0
+            assert shares[-1] == 1
+            assert in_words(steps[0], model) == "none"
+            assert in_words(steps[-1], model) == "all"
+            assert len({in_words(step, model) for step in steps}) == len(steps) <= 6
+
+
+@pytest.mark.parametrize(("gib", "told"), [(12, "head + "), (10, "head + ")])
+def test_as_few_blocks_are_recomputed_as_make_a_micro_batch_fit(gib: int, told: str) -> None:
+    with torch.device("meta"):
+        model = Model(PRESETS["12gb"].model)
+    model.dtype, loop = torch.bfloat16, PRESETS["12gb"].pretrain
+    optimizers = build_optimizers(model, OptimConfig(), 1e-3)
+    card = hardware.CARDS["RTX 4070"]._replace(gib=gib)
+    plan = make_plan(model, optimizers, loop, stages=((4096, 1.0),), n_steps=1, card=card)
+    partly = [row for row in plan.rows if 0 < row.activation_checkpointing.blocks < 15]
+    assert partly
+    for found in partly:
+        assert in_words(found.activation_checkpointing, model).startswith(told)
+        assert 0.9 * plan.room < found.memory.peak <= plan.room
+        again = found.activation_checkpointing
+        fewer = estimate_memory(
+            model,
+            optimizers,
+            n_rows=found.n_rows,
+            context=4096,
+            activation_checkpointing=again._replace(blocks=again.blocks - 1),
+            accumulates=True,
+            on_card=True,
+        )
+        assert fewer.peak > plan.room
+
+
+def fitted(monkeypatch, seconds_of: Callable[[Row], float], room_gb: float) -> tuple[Plan, list]:
+    """A plan whose rows are "run" by `seconds_of`, and the rows that were."""
+    model, optimizers = build(SMALL)
+    loop = PretrainConfig(steps=10, tokens_per_step=64 * 256)
+    plan = make_plan(model, optimizers, loop, stages=((256, 1.0),), n_steps=10)
+    plan.room, run = int(room_gb * 1e9), []
+
+    def time_pass(row, context, *given, twice):
+        run.append(row)
+        row.peak = row.memory.peak
+        return seconds_of(row)
+
+    monkeypatch.setattr(planning, "time_pass", time_pass)
+    measure(plan, plan.rows, model, optimizers, seconds=60, until_no_gain=True)
+    return plan, run
+
+
+def test_a_fit_stops_where_more_tokens_at_once_are_no_faster(monkeypatch) -> None:
+    plan, run = fitted(monkeypatch, lambda row: 0.1 + 0.01 * max(row.n_rows, 4), room_gb=100)
+    assert [row.n_rows for row in run] == [1, 2, 4, 8, 16, 32, 64]
+    plan, run = fitted(monkeypatch, lambda row: 0.01 * row.n_rows, room_gb=100)
+    assert [row.n_rows for row in run] == [1, 2]
+    assert {row.activation_checkpointing for row in run} == {Recomputed()}
+    assert plan.choose(None, CARD).n_rows == 1
+
+
+def test_a_fit_recomputes_only_for_more_tokens_at_once(monkeypatch) -> None:
+    plan, run = fitted(monkeypatch, lambda row: 0.1 + 0.001 * row.n_rows, room_gb=0.03)
+    fit = [row for row in run if row.fits(plan.room)]
+    assert [row.n_rows for row in fit] == sorted({row.n_rows for row in fit})
+    assert fit[-1].activation_checkpointing == Recomputed(True, 1)
+    assert plan.choose(None, CARD) is fit[-1]
+
+
+def test_compilation_does_not_eat_the_time_of_a_fit(monkeypatch) -> None:
+    model, optimizers = build(SMALL)
+    plan, clock = plan_of(model, optimizers), [0.0]
+    monkeypatch.setattr(planning.time, "perf_counter", lambda: clock[0])
+    first: set = set()
+
+    def compiles_first(model: Model, batch: Batch) -> float:
+        seconds = 0.1 if (len(batch.ids), model.activation_checkpointing) in first else 1000.0
+        first.add((len(batch.ids), model.activation_checkpointing))
+        clock[0] += seconds
+        return seconds
+
+    monkeypatch.setattr(planning, "run_pass", compiles_first)
+    model.compile_blocks()
+    plan.peak_flops = 1e15
+    measure(plan, plan.rows, model, optimizers, seconds=10)
+    assert [row.seconds for row in plan.rows] == [{256: 0.1}] * len(plan.rows)
+
+
+def test_one_row_is_run_however_short_the_time(monkeypatch) -> None:
+    model, optimizers = build(SMALL)
+    plan = plan_of(model, optimizers)
+    measure(plan, plan.rows, model, optimizers, seconds=0, until_no_gain=True)
+    assert [row for row in plan.rows if row.peak] == [plan.choose(None, CARD)]
 
 
 def test_a_card_without_figures_is_named_with_the_known_ones() -> None:
@@ -366,8 +511,8 @@ def test_a_card_without_figures_is_named_with_the_known_ones() -> None:
 def test_on_a_card_the_largest_model_is_planned_within_a_tenth() -> None:
     config = replace(PRESETS["16gb"], device="cuda")
     model = pretrain.build(config, torch.device("cuda"))
-    optimizers = build_optimizers(model, config.optim, config.pretrain.lr)
-    plan = make_plan(model, optimizers, config.pretrain, stages=((4096, 1.0),), n_steps=1)
+    optimizers = build_optimizers(model, config.optim, lr=0.01)
+    plan = make_plan(model, optimizers, settled(config).pretrain, stages=((4096, 1.0),), n_steps=1)
     time_update(plan, model, optimizers)
     few = [row for row in plan.rows if row.n_rows in (1, 4)]
     measure(plan, few, model, optimizers, seconds=120)
