@@ -26,11 +26,14 @@ PAGES = {
     for name in ("README.md", "docs/first-evening.md", "CONTRIBUTING.md")
 }
 README = PAGES["README.md"]
-# a block of commands, with the mark in front of it that says whether a test executes it
+# every block of commands: its page, the mark in front that says whether a test executes it, itself
 BLOCKS = [
     (name, mark, block)
     for name, text in PAGES.items()
-    for mark, block in re.findall(r"^(?:<!-- (.*?) -->\n)?```\n(.*?)^```", text, re.M | re.S)
+    for mark, language, block in re.findall(
+        r"(?:^<!-- (.*?) -->\n)?^```(\w*)\n(.*?)^```", text, re.M | re.S
+    )
+    if not language
 ]
 
 
@@ -227,10 +230,9 @@ def numbers(text: str) -> list[str]:
 def recorded() -> tuple[set[str], list[float]]:
     """The figures that EXPERIMENTS.md holds, and those of the result files."""
     known = set(numbers((ROOT / "EXPERIMENTS.md").read_text(encoding="utf-8")))
-    results = [p.read_text("utf-8") for p in (ROOT / "benchmarks" / "results").glob("*.json")]
-    return known, [
-        float(n) for text in results for n in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", text)
-    ]
+    files = (ROOT / "benchmarks" / "results").glob("*.json")
+    found = re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", " ".join(p.read_text("utf-8") for p in files))
+    return known, [float(number) for number in found]
 
 
 @pytest.mark.parametrize(
