@@ -94,7 +94,7 @@ class Screen:
     """
 
     CONTROL = re.compile(
-        r"\x1b(?:\[([?>=]?)([\d;]*)[ -/]*([@-~])|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])"
+        r"\x1b(?:\[([?>=]?)([\d;]*)[ -/]*([@-~])|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-Z\\^-~])"
     )
 
     def __init__(self, columns: int, lines: int) -> None:
@@ -140,6 +140,8 @@ class Screen:
     def _obey(self, private: str, numbers: str, kind: str) -> None:
         given = [int(n) if n else 0 for n in numbers.split(";")]
         n = max(1, given[0])
+        if not kind:
+            return
         if kind == "m":
             self.looks = "" if given == [0] else f"{self.looks}\x1b[{numbers}m"
         elif kind == "n" and not private and given[0] == 6:
@@ -417,11 +419,13 @@ def beside(charts: list[Any]) -> str:
     width, height, gap = 360, 252, 12
     drawn = []
     for n, chart in enumerate(charts):
-        x = gap + n * (width + gap)
+        x, svg = gap + n * (width + gap), page.draw(chart)
+        for name in set(re.findall(r' id="([^"]*)"', svg)):  # of groups: every figure has the same
+            svg = svg if f"#{name}" in svg else svg.replace(f' id="{name}"', "")
         drawn.append(
             f'<text x="{x}" y="{gap + 12}" class="title">{chart.title}</text>'
             f'<svg x="{x}" y="{gap + 20}" width="{width}" height="{height - 22}" '
-            f"{page.draw(chart)}"
+            f"{svg}"
         )
     whole = len(charts) * (width + gap) + gap
     return (
