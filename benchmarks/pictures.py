@@ -45,7 +45,7 @@ IN_TERMINAL = (
     *("Who owns the hammer?", "What is 47 + 25?"),
     *("/think on", "Which is larger, 38 or 83?", "/think off", "Spell apple."),
 )
-PAGE_SIZE = {"width": 620, "height": 620}
+PAGE_SIZE = {"width": 760, "height": 560}
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -79,30 +80,32 @@ def test_every_block_of_commands_is_executed_or_says_why_not() -> None:
 # -------------------------------------------------------------------------------- they are executed
 
 
-def smaller(words: list[str], small: list[str]) -> list[str]:
-    """A command that begins a run, with the tests' tiny sizes for what it does not set itself; its
-    own passes over the conversations are not kept.
+MAKERS = ("run_pipeline.py", *stages.SCRIPTS)  # that may begin a run
+
+
+def smaller(script: str, words: list[str], small: list[str]) -> list[str]:
+    """The words of a command; of one that begins a run with the demo's preset also the tests' tiny
+    sizes, for what it does not set itself.
     """
-    begins = "--preset" in words and {"demo"} & set(words)
-    if not begins:
+    if not (script in MAKERS and "demo" in words):
         return words
     kept, i = [], 0
     while i < len(small):
         n = 1 if i + 1 == len(small) or small[i + 1].startswith("--") else 2
-        if small[i] not in words:
+        if small[i] not in words and not (small[i] == "--model.window" and "portable" in words):
             kept += small[i : i + n]
         i += n
     return words + kept
 
 
 def execute(command: str, folder: Path, small: list[str]) -> None:
-    """The command in a folder of its own; a server is asked to end once it has printed its link."""
+    """The command, in `folder`; a server is asked to end once it has printed its link."""
     script, *words = shlex.split(command)[2:]
-    words = smaller(words, small)
+    words = smaller(script, words, small)
     serves = script == "serve_chat.py"
     words += ["--port", "0"] if serves else []
     log = folder / "log"
-    with log.open("w") as out, log.open() as seen:
+    with log.open("w") as out:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / script), *words],
             cwd=folder,
@@ -110,8 +113,8 @@ def execute(command: str, folder: Path, small: list[str]) -> None:
             stdout=out,
             stderr=subprocess.STDOUT,
         )
-        while serves and process.poll() is None and "http://" not in seen.read():
-            seen.seek(0)
+        while serves and process.poll() is None and "http://" not in log.read_text():
+            time.sleep(0.1)
         if serves:
             process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=600) == 0, f"{command}\n{log.read_text()[-3000:]}"
