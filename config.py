@@ -136,6 +136,7 @@ class ModelConfig:
     rope_base: float = 10_000.0  # base of the rotary frequencies
     n_value_embeddings: int = 0  # trunk layers that learn a value per token, every other one first
     token_shift: bool = True  # mix into each token's embedding a learnt share of the one before
+    exclusive_attention: bool = True  # take from attention's output what lies along the own value
     hrm: HRMConfig | None = field(default_factory=HRMConfig)  # None is the plain dense model
     shape: Literal["hearth", "portable"] = "hearth"  # portable: a Qwen3, as PORTABLE says
 
@@ -177,7 +178,7 @@ class ModelConfig:
 # what `--model.shape portable` sets: a Qwen3 has none of the rest; the head's blocks join the trunk
 PORTABLE: dict[str, Any] = {
     **{"hrm": None, "token_shift": False, "n_value_embeddings": 0},
-    **{"gated_mlp": True, "window": None},
+    **{"gated_mlp": True, "window": None, "exclusive_attention": False},
 }
 
 

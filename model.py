@@ -308,6 +308,8 @@ class Block(nn.Module):
         self.qk_gain = None if portable else nn.Parameter(torch.empty(config.n_head))
         self.q_gain = nn.Parameter(torch.empty(E)) if portable else None
         self.k_gain = nn.Parameter(torch.empty(E)) if portable else None
+        exclusive = config.exclusive_attention
+        self.exclusion = nn.Parameter(torch.empty(config.n_head)) if exclusive else None
         self.gate = nn.Parameter(torch.empty(config.d_ff, D)) if config.gated_mlp else None
         self.up = nn.Parameter(torch.empty(config.d_ff, D))
         self.down = nn.Parameter(torch.empty(D, config.d_ff))
@@ -317,8 +319,9 @@ class Block(nn.Module):
     ) -> Tensor:
         fused = self.compiled and torch.is_grad_enabled()
         before, after = compiled_parts() if fused else (Block.before, Block.after)
-        y = attn_ctx.attend(*before(self, x, attn_ctx.rotary, value), self.window)  # (N, H, E)
-        return after(self, x, y)
+        q, k, v = before(self, x, attn_ctx.rotary, value)
+        y = attn_ctx.attend(q, k, v, self.window)  # (N, H, E)
+        return after(self, x, y, v)
 
     def before(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], value: tuple[Tensor, Tensor] | None
@@ -348,10 +351,21 @@ class Block(nn.Module):
             return torch.cat([self.q_gain.expand(H, E), self.k_gain.expand(G, E)])
         return torch.cat([self.qk_gain, self.qk_gain.new_ones(G)])[:, None].expand(H + G, E)
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """The block's output (N, D) for its input x and what attention made of it, y (N, H, E)."""
+    def after(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """The block's output (N, D) for its input x, what attention made of it, y (N, H, E), and
+        the tokens' own values v (N, G, E).
+        """
+        y = y if self.exclusion is None else self.without_own(y, v)
         x = x + self.project(y.flatten(1), self.o)
         return x + self.mlp(rms_norm(x))
+
+    def without_own(self, y: Tensor, v: Tensor) -> Tensor:
+        """y (N, H, E) less a learnt share a head of its part along the token's own value: what a
+        token knows already need not come through attention (arXiv 2603.09078, the share is ours).
+        """
+        own = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (N, H, E)
+        along = (y * own).sum(-1, keepdim=True) / (own.square().sum(-1, keepdim=True) + 1e-6)
+        return y - self.exclusion[:, None].to(y.dtype) * along * own
 
     def mlp(self, x: Tensor) -> Tensor:
         if self.gate is None:
@@ -440,6 +454,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 d_logits = d_logits.to(hidden.dtype)
                 d_hidden[here] = d_logits @ matrix
                 d_matrix += (d_logits.T @ hidden[here]).float()
+                del d_logits
+            del logits, exponentials  # before the next chunk's are made
         ctx.save_for_backward(d_hidden, d_matrix)
         return total
 
@@ -468,7 +484,7 @@ def initialise(model: Model, seed: int) -> Model:
     D = model.config.d_model
     for name, weight in model.named_parameters():
         kind = name.rsplit(".", 1)[-1]
-        if kind in ("o", "down", "out", "call_embedding", "value_gates", "shift"):
+        if kind in ("o", "down", "out", "call_embedding", "value_gates", "shift", "exclusion"):
             weight.zero_()
         elif kind in ("output_gain", "gains"):
             weight.fill_(1.0)

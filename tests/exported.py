@@ -26,6 +26,7 @@ SHAPE = ModelConfig(
     n_head=4,
     n_kv_head=2,
     d_ff=96,
+    gated_mlp=True,
     context=2048,
     window=24,
     pattern="SL",
@@ -36,7 +37,14 @@ SHAPES = {
     "whole": SHAPE,
     "plain": replace(SHAPE, hrm=None, n_value_embeddings=0),
     "looped": replace(SHAPE, hrm=HRMConfig(l_layer=1, h_layer=1, h_cycles=2, l_cycles=0)),
-    "ungated": replace(SHAPE, gated_mlp=False, token_shift=False, window=None, n_kv_head=4),
+    "ungated": replace(
+        SHAPE,
+        gated_mlp=False,
+        exclusive_attention=False,
+        token_shift=False,
+        window=None,
+        n_kv_head=4,
+    ),
     "portable": portable(SHAPE),
 }
 SYLLABLES = [a + b for a in "bcdfgklmnprst" for b in ("a", "e", "i", "o", "u", "an", "ör", "ї")]

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import PRESETS, ModelConfig
@@ -221,6 +222,23 @@ def test_the_mlp_is_gated_or_of_squared_relu(tiny: ModelConfig) -> None:
     torch.testing.assert_close(gated.mlp(x), (gate * gate.sigmoid() * up) @ gated.down.T)
 
 
+def test_attention_loses_the_learnt_share_of_what_lies_along_the_own_value(
+    tiny: ModelConfig,
+) -> None:
+    block = build_model(replace(tiny, exclusive_attention=True), seed=0).trunk[0]
+    H, G, E = block.n_head, block.n_kv_head, block.head_dim
+    y, v = torch.randn(5, H, E), torch.randn(5, G, E)
+    torch.testing.assert_close(block.without_own(y, v), y)  # at the start
+    with torch.no_grad():
+        block.exclusion.copy_(torch.linspace(0, 1, H))
+        for h in range(H):
+            own = v[:, h // (H // G)]
+            before = F.cosine_similarity(y[:, h], own) * y[:, h].norm(dim=-1)
+            left = block.without_own(y, v)[:, h]
+            after = F.cosine_similarity(left, own) * left.norm(dim=-1)
+            torch.testing.assert_close(after, (1 - h / (H - 1)) * before, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_parameter_receives_gradient(tiny: ModelConfig, gated: bool) -> None:
     tiny = replace(tiny, gated_mlp=gated)
@@ -359,7 +377,8 @@ def test_thinking_without_leaving_equals_the_full_computation(
 
 
 def test_a_row_leaves_early_without_regard_to_its_neighbours(tiny: ModelConfig) -> None:
-    tiny = replace(tiny, gated_mlp=True)  # its rows settle at different times
+    # its rows settle at different times
+    tiny = replace(tiny, gated_mlp=True, exclusive_attention=False)
     model = awake_settling(tiny)
     ids = random_ids(72, tiny).view(3, 24)
     found, together = thoughts(model, ids, LEAVES_SOMETIMES)

@@ -436,6 +436,7 @@ static void attend(float *restrict y, const float *q, int64_t q_stride, const ca
 typedef struct {
   matrix qkv, o, up, down; /* up has twice as many rows as down has columns where the MLP is gated, the gate first */
   const float *qk_gain; /* (H + G, E): normed queries and keys are multiplied with it before they are turned */
+  const float *exclusion; /* (H,): share of what lies along the token's own value that attention's output loses */
   int64_t H, G, E;
 } block;
 
@@ -469,6 +470,13 @@ void run_block(float *restrict y, const block *b, const float *restrict x, const
     }
   }
   attend(attended, heads, all, c, at_seat, rows, H, G, E);
+  for (int64_t r = 0; b->exclusion && r < rows; r++)
+    for (int64_t h = 0; h < H; h++) {
+      const float *own = heads + r * all + (H + G + h / (H / G)) * E;
+      float *out = attended + (r * H + h) * E, along = 0, squares = 1e-6f;
+      for (int64_t e = 0; e < E; e++) along += out[e] * own[e], squares += own[e] * own[e];
+      for (int64_t e = 0; e < E; e++) out[e] -= b->exclusion[h] * along / squares * own[e];
+    }
   times_rows(y, &b->o, attended, x, rows);
 
   for (int64_t r = 0; r < rows; r++) rms_norm(normed + r * D, y + r * D, D);

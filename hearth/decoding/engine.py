@@ -547,7 +547,13 @@ class FastBlock(torch.nn.Module):
         self.heads = block.n_head, block.n_kv_head, block.head_dim
         up = block.up if block.gate is None else block.gate
         self.kernel = BlockKernel(
-            block.q, block.o, up, block.down, qk_gain=block.channel_gains(), heads=self.heads
+            block.q,
+            block.o,
+            up,
+            block.down,
+            qk_gain=block.channel_gains(),
+            exclusion=block.exclusion,
+            heads=self.heads,
         )
 
     def forward(

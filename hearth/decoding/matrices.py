@@ -45,6 +45,7 @@ class _Block(ctypes.Structure):
     _fields_ = (
         *((name, _Matrix) for name in ("qkv", "o", "up", "down")),
         ("qk_gain", ctypes.c_void_p),
+        ("exclusion", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in "HGE"),
     )
 
@@ -138,13 +139,14 @@ class BlockKernel:
         down: Matrix,
         *,
         qk_gain: Tensor,
+        exclusion: Tensor | None,
         heads: tuple[int, int, int],
     ) -> None:
         # the struct points into these
         self.qk_gain, self.matrices = qk_gain.float().contiguous(), (qkv, o, up, down)
-        self.struct = _Block(
-            *(matrix.struct for matrix in self.matrices), self.qk_gain.data_ptr(), *heads
-        )
+        self.exclusion = None if exclusion is None else exclusion.detach().float().contiguous()
+        gains = (None if x is None else x.data_ptr() for x in (self.qk_gain, self.exclusion))
+        self.struct = _Block(*(matrix.struct for matrix in self.matrices), *gains, *heads)
         self._address, self._run = ctypes.addressof(self.struct), qkv.kernels.run_block
 
     def __call__(

@@ -117,6 +117,7 @@ def own_config(model: Model) -> dict[str, Any]:
         "sliding_window": c.window,
         "gated_mlp": c.gated_mlp,
         "token_shift": c.token_shift,
+        "exclusive_attention": c.exclusive_attention,
         "num_value_embeddings": c.n_value_embeddings,
         **hrm,
     }

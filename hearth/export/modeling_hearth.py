@@ -56,6 +56,7 @@ class HearthConfig(PretrainedConfig):
         sliding_window: int | None = 64,
         gated_mlp: bool = True,
         token_shift: bool = True,
+        exclusive_attention: bool = True,
         num_value_embeddings: int = 0,
         hrm_l_layer: int = 1,
         hrm_h_layer: int = 1,
@@ -76,6 +77,7 @@ class HearthConfig(PretrainedConfig):
         self.sliding_window = sliding_window
         self.gated_mlp = gated_mlp
         self.token_shift = token_shift
+        self.exclusive_attention = exclusive_attention
         self.num_value_embeddings = num_value_embeddings
         self.hrm_l_layer = hrm_l_layer
         self.hrm_h_layer = hrm_h_layer
@@ -309,6 +311,8 @@ class HearthBlock(GradientCheckpointingLayer):
         self.v = nn.Linear(D, self.n_kv_head * E, bias=False)
         self.o = nn.Linear(self.n_head * E, D, bias=False)
         self.qk_gain = nn.Parameter(torch.ones(self.n_head))
+        exclusive = config.exclusive_attention
+        self.exclusion = nn.Parameter(torch.zeros(self.n_head)) if exclusive else None
         self.gate = nn.Linear(D, F_, bias=False) if config.gated_mlp else None
         self.up = nn.Linear(D, F_, bias=False)
         self.down = nn.Linear(F_, D, bias=False)
@@ -331,6 +335,11 @@ class HearthBlock(GradientCheckpointingLayer):
             v = v + (opened[..., None] * value).transpose(1, 2)
         q = rotate(rms_norm(q), columns.rotary) * self.qk_gain[:, None, None]
         y = columns.attend(q, rotate(rms_norm(k), columns.rotary), v, self.window)
+        if self.exclusion is not None:
+            own = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, H, T, E)
+            along = (y * own).sum(-1, keepdim=True) / (own.square().sum(-1, keepdim=True) + 1e-6)
+            y = y - self.exclusion[:, None, None] * along * own
+        y = y.transpose(1, 2).flatten(2)
         x = x + self.o(y)
         return x + self.mlp(rms_norm(x))
 
@@ -387,14 +396,13 @@ class Columns:
             self.cache.update(ids, ids, self.id_slot)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """Attention of q (B, H, T, E) over k and v (B, G, T, E) and those before; (B, T, H·E)."""
+        """Attention of q (B, H, T, E) over k and v (B, G, T, E) and those before; alike."""
         if self.cache is not None:
             k, v = self.cache.update(k, v, self.slot)  # (B, G, K, E)
             self.slot += 1
         shared = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(window, k.shape[2]))
-        return y.transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(window, k.shape[2]))
 
     def mask(self, window: int | None, n_keys: int) -> Tensor:
         """(B or 1, 1, T, K): may the query (third axis) see the key (fourth axis)?"""

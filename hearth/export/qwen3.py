@@ -32,6 +32,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm")  # ours have no gain
 BEYOND = {
     "hrm": "the HRM head",
     "token_shift": "token shift",
+    "exclusive_attention": "attention that excludes a token's own value",
     "n_value_embeddings": "value embeddings",
     "gated_mlp": "an MLP of squared ReLU",
     "window": "sliding windows",

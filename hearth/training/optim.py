@@ -114,11 +114,10 @@ class Muon(torch.optim.Optimizer):
             new = {"momentum_buffer": momentum.to(self.dtype)}
             if "second_moment" in state:
                 new["second_moment"] = state["second_moment"].clone()
-            direction = gradient.lerp_(momentum, group["momentum"])  # Nesterov
-            del before, momentum
-            direction = normalize_rows(orthogonalise(direction), new)
+            direction = orthogonalise(gradient.lerp_(momentum, group["momentum"]))  # Nesterov
+            del before, momentum, gradient
+            direction = normalize_rows(direction, new)
             m, n = direction.shape[-2:]
-            del gradient
             size = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(m, n))
             # decay only where the update shrinks the weight too (arXiv 2510.12402)
             decay = group["lr"] * group["weight_decay"]

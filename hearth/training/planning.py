@@ -145,7 +145,8 @@ def estimate_memory(
         block                2 s N F while one block's gradient is made, the head's module
                              that is recomputed, and 4 V D: the embedding's gradient, waiting
                              for that of its first use; a trunk's block that is recomputed less
-                             those behind it, whose activations are gone by then
+                             those behind it, whose activations are gone by then; of a first
+                             micro-batch the gradients of a head that is recomputed
         loss                 4 V D for the embedding's gradient, 4 V D for a chunk's part of
                              it, a chunk of logits; in
                              bfloat16 half as much again for their copies
@@ -173,6 +174,8 @@ def estimate_memory(
         inside = sum(map(kept, module.blocks)) + x
         activations += 2 * x + (0 if head_again else inside)
         recomputed = max(recomputed, inside if head_again else 0)
+    if head_again and not accumulates:  # made before the trunk gives back what it keeps
+        recomputed += 4 * sum(p.numel() for p in model.head.parameters()) if model.head else 0
     logits = 4 * V * min(N, LOGITS_PER_CHUNK // V if on_card else ROWS_PER_CHUNK)
     weights = 4 * model.n_parameters()
     return Memory(
@@ -192,13 +195,15 @@ def estimate_memory(
 
 def block_elements(block: Block, n_rows: int, context: int, *, varlen: bool) -> int:
     """What the graph of one pass through a block keeps: a token's norms (4 D), heads (A + 2K, A +
-    K), attention's queries and output, the MLP (2 F, or 4 F with a gate); without varlen attention
+    K), attention's queries and output, twice A more where a token's own value is excluded, the MLP
+    (2 F, or 4 F with a gate); without varlen attention
     the keys and values that are copied for each block of queries; the weights that were laid one
     under the other. A and K are the widths of all query heads and all key heads.
     """
     D, A, K, F = block.q.shape[1], len(block.q), len(block.k), len(block.up)
     gated = block.gate is not None
-    tokens = n_rows * context * (4 * D + (4 if varlen else 5) * A + 3 * K + (4 if gated else 2) * F)
+    heads = (4 if varlen else 5) + (2 if block.exclusion is not None else 0)
+    tokens = n_rows * context * (4 * D + heads * A + 3 * K + (4 if gated else 2) * F)
     copies = (
         0
         if varlen

@@ -217,3 +217,46 @@ def test_schedule_climbs_holds_and_falls_to_the_floor() -> None:
     assert factors[9:51] == [1.0] * 42
     assert all(a > b for a, b in pairwise(factors[51:]))
     assert learning_rate_factor(100, 100, loop) == pytest.approx(0.1)
+
+
+def test_momentum_in_bfloat16_steps_nearly_alike_and_comes_back_bit_for_bit(
+    tiny: ModelConfig,
+) -> None:
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        model, rng = build_model(tiny, seed=0), torch.Generator().manual_seed(0)
+        config = OptimConfig(momentum_dtype=dtype)
+        optimizers = build_optimizers(model, config, 0.01)
+        for step in range(6):
+            if step == 3:  # as after a restart
+                state = deepcopy(optimizers.state_dict())
+                optimizers = build_optimizers(model, config, 0.01)
+                optimizers.load_state_dict(state)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=rng)
+            optimizers.step()
+            found[dtype, step] = [p.detach().clone() for p in model.parameters()]
+        found[dtype] = optimizers.parts[0].state.values()
+        if dtype == "bfloat16":
+            assert {s["momentum_buffer"].dtype for s in found[dtype]} == {torch.bfloat16}
+    moved = [b - a for a, b in zip(found["float32", 0], found["float32", 5], strict=True)]
+    for a, b, far in zip(found["float32", 5], found["bfloat16", 5], moved, strict=True):
+        assert (a - b).norm() < 0.05 * far.norm()
+
+
+def test_large_groups_of_equal_matrices_are_updated_in_parts(monkeypatch) -> None:
+    rng = torch.Generator().manual_seed(0)
+    weights = [torch.randn(8, 12, generator=rng) for _ in range(5)]
+    gradients = [torch.randn(8, 12, generator=rng) for _ in range(5)]
+    found = []
+    for at_once in (10**9, 2 * 96, 1):
+        monkeypatch.setattr(optim, "ELEMENTS_AT_ONCE", at_once)
+        params = [torch.nn.Parameter(w.clone()) for w in weights]
+        muon = Muon(params, lr=0.1, momentum=0.9, weight_decay=0.1)
+        for p, gradient in zip(params, gradients, strict=True):
+            p.grad = gradient
+        muon.step()
+        found.append(([len(g["params"]) for g in muon.param_groups], params))
+    assert [sizes for sizes, _ in found] == [[5], [2, 2, 1], [1] * 5]
+    for _, params in found[1:]:
+        torch.testing.assert_close(params, found[0][1], atol=1e-6, rtol=1e-5)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +35,7 @@ from hearth.training.planning import (
     Plan,
     Row,
     estimate_memory,
+    everything,
     in_words,
     make_plan,
     measure,
@@ -41,6 +44,10 @@ from hearth.training.planning import (
     time_update,
 )
 from model import DOORS, Model, Recomputed, build_model
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import largest
 
 DENSE = ModelConfig(
     vocab_size=512,
@@ -154,11 +161,13 @@ class StorageCounter(TorchDispatchMode):
         return out
 
 
-def traced_peaks(model: Model, n_rows: int, context: int, monkeypatch) -> tuple[int, int]:
+def traced_peaks(
+    model: Model, n_rows: int, context: int, monkeypatch, optim: OptimConfig | None = None
+) -> tuple[int, int]:
     """Peak bytes of a training step of one micro-batch, and of one that accumulates several, of a
     model on meta that takes a card's branches. Scratch memory inside of kernels is not seen.
     """
-    optimizers = build_optimizers(model, OptimConfig(), 1e-3)
+    optimizers = build_optimizers(model, optim or OptimConfig(), 1e-3)
     for part in optimizers.parts:
         for group in part.param_groups:  # on meta there is no fused AdamW
             group.update({"fused": False, "foreach": False} if "fused" in group else {})
@@ -235,6 +244,22 @@ def test_a_cards_estimated_memory_is_within_a_tenth_of_a_traced_step(
         assert estimated.peak == pytest.approx(traced, rel=0.1), accumulates
 
 
+@pytest.mark.parametrize("momentum", largest.MOMENTUM)
+def test_the_largest_model_of_a_card_fits_it_in_a_traced_step(momentum: str, monkeypatch) -> None:
+    """12 GiB at 1,024 tokens: 730M parameters and more, within a tenth of the estimate."""
+    config = largest.largest(12, 1024, momentum)
+    with torch.device("meta"):
+        model = Model(config)
+    assert model.n_parameters() > 730e6
+    model.dtype, model.activation_checkpointing = torch.bfloat16, everything(model)
+    optim = OptimConfig(momentum_dtype=momentum)
+    _, traced = traced_peaks(model, 1, 1024, monkeypatch, optim)
+    depth = len(model.trunk)
+    assert largest.memory_of(depth, 1024, momentum, None).peak == pytest.approx(traced, rel=0.1)
+    assert traced < 0.95 * 12 * 2**30
+    assert largest.memory_of(depth + 1, 1024, momentum, None).peak > 0.9 * 12 * 2**30
+
+
 def test_a_measured_peak_holds_what_is_alive_at_once() -> None:
     with planning.peak_memory(torch.device("cpu"), held=1000) as found:
         a = torch.ones(1000)
@@ -257,8 +282,12 @@ def test_measuring_leaves_weights_optimizer_and_recomputation_as_they_were() -> 
 
 
 def test_the_optimizers_state_takes_what_was_estimated() -> None:
-    for optim in ("muon", "adamw", "schedulefree"):
-        model, optimizers = build(SMALL, optim)
+    for optim in ("muon", "bfloat16", "adamw", "schedulefree"):
+        model, optimizers = build(SMALL, "muon" if optim == "bfloat16" else optim)
+        if optim == "bfloat16":
+            half = OptimConfig(momentum_dtype="bfloat16")
+            optimizers = build_optimizers(model, half, 1e-3)
+            assert optimizers.state_bytes() < 0.8 * build(SMALL)[1].state_bytes()
         time_update(plan_of(model, optimizers), model, optimizers)
         there = planning.state_bytes_now(optimizers)
         assert there == pytest.approx(optimizers.state_bytes(), rel=0.01)
@@ -371,7 +400,7 @@ def test_a_card_that_is_elsewhere_is_planned_from_its_figures(capsys) -> None:
     assert "all is estimated" in said
     assert "Estimates: steps at 40% of the peak" in said
     (chosen,) = (line.split() for line in said.splitlines() if line.startswith("  >"))
-    assert chosen[1:4] == ["2", "×", "4096"]
+    assert chosen[1:4] == ["4", "×", "4096"]
     assert chosen[6] == "none"
     assert float(chosen[7]) < 0.9 * card.gib
     assert chosen[8] == "–"  # nothing is measured
@@ -386,7 +415,7 @@ def test_a_card_that_is_elsewhere_is_planned_from_its_figures(capsys) -> None:
 def test_what_is_recomputed_is_counted_into_the_assumed_time() -> None:
     with torch.device("meta"):
         model = Model(PRESETS["8gb"].model)
-    model.dtype, loop = torch.bfloat16, PRESETS["8gb"].pretrain
+    model.dtype, loop = torch.bfloat16, settled(PRESETS["8gb"]).pretrain
     optimizers = build_optimizers(model, OptimConfig(), 1e-3)
     card = hardware.CARDS["RTX 4070"]
     plan = make_plan(model, optimizers, loop, stages=((4096, 1.0),), n_steps=1, card=card)
@@ -417,8 +446,8 @@ def test_the_way_from_nothing_to_everything_recomputes_ever_more_and_ends() -> N
 @pytest.mark.parametrize(("gib", "told"), [(12, "head + "), (10, "head + ")])
 def test_as_few_blocks_are_recomputed_as_make_a_micro_batch_fit(gib: int, told: str) -> None:
     with torch.device("meta"):
-        model = Model(PRESETS["12gb"].model)
-    model.dtype, loop = torch.bfloat16, PRESETS["12gb"].pretrain
+        model = Model(PRESETS["16gb"].model)
+    model.dtype, loop = torch.bfloat16, settled(PRESETS["16gb"]).pretrain
     optimizers = build_optimizers(model, OptimConfig(), 1e-3)
     card = hardware.CARDS["RTX 4070"]._replace(gib=gib)
     plan = make_plan(model, optimizers, loop, stages=((4096, 1.0),), n_steps=1, card=card)
