@@ -228,6 +228,13 @@ def test_the_demos_size_is_that_of_its_model() -> None:
     assert f"| `demo` | {n / 1e6:.2f}M |" in README
 
 
+def test_the_comparison_tells_how_long_we_are() -> None:
+    files = [*ROOT.glob("*.py"), *(ROOT / "hearth").rglob("*.py")]
+    n_lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+    told = re.search(r"^\| lines of Python, .*? \| ([\d,]+) \|", README, re.M)[1]
+    assert abs(int(told.replace(",", "")) / n_lines - 1) < 0.1
+
+
 def numbers(text: str) -> list[str]:
     return re.findall(r"\d+(?:[.,:]\d+)*", text)
 
