@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from config import PRESETS, Config, UserError
+from config import FINE_TUNING, PRESETS, Config, UserError
 from hearth import cli, hardware, run
 from hearth.serving.commands import Terminal
 from hearth.serving.conversation import Chat
@@ -66,7 +66,11 @@ def main(config: Config, options: Options) -> None:
         print(reason, file=sys.stderr)
     if options.prompt is None:
         print(chat.introduction(), file=sys.stderr)
-        samples = config.pretrain.prompts if chat.is_base else config.sft2.prompts
+        samples = (
+            config.pretrain.prompts
+            if chat.is_base
+            else getattr(config, list(FINE_TUNING)[-1]).prompts
+        )
         answer_each(lines_of(sys.stdin) or samples, chat, options)
     else:
         answer_each([options.prompt], chat, options)

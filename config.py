@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """Where text comes from: exactly one of a hub data set, local files, the demo world."""
+    """Where text comes from: exactly one of a hub data set, files, the demo world, problems."""
 
     name: str = "own"  # its folder's name under text/, and its name in every log
     hub: str | None = None  # data set on the hub, as owner/name
@@ -30,14 +30,15 @@ class Source:
     split: str = "train"  # its split
     files: tuple[str, ...] = ()  # local files, folders or globs; layouts are known by their columns
     demo: str | None = None  # part of the built-in world: text, alpaca, dolly, messages or math
+    made: str | None = None  # problems made by this program: a kind of hearth/data/problems.py
     weight: float = 1.0  # share of the training tokens, or of an epoch, relative to the others
 
     def problems(self, where: str) -> list[str]:
         found = []
         if self.weight < 0:
             found.append(f"{where} {self.name!r}: weight is {self.weight}, must be at least 0")
-        if sum(map(bool, (self.hub, self.files, self.demo))) != 1:
-            found.append(f"{where} {self.name!r}: give exactly one of hub, files, demo")
+        if sum(map(bool, (self.hub, self.files, self.demo, self.made))) != 1:
+            found.append(f"{where} {self.name!r}: give exactly one of hub, files, demo, made")
         return found
 
 
@@ -55,6 +56,8 @@ class ChatSource(Source):
 
     max_rows: int | None = None  # stop after this many conversations; None takes all
     max_chars: int | None = None  # longest reasoning; the worked solution replaces longer ones
+    calls: bool = False  # calculations in <<…>> become calls of the calculator, not reasoning
+    persona: tuple[str, ...] = ()  # of made: identity, the name and the owner; chat.name sets it
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ PORTABLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The update rule; how fast it goes is set where it is used: pretrain.lr, sft1.lr, sft2.lr."""
+    """The update rule; how fast it goes is set where it is used: pretrain.lr, sft1.lr …"""
 
     name: Literal["muon", "adamw", "schedulefree"] = "muon"  # Muon: for matrices alone
     embedding_lr_ratio: float = 3.0  # learning rate of the embedding, relative to lr
@@ -264,35 +267,100 @@ class PretrainConfig(LoopConfig):
 
 @dataclass(frozen=True)
 class SFTConfig(LoopConfig):
-    """One stage of fine-tuning on conversations."""
+    """One stage of fine-tuning on conversations; without any it is left out."""
 
     sources: tuple[ChatSource, ...] = ()  # the sets of conversations
     files: tuple[str, ...] = ()  # your own files, folders or globs instead of the sources
-    eval_every_steps: int = 250  # steps between two evaluations on held-out data
-    sample_every_steps: int = 1000  # steps between two sample texts
+    calls: bool = False  # of your own files: calculations in <<…>> become calls
+    exclude: tuple[ChatSource, ...] = ()  # test sets, whose questions no conversation may hold
+    exclude_files: tuple[str, ...] = ()  # your own files of such questions, beside these
     context: int = 2048  # longest conversation, in tokens
-    epochs: float = 3.0  # passes over the conversations
+    loss: Literal["assistant", "all"] = "assistant"  # whose tokens are learnt; never tool results
+    epochs: float = 3.0  # passes over the conversations; 0 leaves the stage out
+    weight_decay: float = 0.0  # in place of optim.weight_decay
+    momentum_warmup_share: float = 0.1  # of the steps, in place of optim.momentum_warmup_steps
+    eval_every_steps: int | None = None  # steps between two evaluations; None is a quarter of them
+    sample_every_steps: int | None = None  # steps between two samples; None is a half of them
     validation_share: float = 0.02  # share of the conversations held out, chosen by a hash
     prompts: tuple[str, ...] = ("Who are you?", "What is 12 + 7?")  # questions that samples answer
     probe_prompts: int = 24  # held-out questions answered at each evaluation
     probe_tokens: int = 160  # longest answer to one of them, in tokens
 
     def problems(self, where: str, model_context: int) -> list[str]:
+        if not self.sets():
+            return []  # it is left out
         found = self.loop_problems(where)
-        if not self.sources and not self.files:
-            found.append(f"{where}: no conversations; give --{where}.files or {where}.sources")
-        found += [text for s in self.sources for text in s.problems(f"{where}.sources")]
+        for source in (*self.sources, *self.exclude):
+            found += source.problems(f"{where}.sources")
         if not 0 < self.context <= model_context:
             said = f"{where}.context is {self.context}, must lie between 1 and model.context"
             found.append(f"{said} {model_context}")
         return found
 
-    def sets(self) -> tuple[ChatSource, ...]:
-        """The sets in force: your own files where given, the preset's sources otherwise."""
+    def sets(self, persona: tuple[str, ...] = ()) -> tuple[ChatSource, ...]:
+        """The sets in force: your own files where given, the preset's sources otherwise; none
+        where the stage is left out.
+        """
+        if not self.epochs:
+            return ()
         if not self.files:
-            return self.sources
-        name = f"own-{zlib.crc32(repr(self.files).encode()):08x}"
-        return (ChatSource(name=name, files=self.files),)
+            is_asked = {"identity": persona}
+            return tuple(replace(s, persona=is_asked.get(s.made, ())) for s in self.sources)
+        asked = repr((self.files, "calls") if self.calls else self.files)
+        name = f"own-{zlib.crc32(asked.encode()):08x}"
+        return (ChatSource(name=name, files=self.files, calls=self.calls),)
+
+    def test_sets(self) -> tuple[ChatSource, ...]:
+        """The sets whose questions are kept out."""
+        own = (ChatSource(name="tests", files=self.exclude_files),) if self.exclude_files else ()
+        return self.exclude + own
+
+    def in_steps(self, steps: int) -> SFTConfig:
+        """The same for a stage of so many steps: what was left to their number is a number."""
+        evaluations = self.eval_every_steps or max(1, round(steps / 4))
+        samples = self.sample_every_steps or max(1, round(steps / 2))
+        return replace(self, eval_every_steps=evaluations, sample_every_steps=samples)
+
+    def optimizer(self, optim: OptimConfig, steps: int) -> OptimConfig:
+        """The update rule of a stage of so many steps, made from the run's."""
+        warmup = round(self.momentum_warmup_share * steps)
+        return replace(optim, weight_decay=self.weight_decay, momentum_warmup_steps=warmup)
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """Reinforcement learning with rewards that a program gives, after the last fine-tuning."""
+
+    environments: tuple[str, ...] = ()  # what is practised; `uv run rl.py --list` names them
+    files: tuple[str, ...] = ()  # your own problems with answers, in their place
+    reward: str | None = None  # Python file with `def reward(problem, answer) -> float`
+    steps: int = 150  # rollouts, each of them followed by one update
+    prompts_per_step: int = 16  # problems whose answers differ in reward that a step learns from
+    samples_per_prompt: int = 16  # answers to each of them
+    max_tokens: int = 256  # longest answer, in tokens; one that is cut off earns nothing
+    lr_ratio: float = 0.1  # peak learning rate, relative to sft2.lr; it falls in a line to zero
+    tool_cost: float = 0.0  # what each call of a tool takes off the reward
+    n_held_out: int = 64  # held-out problems of each environment, which pick the best checkpoint
+    test_every_steps: int = 25  # steps between two looks at them
+    micro_batch_tokens: int | None = None  # tokens in one pass; None fits the card's free memory
+    log_every_steps: int = 10  # steps between two lines on the console
+    save_every_minutes: float = 15.0  # minutes between two checkpoints
+    keep_checkpoints: int = 2  # the newest ones kept
+    log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()  # beside metrics.jsonl
+
+    def loop(self, lr: float, context: int) -> LoopConfig:
+        """The loop's settings, for the learning rate `lr` of the last fine-tuning."""
+        shared = ("micro_batch_tokens", "log_every_steps", "save_every_minutes", "keep_checkpoints")
+        return LoopConfig(
+            lr=self.lr_ratio * lr,
+            decay_share=0.98,
+            final_lr_ratio=0.0,
+            tokens_per_step=self.prompts_per_step * self.samples_per_prompt * context,
+            eval_every_steps=self.test_every_steps,
+            sample_every_steps=self.steps,
+            log_to=self.log_to,
+            **{name: getattr(self, name) for name in shared},
+        )
 
 
 REASONING_PROMPT = "Think step by step, then answer."  # the system turn that asks for reasoning
@@ -302,6 +370,8 @@ REASONING_PROMPT = "Think step by step, then answer."  # the system turn that as
 class ChatConfig:
     """How the chat draws its answers."""
 
+    name: str = "Hearth"  # what the model is called, where a stage teaches who it is
+    owner: str = "the owner of this computer"  # who made it, in its own words
     system: str | None = None  # system prompt; None is no system turn
     temperature: float = 0.7  # 0 takes the likeliest token
     top_k: int | None = None  # draw from the k likeliest tokens; None is all
@@ -323,22 +393,32 @@ class ReportConfig:
     watts: float | None = None  # power while training, where the card does not tell
 
 
-LOOPS = ("pretrain", "sft1", "sft2")
-# what every number must be → which ones; `loop` stands for each of LOOPS
+# what every number must be → which ones; `loop` stands for pretrain and each of `FINE_TUNING`,
+# `sft` for each of these alone
 BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "at least 0": (lambda x: x >= 0, "model.hrm.l_cycles report.price_per_kwh chat.tool_calls"),
+    "at least 0": (
+        lambda x: x >= 0,
+        "model.hrm.l_cycles report.price_per_kwh chat.tool_calls sft.epochs sft.weight_decay",
+    ),
     "at least 1": (
         lambda x: x >= 1,
         "data.shard_mb tokenizer.sample_mb tokenizer.shard_tokens model.vocab_size model.n_layer "
         "model.d_model model.n_head model.n_kv_head model.d_ff model.context model.window "
         "model.hrm.l_layer model.hrm.h_layer model.hrm.h_cycles pretrain.steps pretrain.tokens "
         "loop.tokens_per_step loop.micro_batch_tokens loop.eval_every_steps loop.eval_tokens "
-        "loop.log_every_steps loop.sample_every_steps loop.keep_checkpoints",
+        "loop.log_every_steps loop.sample_every_steps loop.keep_checkpoints rl.steps "
+        "rl.prompts_per_step rl.max_tokens rl.n_held_out rl.test_every_steps "
+        "rl.log_every_steps rl.keep_checkpoints rl.micro_batch_tokens",
     ),
-    "above 0": (lambda x: x > 0, "optim.clip loop.lr sft1.epochs sft2.epochs report.watts"),
+    "at least 2": (lambda x: x >= 2, "rl.samples_per_prompt"),
+    "above 0": (
+        lambda x: x > 0,
+        "optim.clip loop.lr report.watts rl.lr_ratio",
+    ),
     "from 0 to below 1": (lambda x: 0 <= x < 1, "optim.momentum optim.beta1 optim.beta2"),
     "between 0 and 0.5": (lambda x: 0 < x < 0.5, "data.validation_share"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "data.near_duplicates"),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, "sft.momentum_warmup_share"),
 }
 
 
@@ -346,11 +426,18 @@ def out_of_bounds(config: Config) -> list[str]:
     """The settings that break their bound, in words; what is None breaks none."""
     found = []
     for rule, (holds, names) in BOUNDS.items():
-        for name in {n.replace("loop.", f"{s}."): 0 for n in names.split() for s in LOOPS}:
+        for name in dict.fromkeys(said for n in names.split() for said in _each_stage(n)):
             value = reduce(lambda part, n: getattr(part, n, None), name.split("."), config)
             if value is not None and not holds(value):
                 found.append(f"{name} is {value}, must be {rule}")
     return found
+
+
+def _each_stage(name: str) -> list[str]:
+    """`loop.lr` as `pretrain.lr`, `mid.lr` …; a name that stands for itself as it is."""
+    group, dot, rest = name.partition(".")
+    groups = {"loop": ("pretrain", *FINE_TUNING), "sft": tuple(FINE_TUNING)}.get(group, (group,))
+    return [f"{g}{dot}{rest}" for g in groups]
 
 
 @dataclass(frozen=True)
@@ -369,8 +456,11 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    sft1: SFTConfig = field(default_factory=SFTConfig)
-    sft2: SFTConfig = field(default_factory=SFTConfig)
+    # the stages of fine-tuning, in their order: one more is one more field, here alone
+    mid: SFTConfig = field(default_factory=SFTConfig, metadata={"title": "Middle stage"})
+    sft1: SFTConfig = field(default_factory=SFTConfig, metadata={"title": "Fine-tuning, stage 1"})
+    sft2: SFTConfig = field(default_factory=SFTConfig, metadata={"title": "Fine-tuning, stage 2"})
+    rl: RLConfig = field(default_factory=RLConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
@@ -379,7 +469,8 @@ class Config:
         found = [*out_of_bounds(self), *self.data.problems(), *self.model.problems()]
         if context > 0:
             found += self.pretrain.problems(context)
-            found += self.sft1.problems("sft1", context) + self.sft2.problems("sft2", context)
+            for name in FINE_TUNING:
+                found += getattr(self, name).problems(name, context)
         if found:
             raise UserError("\n  - ".join(["This configuration cannot work:", *found]))
 
@@ -387,6 +478,14 @@ class Config:
     def run_dir(self) -> Path:
         """Folder of everything this run makes; removing it is starting over."""
         return Path(self.runs) / (self.name or self.preset)
+
+    def sets(self, stage: str) -> tuple[ChatSource, ...]:
+        """The sets of conversations of a stage of fine-tuning; none where it is left out."""
+        return getattr(self, stage).sets((self.chat.name, self.chat.owner))
+
+
+# a stage of fine-tuning → its title
+FINE_TUNING = {f.name: f.metadata["title"] for f in fields(Config) if "title" in f.metadata}
 
 
 # ----------------------------------------------------------------------------------------- the rule
@@ -448,7 +547,7 @@ def settled(config: Config) -> Config:
             lr=stage.lr or FINE_TUNING_LR * lr,
             tokens_per_step=stage.tokens_per_step or max(stage.context, batch // 4),
         )
-        for name in ("sft1", "sft2")
+        for name in FINE_TUNING
         if (stage := getattr(config, name))
     }
     return replace(config, pretrain=filled, **tuned)
@@ -464,8 +563,40 @@ DOLLY = ChatSource("dolly", "databricks/databricks-dolly-15k")
 ULTRACHAT = ChatSource("ultrachat", "HuggingFaceH4/ultrachat_200k", split="train_sft")
 OPENR1 = ChatSource("openr1-math", "open-r1/OpenR1-Math-220k", "default", max_chars=11_000)
 
+SMOLTALK = ChatSource("smol-smoltalk", "HuggingFaceTB/smol-smoltalk", weight=0.5)
+GSM8K = ChatSource("gsm8k", "openai/gsm8k", "main", calls=True, weight=4.0)
+MMLU = ChatSource("mmlu", "cais/mmlu", "all", split="auxiliary_train", weight=0.5)
+ARC = ChatSource("arc", "allenai/ai2_arc", "ARC-Challenge", weight=2.0)
+ARC_EASY = ChatSource("arc-easy", "allenai/ai2_arc", "ARC-Easy", weight=2.0)
+OPENBOOKQA = ChatSource("openbookqa", "allenai/openbookqa", "main", weight=2.0)
+# what these are measured with, kept out of training
+TESTS = (
+    *(replace(s, name=f"{s.name}-test", split="test") for s in (GSM8K, MMLU, ARC, ARC_EASY)),
+    replace(OPENBOOKQA, name="openbookqa-test", split="test"),
+)
+MID_MADE = {
+    **{"spelling": 20_000, "letters": 20_000, "counting": 10_000, "calculator": 10_000},
+    **{"long sums": 20_000, "dates": 10_000, "units": 5_000, "identity": 1_000},
+}
+
+
+def made(kind: str, rows: int, weight: float = 1.0) -> ChatSource:
+    """So many problems of one kind; a weight below 1 takes a part of them, another each epoch."""
+    return ChatSource(kind, made=kind, max_rows=rows, weight=weight)
+
+
 CARD = Config(
     data=DataConfig(sources=(FINEWEB, WEB_MATH)),
+    mid=SFTConfig(
+        sources=(
+            *(SMOLTALK, GSM8K, MMLU, ARC, ARC_EASY, OPENBOOKQA),
+            *(made(kind, rows) for kind, rows in MID_MADE.items()),
+        ),
+        calls=True,
+        exclude=TESTS,
+        loss="all",
+        epochs=1.0,
+    ),
     sft1=SFTConfig(sources=(ALPACA, DOLLY)),
     sft2=SFTConfig(sources=(ULTRACHAT, OPENR1), context=4096, epochs=1.0),
 )
@@ -477,7 +608,16 @@ DEMO_LOOP = {
     "eval_tokens": 16_384,
     "save_every_minutes": 1.0,
 }
-DEMO_SFT = DEMO_LOOP | {"lr": 3e-3, "eval_every_steps": 200}
+DEMO_SFT = DEMO_LOOP | {"lr": 3e-3}
+
+
+def demo_made(weight: float) -> tuple[ChatSource, ...]:
+    """What the demo's middle stage teaches; the stages behind it repeat a part of it."""
+    rows = {"spelling": 8000, "letters": 4000, "counting": 3000, "calculator": 2500}
+    some = [made(kind, n, weight) for kind, n in rows.items()]
+    return (*some, made("identity", 1000, max(weight, 0.5)))
+
+
 DEMO = Config(
     preset="demo",
     data=DataConfig(
@@ -500,25 +640,50 @@ DEMO = Config(
     ),
     optim=OptimConfig(momentum_warmup_steps=50),
     pretrain=PretrainConfig(
-        steps=1700,
+        steps=2000,
         lr=1.2e-2,
         stages=(Stage(128, 0.2), Stage(256, 0.5), Stage(512, 0.3)),
-        eval_every_steps=425,
-        sample_every_steps=850,
+        eval_every_steps=500,
+        sample_every_steps=1000,
         prompts=("Once", "What is", "The"),
         **DEMO_LOOP,
     ),
+    mid=SFTConfig(
+        sources=(*demo_made(1.0), ChatSource("alpaca", demo="alpaca", weight=0.5)),
+        context=256,
+        epochs=1.0,
+        **DEMO_SFT,
+    ),
     sft1=SFTConfig(
-        sources=(ChatSource("alpaca", demo="alpaca"), ChatSource("dolly", demo="dolly")),
+        sources=(
+            ChatSource("alpaca", demo="alpaca"),
+            ChatSource("dolly", demo="dolly"),
+            *demo_made(0.1),
+        ),
         context=256,
         epochs=1.0,
         **DEMO_SFT,
     ),
     sft2=SFTConfig(
-        sources=(ChatSource("messages", demo="messages"), ChatSource("math", demo="math")),
+        sources=(
+            ChatSource("messages", demo="messages"),
+            ChatSource("math", demo="math"),
+            *demo_made(0.2),
+        ),
         context=512,
-        epochs=1.5,
+        epochs=2.0,
         **DEMO_SFT,
+    ),
+    rl=RLConfig(
+        environments=("new sums", "new comparisons"),
+        steps=40,
+        prompts_per_step=8,
+        max_tokens=128,
+        lr_ratio=0.3,
+        tool_cost=0.05,
+        test_every_steps=10,
+        micro_batch_tokens=4096,
+        save_every_minutes=1.0,
     ),
     chat=ChatConfig(temperature=0.0, top_p=None, max_tokens=200),
 )

@@ -16,7 +16,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from config import ChatSource, Config, TextSource
+from config import FINE_TUNING, ChatSource, Config, SFTConfig, TextSource
 from hearth import cli, log, run
 from hearth.data.ingest import (
     CHAT_UNIT_BYTES,
@@ -43,10 +43,11 @@ class Options:
     redo: Literal["text"] | None = None
 
 
+CHAT_SETTINGS = ("files", "calls", "exclude_files", "validation_share")  # read of a stage
 SCRIPT = cli.Script(
     __doc__,
     Options(),
-    ("data", *(f"{s}.{n}" for s in ("sft1", "sft2") for n in ("files", "validation_share"))),
+    ("data", *(f"{s}.{n}" for s in FINE_TUNING for n in CHAT_SETTINGS)),
 )
 
 
@@ -92,13 +93,15 @@ def make_conversations(
     """The text shards of a stage's conversations; made again where their source has changed and the
     stage has not begun.
     """
+    loop: SFTConfig = getattr(config, stage)
     for source in sources:
         folder = config.run_dir / "text" / "chat" / source.name
         title = f"{source.name}, done before" if is_finished(folder) else source.name
         manifest = write_chat_shards(
             source,
             folder,
-            getattr(config, stage).validation_share,
+            loop.validation_share,
+            exclude=loop.test_sets(),
             retry_minutes=config.data.retry_minutes,
             verify=verify,
             remake=work.begun(stage) is None,
@@ -110,8 +113,8 @@ def chat_sets(config: Config) -> dict[str, list[ChatSource]]:
     """The sets of conversations of each stage; one that two stages share counts to the first."""
     seen: set[str] = set()
     found: dict[str, list[ChatSource]] = {}
-    for stage in ("sft1", "sft2"):
-        found[stage] = [s for s in getattr(config, stage).sets() if s.name not in seen]
+    for stage in FINE_TUNING:
+        found[stage] = [s for s in config.sets(stage) if s.name not in seen]
         seen |= {source.name for source in found[stage]}
     return found
 

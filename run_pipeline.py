@@ -1,4 +1,4 @@
-"""Walk the whole road of one preset: corpus, tokenizer, pretraining, two stages of fine-tuning, a
+"""Walk the whole road of one preset: corpus, tokenizer, pretraining, the stages of fine-tuning, a
 chat.
 
 Each stage is the script of its own, with the same options; a stage that is done says so and ends at
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from config import Config, UserError
+from config import FINE_TUNING, Config, UserError
 from hearth import cli, log, run
 
 HERE = Path(__file__).resolve().parent
@@ -31,9 +31,10 @@ class Options:
     """What this script alone can be told."""
 
     # remove this stage and all that follow, and make them again
-    redo: Literal["text", "tokenizer", "base", "sft1", "sft2"] | None = None
+    redo: Literal[tuple(run.STAGES)] | None = None
     # hours that pretraining may take on this machine: picks the model's size and the tokens
     hours: float | None = None
+    practise: bool = False  # go on to reinforcement learning (rl.py) after fine-tuning
 
 
 SCRIPT = cli.Script(
@@ -41,7 +42,8 @@ SCRIPT = cli.Script(
     Options(),
     reads=(
         *("seed", "device", "data.text_files", "model", "pretrain.lr", "pretrain.steps"),
-        *("sft1.files", "sft2.files", "chat"),
+        *(f"{stage}.files" for stage in FINE_TUNING),
+        "chat",
     ),
 )
 
@@ -57,7 +59,8 @@ def main(config: Config, options: Options) -> None:
     if options.redo:
         with run.working_on(config, makes=list(run.STAGES), redo=options.redo):
             pass
-    for number, script in enumerate((*ROAD, *(("score.py",) if asks_world else ())), start=1):
+    road = (*ROAD, *(("rl.py",) if options.practise else ()))
+    for number, script in enumerate((*road, *(("score.py",) if asks_world else ())), start=1):
         log.say(f"── {number}. {script} ".ljust(100, "─"))
         code, stopped = run_stage(script, config)
         if stopped:

@@ -1,11 +1,11 @@
-"""Fine-tune on conversations, in two stages; loss on the assistant's tokens alone; continue where a
-run stopped.
+"""Fine-tune on conversations, stage by stage: mid, sft1, sft2; continue where a run stopped.
 
-In: the base checkpoint (stage 1) or stage 1's (stage 2), runs/<preset>/text/chat/.
-Out: runs/<preset>/chat_tokens/, then runs/<preset>/sft1/ or sft2/ with step-*/ and metrics.jsonl.
+In: the checkpoint of the stage before (of the first one: the base model), runs/<preset>/text/chat/.
+Out: runs/<preset>/chat_tokens/, then runs/<preset>/<stage>/ with step-*/ and metrics.jsonl.
+A stage without conversations is left out. All stages have the same settings.
 
-    uv run sft.py --preset 16gb                both stages, one after the other
-    uv run sft.py --preset 16gb --stage sft2   one of them
+    uv run sft.py --preset 16gb                all stages, one after the other
+    uv run sft.py --preset 16gb --stage mid    one of them
     uv run sft.py --name mine --stage sft1 --from 16gb --sft1.files chats.jsonl
 """
 
@@ -14,17 +14,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from config import ChatSource, Config, SFTConfig, UserError, settled
+from config import FINE_TUNING, ChatSource, Config, SFTConfig, UserError, settled
 from hearth import cli, hardware, log, run
 from hearth.data import ingest, sources
-from hearth.data.chat_format import CHAT_TEMPLATE, Rendered, parse_answer, render
+from hearth.data.chat_format import (
+    CHAT_TEMPLATE,
+    Call,
+    Message,
+    Rendered,
+    loss_everywhere,
+    parse_answer,
+    render,
+)
 from hearth.data.shard_folder import SPLITS, content_fingerprint, read_manifest
 from hearth.data.token_shards import TokenShards, TokenShardWriter
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Engine, Sampling
+from hearth.decoding.tools import Tools
 from hearth.storage import checksum
 from hearth.training import checkpoint, distributed
 from hearth.training.batches import ConversationBatches, held_out_conversations
@@ -39,17 +49,20 @@ WEIGHTS = "model.safetensors"
 class Options:
     """What only this script knows."""
 
-    stage: Literal["sft1", "sft2"] | None = None  # the stage to train; None trains both in order
+    stage: Literal[tuple(FINE_TUNING)] | None = None  # the stage to train; None trains all in order
     # start from this checkpoint: a run, a stage, or a folder; None takes the stage before
     from_: str | None = None
     # remove this stage and what follows, train it again
-    redo: Literal["sft1", "sft2"] | None = None
+    redo: Literal[tuple(FINE_TUNING)] | None = None
 
 
-ORDER = ("sft1", "sft2")
-SCRIPT = cli.Script(
-    __doc__, Options(), ("seed", "device", "compile", "optim", *ORDER), keywords=("from",)
+FIRST, *OTHERS = FINE_TUNING
+MOST_ASKED = ("files", "context", "loss", "epochs", "lr")  # of the other stages, in --help
+READS = (
+    *("seed", "device", "compile", "optim", "chat.name", "chat.owner", FIRST),
+    *(f"{stage}.{name}" for stage in OTHERS for name in MOST_ASKED),
 )
+SCRIPT = cli.Script(__doc__, Options(), READS, keywords=("from",))
 
 
 def main(config: Config, options: Options) -> None:
@@ -60,12 +73,23 @@ def main(config: Config, options: Options) -> None:
     start = run.find_checkpoint(options.from_, config) if options.from_ else None
     if start is not None:  # the model is that of the checkpoint, whatever the preset says
         config = replace(config, model=checkpoint.load_for_inference(start).config.model)
-    with run.working_on(config, makes=ORDER, redo=options.redo, creates=start is not None) as work:
-        for stage in (options.stage,) if options.stage else ORDER:
-            train_stage(config, stage, start, work)
-            start = None
-    script = "chat_inference.py" if stage == ORDER[-1] else "sft.py"
+    there = run.fine_tuning(config)
+    makes, creates = tuple(FINE_TUNING), start is not None
+    with run.working_on(config, makes=makes, redo=options.redo, creates=creates) as work:
+        for stage in (options.stage,) if options.stage else makes:
+            if stage in there:
+                train_stage(config, stage, start, work)
+                start = None
+            else:
+                say_left_out(stage)
+    script = "chat_inference.py" if stage == makes[-1] else "sft.py"
     log.say(f"Next: {run.command(config, script)}")
+
+
+def say_left_out(stage: str) -> None:
+    """Name a stage that is not walked, and what would make it one."""
+    title, option = run.STAGES[stage].title.lower(), f"--{stage}.files"
+    log.say(f"{title}: left out, it has no conversations; give it some with {option}")
 
 
 def train_stage(config: Config, name: str, start: Path | None, work: run.Run) -> None:
@@ -73,7 +97,7 @@ def train_stage(config: Config, name: str, start: Path | None, work: run.Run) ->
     loop: SFTConfig = getattr(settled(config), name)
     folder = config.run_dir / name
     start = start or stage_before(config, name, work)
-    sets = loop.sets()
+    sets = config.sets(name)
     with work.stage(name):
         texts = write_texts(config, sets, loop, remake=work.begun(name) is None)
     used = {"weights": checksum(start / WEIGHTS), **texts}
@@ -128,7 +152,8 @@ def stage_before(config: Config, stage: str, work: run.Run) -> Path:
 
     Raises UserError where that is unfinished or stale, with the command that makes it.
     """
-    before = run.TRAINED[run.TRAINED.index(stage) - 1]
+    road = ["base", *run.fine_tuning(config)]
+    before = road[road.index(stage) - 1]
     folder = config.run_dir / before
     begun = work.begun(stage)
     if begun is not None and not folder.exists() and Path(begun["starts_from"]).is_dir():
@@ -139,8 +164,9 @@ def stage_before(config: Config, stage: str, work: run.Run) -> Path:
         command = run.command(config, run.STAGES[before].script)
         title = run.STAGES[stage].title
         raise UserError(f"{title} starts from {folder}, which holds {state}. Run `{command}`.")
-    if before == "sft1" and (first := run.newest(config.run_dir / "base")) is not None:
-        work.check("sft1", {"weights": checksum(first / WEIGHTS)})
+    for earlier, later in pairwise(road[: road.index(stage)]):
+        if (first := run.newest(config.run_dir / earlier)) is not None:
+            work.check(later, {"weights": checksum(first / WEIGHTS)})
     return run.newest(folder)
 
 
@@ -157,7 +183,9 @@ def write_texts(
     found = {}
     for source in sets:
         text = config.run_dir / "text" / "chat" / source.name
-        ingest.write_chat_shards(source, text, loop.validation_share, remake=remake)
+        ingest.write_chat_shards(
+            source, text, loop.validation_share, exclude=loop.test_sets(), remake=remake
+        )
         found[f"conversations {source.name}"] = text_of(text)
     return found
 
@@ -177,7 +205,8 @@ def write_chat_tokens(
     folder = config.run_dir / "chat_tokens" / name / source.name
     writer = TokenShardWriter(
         folder,
-        {"text": text_of(text), "context": loop.context},
+        {"text": text_of(text), "context": loop.context}
+        | ({"loss": loop.loss} if loop.loss != "assistant" else {}),
         vocab_size=tokenizer.vocab_size,
         tokenizer_hash=tokenizer.hash,
         shard_tokens=config.tokenizer.shard_tokens,
@@ -189,8 +218,9 @@ def write_chat_tokens(
     for split in SPLITS:
         for index, rendered in enumerate(fitting(text, split, loop.context, tokenizer, counts)):
             if index >= writer.n_done(split):
-                n_bytes = int(tokenizer.token_bytes[rendered.ids].sum())
-                writer.add(split, rendered.ids, n_bytes, rendered.loss)
+                ids, loss = rendered
+                loss = loss if loop.loss == "assistant" else loss_everywhere(ids, tokenizer)
+                writer.add(split, ids, int(tokenizer.token_bytes[ids].sum()), loss)
     writer.finish(source=source.name, counts=dict(counts))
     told = ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items()))
     log.say(f"{source.name}: {told}; kept conversations lie in {folder}")
@@ -206,7 +236,7 @@ def fitting(
     Nothing is cut within a turn: a first exchange too long for the context is dropped and counted.
     """
     for messages in sources.read_conversations(text, split):
-        kept = messages
+        kept = with_results(messages)
         rendered = render(kept, tokenizer)
         while len(rendered.ids) > context and kept:
             kept = kept[:-1]
@@ -221,13 +251,35 @@ def fitting(
         yield rendered
 
 
+def with_results(messages: list[Message]) -> list[Message]:
+    """The messages with the results that the tools give, as an answer will meet them; what a file
+    says of them may be rounded otherwise, or wrong. A call that a tool refuses, though the file
+    knows its result, is left out.
+    """
+    tools = Tools()
+
+    def settle(part: dict[str, str]) -> list[dict[str, str]]:
+        if part.get("tool") not in tools.functions or part.get("result") is None:
+            return [part]
+        result = tools.result(Call(part["tool"], part["arguments"]), 1)
+        refused = result.startswith("error") and not part["result"].startswith("error")
+        return [] if refused else [part | {"result": result}]
+
+    return [
+        {**m, "content": [kept for part in m["content"] for kept in settle(part)]}
+        if isinstance(m["content"], list)
+        else m
+        for m in messages
+    ]
+
+
 # ------------------------------------------------------------------------------ figures and samples
 
 
 def held_out_loss(
     model: Model, shards: TokenShards, loop: SFTConfig, tokenizer: Tokenizer
 ) -> float:
-    """Mean cross-entropy of the assistant's held-out tokens, in nats."""
+    """Mean cross-entropy of the held-out tokens that carry loss, in nats."""
     batches = held_out_conversations(
         shards, context=loop.context, max_tokens=loop.eval_tokens, pad=tokenizer.pad
     )
@@ -278,7 +330,8 @@ def probe(
     if not prompts:
         return {}
     ids = [prompt.ids for prompt in prompts]
-    answers = Engine(model).generate(ids, max_tokens=max_tokens, stop_ids=[tokenizer.end])
+    engine, looks = Engine(model, tokenizer=tokenizer), {"stop_ids": [tokenizer.end]}
+    answers = engine.generate(ids, max_tokens=max_tokens, tools=Tools(), **looks)
     stops = [answer[-1:] == [tokenizer.end] for answer in answers]
     reasons = [
         (answer[:1] == [tokenizer.think]) == prompt.reasons
@@ -305,10 +358,11 @@ def answer_prompts(
         render([{"role": "user", "content": prompt}], tokenizer, answer=True).ids
         for prompt in prompts
     ]
-    answers = Engine(model).generate(
+    answers = Engine(model, tokenizer=tokenizer).generate(
         ids,
         max_tokens=120,
         stop_ids=[tokenizer.end],
+        tools=Tools(),
         sampling=Sampling(temperature=0.0),
         seeds=[0] * len(ids),
     )

@@ -144,7 +144,8 @@ def speed(device: torch.device, sizes: Sizes, options: argparse.Namespace) -> li
 
 def memory(device: torch.device, sizes: Sizes, options: argparse.Namespace) -> list[Row]:
     """Every micro-batch of the plan: estimated, measured, and the one over the other."""
-    config, loop, rows = sizes.config, settled(sizes.config).pretrain, []
+    config, rows = settled(sizes.config), []
+    loop = config.pretrain
     for compiled in sorted({False, hardware.compiles(None, device)}):
         model = build_model(config.model, seed=0, device=device)
         attention.pick(model)

@@ -93,6 +93,11 @@ COLUMNS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("memory_gb", lambda v: f"{v:4.1f} GB"),
     ("eta_seconds", lambda v: f"eta {duration(v):>6}"),
     ("skipped", lambda v: f"skipped {v}" if v else ""),
+    ("reward", lambda v: f"reward {v:5.3f}"),
+    ("stops", lambda v: f"stops {v:4.0%}"),
+    ("length", lambda v: f"length {v:3.0f}"),
+    ("entropy", lambda v: f"entropy {v:4.2f}"),
+    ("dead_groups", lambda v: f"dead {v:4.0%}"),
 )
 
 
@@ -118,8 +123,14 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [record for record in read_metrics(self.path) if record["step"] <= start]
+            before = read_metrics(self.path) if start else []
+            kept = [record for record in before if record["step"] <= start]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def holds(self, kind: str, step: int) -> bool:
+        """Whether a record of this kind was noted at a step, also by an earlier start."""
+        noted = read_metrics(self.path) if self.path.exists() else []
+        return any(r.get("kind") == kind and r["step"] == step for r in noted)
 
     def note(self, kind: str, step: int, **figures: Any) -> None:
         """Append one record to `metrics.jsonl`; `kind` says what it is: step, eval,

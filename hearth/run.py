@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config import PRESETS, Config, UserError, settled
+from config import FINE_TUNING, PRESETS, Config, UserError, settled
 from hearth import cli, log, storage
 
 SETTINGS, LOCK = "config.json", "lock"
@@ -48,14 +48,14 @@ STAGES = {
     "base": Stage(
         "Pretraining", "pretrain.py", ("base",), ("seed", "eight_bit", "model", "optim", "pretrain")
     ),
-    "sft1": Stage(
-        "Fine-tuning, stage 1", "sft.py", ("sft1", "chat_tokens/sft1"), ("seed", "optim", "sft1")
-    ),
-    "sft2": Stage(
-        "Fine-tuning, stage 2", "sft.py", ("sft2", "chat_tokens/sft2"), ("seed", "optim", "sft2")
-    ),
+    **{
+        name: Stage(title, "sft.py", (name, f"chat_tokens/{name}"), ("seed", "optim", name))
+        for name, title in FINE_TUNING.items()
+    },
+    "rl": Stage("Reinforcement learning", "rl.py", ("rl",), ("seed", "optim", "rl")),
 }
-TRAINED = ("base", "sft1", "sft2")  # stages that hold checkpoints, in the order of the road
+TRAINED = ("base", *FINE_TUNING, "rl")  # stages that hold checkpoints, in the order of the road
+THINKING = TRAINED[TRAINED.index("sft2") :]  # that were taught to think where they are asked to
 # settings that change no result, whatever stage reads them; by their last name
 FREE = {
     *("micro_batch_tokens", "save_every_minutes", "keep_checkpoints", "max_skipped_steps"),
@@ -157,6 +157,11 @@ def _furthest(folder: Path, config: Config) -> Path:
     )
 
 
+def fine_tuning(config: Config) -> list[str]:
+    """The stages of fine-tuning that this run has, in their order: those with conversations."""
+    return [stage for stage in FINE_TUNING if config.sets(stage)]
+
+
 # ------------------------------------------------------------------------------- what it remembers
 
 
@@ -177,9 +182,11 @@ def load_settings(folder: Path) -> Config | None:
 
 
 def _followed(then: Any, now: Any, saved: Any) -> Any:
-    """`saved`, but what is as the preset was `then` becomes as the preset is `now`."""
+    """`saved`, but what is as the preset was `then` becomes as the preset is `now`; so does what
+    neither of them knew.
+    """
     if all(isinstance(value, dict) for value in (then, now, saved)):
-        return {
+        return {name: now[name] for name in now if name not in then and name not in saved} | {
             name: _followed(then[name], now[name], value) if name in then and name in now else value
             for name, value in saved.items()
         }
@@ -217,9 +224,14 @@ def settings_of(stage: str, config: Config) -> dict[str, Any]:
     if stage in ("tokenizer", "base"):
         found["corpora"] = [[source.name, source.weight] for source in corpora]
     if f"{stage}.sources" in found:
-        part = getattr(config, stage)
-        del found[f"{stage}.sources"], found[f"{stage}.files"]
-        found[f"{stage}.files"] = [_what_is_read(source) for source in part.sets()]
+        for name in ("sources", "files", "calls"):
+            del found[f"{stage}.{name}"]
+        found[f"{stage}.files"] = [_what_is_read(source) for source in config.sets(stage)]
+        del found[f"{stage}.exclude_files"]
+        test_sets = getattr(config, stage).test_sets()
+        found[f"{stage}.exclude"] = [_what_is_read(source) for source in test_sets]
+        # its own ones take their place
+        del found["optim.weight_decay"], found["optim.momentum_warmup_steps"]
     return found
 
 
@@ -227,7 +239,7 @@ def _what_is_read(source: Any) -> dict[str, Any]:
     """A corpus or a set of conversations; files by where they are, however that is written."""
     facts = {name: value for name, value in cli.plain(source).items() if name != "name"}
     facts["files"] = [os.path.abspath(Path(file).expanduser()) for file in source.files]
-    return {name: value for name, value in facts.items() if value not in (None, [], ())}
+    return {n: v for n, v in facts.items() if v not in (None, [], ()) and v is not False}
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,30 @@ def shown(value: Any) -> str:
 # --------------------------------------------------------------------------------------- the disk
 
 
+def replace_file(source: Path, target: Path) -> None:
+    """Make `target` a copy of `source`, whole at any moment."""
+    part = target.with_name(f".part-{target.name}")
+    with writing(target.parent):
+        shutil.copyfile(source, part)
+        sync_file(part)
+        os.replace(part, target)
+        sync_folder(target.parent)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Make `target` a copy of the folder `source`; a kill may leave it missing, never half."""
+    part = target.with_name(f".part-{target.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    with writing(target.parent):
+        shutil.copytree(source, part)
+        for file in part.rglob("*"):
+            if file.is_file():
+                sync_file(file)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(part, target)
+        sync_folder(target.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` survive a power cut, where the system can."""
     with contextlib.suppress(OSError):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from config import PRESETS, ChatConfig, Config, HRMConfig, ModelConfig
+from config import FINE_TUNING, PRESETS, ChatConfig, Config, HRMConfig, ModelConfig
 from hearth.cli import to_json
 from hearth.data.chat_format import render
 from hearth.data.tokenizer import Tokenizer
@@ -34,8 +34,7 @@ CONFIG = replace(
     pretrain=replace(
         PRESETS["demo"].pretrain, stages=(replace(PRESETS["demo"].pretrain.stages[0], share=1.0),)
     ),
-    sft1=replace(PRESETS["demo"].sft1, context=128),
-    sft2=replace(PRESETS["demo"].sft2, context=128),
+    **{name: replace(getattr(PRESETS["demo"], name), context=128) for name in FINE_TUNING},
     chat=replace(PRESETS["demo"].chat, max_tokens=12),
 )
 

@@ -41,7 +41,7 @@ def make_run(folder: Path) -> Config:
     demo = settings.PRESETS["demo"]
     stages = tuple(replace(stage, context=32) for stage in demo.pretrain.stages)
     pretrain = replace(demo.pretrain, stages=stages, eval_tokens=2000)
-    stages = {"sft1": replace(demo.sft1, context=64), "sft2": replace(demo.sft2, context=64)}
+    stages = {n: replace(getattr(demo, n), context=64) for n in settings.FINE_TUNING}
     config = replace(
         demo,
         runs=str(folder),

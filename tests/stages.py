@@ -18,6 +18,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from config import FINE_TUNING
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("create_shard.py", "train_tokenizer.py", "pretrain.py", "sft.py")
 
@@ -82,8 +84,7 @@ def write_inputs(folder: Path) -> list[str]:
             )
     small = {
         "data.text_files": folder / "text.jsonl",
-        "sft1.files": folder / "chat.jsonl",
-        "sft2.files": folder / "chat.jsonl",
+        **{f"{name}.files": folder / "chat.jsonl" for name in FINE_TUNING},
         "device": "cpu",
         "model.vocab_size": 384,
         "model.n_layer": 2,
@@ -97,10 +98,9 @@ def write_inputs(folder: Path) -> list[str]:
         "pretrain.steps": 30,
         "pretrain.eval_every_steps": 10,
         "pretrain.sample_every_steps": 1000,
-        "sft1.context": 64,
-        "sft2.context": 64,
+        **{f"{name}.context": 64 for name in FINE_TUNING},
     }
-    for stage in ("pretrain", "sft1", "sft2"):
+    for stage in ("pretrain", *FINE_TUNING):
         small |= {
             f"{stage}.tokens_per_step": 256,
             f"{stage}.micro_batch_tokens": 128,

@@ -17,15 +17,16 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "hearth": ("cli", "storage", "log", "hardware", "run"),
     "reporting": ("page", "report", "trackers"),
     "data": (
-        *("tokenizer", "chat_format", "cleaning", "hub", "readers", "layouts", "demo_world"),
+        *("tokenizer", "chat_format", "cleaning", "hub", "readers", "layouts", "problems"),
+        "demo_world",
         *("shard_folder", "token_shards", "text_shards", "sources", "ingest"),
     ),
     "decoding": ("calculator", "tools", "matrices", "kv_cache", "slots", "engine", "scheduler"),
     "training": (
         *("batches", "distributed", "optim", "eight_bit", "attention", "gradients", "held_out"),
-        *("planning", "sizing", "checkpoint", "loop"),
+        *("planning", "sizing", "checkpoint", "loop", "rewards", "rollouts"),
     ),
-    "evaluation": ("tasks", "scores", "chat_tasks", "battery", "lm_eval_adapter"),
+    "evaluation": ("pass_at_k", "tasks", "scores", "chat_tasks", "battery", "lm_eval_adapter"),
     "export": ("modeling_hearth", "qwen3", "card", "huggingface", "gguf"),
     "serving": (
         *("marks", "terminal", "conversation", "commands"),
@@ -130,6 +131,7 @@ ERRANDS = {
     "what is in a checkpoint": ("hearth/training/checkpoint.py", "def save("),
     "add a task to score": ("hearth/evaluation/tasks.py", "TASKS"),
     "add a prompt to the battery for chat models": ("hearth/evaluation/battery.py", "BATTERY"),
+    "add an environment to practise in": ("hearth/training/rewards.py", "ENVIRONMENTS"),
     "change a command of the chat": ("hearth/serving/commands.py", "def do_"),
 }
 

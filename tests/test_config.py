@@ -87,7 +87,7 @@ def test_all_problems_are_reported_at_once() -> None:
             data=DataConfig(sources=(TextSource(),)),
             model=ModelConfig(vocab_size=1000, n_head=5),
             pretrain=PretrainConfig(steps=0),
-            sft1=SFTConfig(files=("x",), epochs=0),
+            sft1=SFTConfig(files=("x",), epochs=-1),
             sft2=SFTConfig(files=("x",)),
         )
     for word in (

@@ -17,9 +17,11 @@ import stages
 from hub_server import Fault, Hub, write_set
 
 import create_shard
-from config import PRESETS, ChatSource, Config, TextSource, UserError
+from config import FINE_TUNING, PRESETS, ChatSource, Config, TextSource, UserError
 from hearth import storage
-from hearth.data import ingest, shard_folder, sources, text_shards
+from hearth.data import ingest, problems, shard_folder, sources, text_shards
+from hearth.data.layouts import normalised
+from hearth.data.shard_folder import SPLITS, InputsChanged
 
 WORDS = [
     "river",
@@ -77,8 +79,7 @@ def configured(runs: Path, files: Path, **data: object) -> Config:
         demo,
         runs=str(runs),
         data=replace(demo.data, **settings),
-        sft1=replace(demo.sft1, sources=chat),
-        sft2=replace(demo.sft2, sources=chat),
+        **{name: replace(getattr(demo, name), sources=chat) for name in FINE_TUNING},
     )
 
 
@@ -249,6 +250,61 @@ def test_data_sheet_counts_the_reasoning_taken(tmp_path: Path) -> None:
     assert (manifest["reasoning"], manifest["dropped"]) == (taken, {"reasoning too long": 10})
     sheet = (tmp_path / "math/README.md").read_text()
     assert all(f"- {n} × {what}\n" in sheet for what, n in (taken | manifest["dropped"]).items())
+
+
+def test_questions_of_test_sets_enter_no_training(tmp_path: Path) -> None:
+    """GSM8K, multiple choice and chats alike: by what is asked, whatever the layout."""
+    tests = [f"How many of the {n} ducks of farm number {n} lay an egg today?" for n in range(40)]
+    other = [question.replace("ducks", "geese") for question in tests]
+    (tmp_path / "gsm8k_test.jsonl").write_text(
+        "".join(json.dumps({"question": q, "answer": "#### 3"}) + "\n" for q in tests[:20])
+    )
+    (tmp_path / "arc_test.jsonl").write_text(
+        "".join(
+            json.dumps({"query": f"Question: {q}", "choices": ["a"]}) + "\n" for q in tests[20:]
+        )
+    )
+    rows: list[dict] = []
+    for n, question in enumerate([*tests, *other]):
+        asked = question.upper() if n % 2 else f"{question}  "
+        rows.append(
+            (
+                {"question": asked, "answer": "It is 1+2 = <<1+2=3>>3.\n#### 3"},
+                {"question": asked, "choices": ["three", "two"], "answer": 0},
+                {"messages": [turn("user", f"Please:\n{asked}"), turn("assistant", "Three.")]},
+            )[n % 3]
+        )
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = ChatSource("talks", files=(str(tmp_path / "chat.jsonl"),), calls=True)
+    test_sets = [
+        ChatSource(name, files=(str(tmp_path / f"{name}.jsonl"),))
+        for name in ("gsm8k_test", "arc_test")
+    ]
+    folder = tmp_path / "out"
+    manifest = ingest.write_chat_shards(source, folder, 0.1, exclude=test_sets)
+    assert manifest["dropped"] == {"question of a test set": 40}
+    kept = [t for split in SPLITS for t in sources.read_conversations(folder, split)]
+    asked = {normalised(talk[0]["content"].splitlines()[0]) for talk in kept if len(talk) == 2}
+    assert len(kept) == 40
+    assert not {normalised(question) for question in tests} & asked
+    with pytest.raises(InputsChanged, match="exclude"):
+        ingest.write_chat_shards(source, folder, 0.1, exclude=test_sets[:1])
+    (tmp_path / "gsm8k_test.jsonl").write_text('{"answer": "3"}\n')
+    with pytest.raises(UserError, match="gsm8k_test: no question was found"):
+        ingest.write_chat_shards(source, tmp_path / "again", 0.1, exclude=test_sets)
+
+
+def turn(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+def test_calls_come_back_from_the_shards_as_they_were(tmp_path: Path) -> None:
+    source = ChatSource("units", made="units", max_rows=50)
+    ingest.write_chat_shards(source, tmp_path / "units", 0.1)
+    kept = [t for split in SPLITS for t in sources.read_conversations(tmp_path / "units", split)]
+    made = [row["messages"][1]["content"] for row in problems.conversations("units", 50)]
+    assert sorted(map(repr, (talk[1]["content"] for talk in kept))) == sorted(map(repr, made))
+    assert all("parts" not in message for talk in kept for message in talk)
 
 
 def test_plan_prints_sizes_and_makes_nothing(
@@ -590,8 +646,7 @@ def words_for(config: Config, files: Path) -> list[str]:
         "--runs": config.runs,
         "--data.shard_mb": "1",
         "--data.text_files": str(files / "text"),
-        "--sft1.files": str(files / "chat.jsonl"),
-        "--sft2.files": str(files / "chat.jsonl"),
+        **{f"--{name}.files": str(files / "chat.jsonl") for name in FINE_TUNING},
     }
     return [word for option in options.items() for word in option]
 

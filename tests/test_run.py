@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import config as settings
-from config import PRESETS, Config, UserError
+from config import FINE_TUNING, PRESETS, Config, UserError
 from hearth import cli, run
 
 
@@ -122,6 +122,43 @@ def test_a_setting_that_an_earlier_version_lacked_contradicts_nothing(tmp_path: 
     assert asked(made) == made
 
 
+def test_a_run_of_a_version_without_a_stage_is_read_and_leaves_it_out(tmp_path: Path) -> None:
+    made = demo(tmp_path)
+    begin(made, "base", "sft1")
+    path = made.run_dir / "config.json"
+    record = json.loads(path.read_text())
+    for part in (record["settings"], record["preset"]):
+        del part["mid"]
+        for stage in ("sft1", "sft2"):  # and with the fields that these had
+            for name in ("calls", "loss", "exclude", "exclude_files", "weight_decay"):
+                del part[stage][name]
+            for source in part[stage]["sources"]:
+                del source["calls"], source["persona"], source["made"]
+    path.write_text(json.dumps(record))
+    assert run.fine_tuning(asked(made)) == ["sft1", "sft2"]
+    begin(asked(made), "sft2")
+    assert run.fine_tuning(asked(made)) == ["sft1", "sft2"]
+
+
+def test_stages_of_fine_tuning_are_the_fields_of_the_config_in_their_order() -> None:
+    assert tuple(FINE_TUNING) == ("mid", "sft1", "sft2")
+    assert ("base", *FINE_TUNING) == run.TRAINED
+    names = list(run.STAGES)
+    assert names[names.index("base") :] == list(run.TRAINED)
+    for name, title in FINE_TUNING.items():
+        assert run.STAGES[name].title == title
+        assert run.STAGES[name].script == "sft.py"
+        assert f"{name}.lr" in cli.flat(PRESETS["demo"])
+
+
+def test_a_name_for_the_model_is_a_setting_of_the_stages_that_teach_it(tmp_path: Path) -> None:
+    made = demo(tmp_path)
+    begin(made, "base", "mid")
+    with pytest.raises(UserError, match=r"Middle stage.*mid.files was .*--redo mid"):
+        begin(asked(made, "--chat.name", "Ada"), "sft1")
+    begin(asked(made, "--chat.temperature", "0.5"), "sft1")
+
+
 def test_files_are_the_same_however_their_place_is_written(tmp_path: Path) -> None:
     def with_files(name: str) -> Config:
         return demo(tmp_path, data=replace(PRESETS["demo"].data, text_files=(name,)))
@@ -130,6 +167,18 @@ def test_files_are_the_same_however_their_place_is_written(tmp_path: Path) -> No
     begin(with_files(str(Path("books/../books/x.txt").absolute())), "text")
     with pytest.raises(UserError, match="corpora was"):
         begin(with_files("books/y.txt"), "text")
+
+
+def test_a_part_that_a_run_never_heard_of_is_as_its_preset_has_it(tmp_path: Path) -> None:
+    """A run of before there was reinforcement learning practises what the demo practises."""
+    made = demo(tmp_path)
+    begin(made, "text")
+    path = made.run_dir / "config.json"
+    record = json.loads(path.read_text())
+    for part in ("settings", "preset"):
+        del record[part]["rl"]
+    path.write_text(json.dumps(record))
+    assert run.load_settings(made.run_dir).rl == PRESETS["demo"].rl
 
 
 # ------------------------------------------------------------------------------------ inputs, redo

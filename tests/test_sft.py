@@ -11,8 +11,9 @@ import torch
 
 import sft
 from config import PRESETS, ChatSource, ModelConfig, SFTConfig, UserError
-from hearth.data import sources
-from hearth.data.chat_format import render
+from hearth import run
+from hearth.data import ingest, sources
+from hearth.data.chat_format import loss_everywhere, render
 from hearth.data.token_shards import TokenShards, TokenShardWriter
 from hearth.data.tokenizer import Tokenizer
 from hearth.training.batches import ConversationBatches
@@ -123,6 +124,81 @@ def test_loss_covers_only_assistant_tokens_and_their_end(tmp_path: Path, words: 
     expected[words.end] = len(answers)
     expected[words.think] = expected[words.end_think] = 1
     assert learnt == expected
+
+
+CALLED = {"tool": "calculate", "arguments": "2 + 2", "result": "4"}
+
+
+def test_loss_of_everything_covers_all_but_the_first_token_and_tool_results(
+    words: Tokenizer,
+) -> None:
+    messages = talk(("user", "what is two and two"), ("assistant", "four"))
+    messages[-1]["content"] = [CALLED, {"text": "four"}, CALLED]
+    ids, assistant = render(messages, words)
+    everywhere = loss_everywhere(ids, words)
+    results = [i for i, learnt in enumerate(assistant) if not learnt and i > ids.index(words.end)]
+    results.remove(ids.index(words.assistant))
+    assert [ids[i] for i in results] == [
+        *(words.tool_result, *words.encode("4"), words.end_tool_call)
+    ] * 2
+    assert [i for i, learnt in enumerate(everywhere) if not learnt] == [0, *results]
+
+
+@pytest.mark.parametrize("loss", ["assistant", "all"])
+def test_a_stage_learns_the_tokens_that_its_loss_names(
+    loss: str, tmp_path: Path, words: Tokenizer
+) -> None:
+    demo = PRESETS["demo"]
+    loop = replace(demo.mid, loss=loss, context=64, validation_share=0.0)
+    config = replace(demo, runs=str(tmp_path), mid=loop)
+    source = ChatSource("calculator", made="calculator", max_rows=20)
+    ingest.write_chat_shards(source, config.run_dir / "text" / "chat" / source.name, 0.0)
+    shards = TokenShards(sft.write_chat_tokens(config, source, loop, words, "mid"), "train")
+    ids, mask = shards.read(0, shards.n_tokens), shards.read_mask(0, shards.n_tokens)
+    learnt = {int(i) for i, learns in zip(ids, mask, strict=True) if learns}
+    assert {words.tool_call, words.end_tool_call, words.end} <= learnt
+    assert words.tool_result not in learnt
+    assert (words.user in learnt) == (loss == "all")
+
+
+def test_results_in_training_are_those_that_the_tools_give() -> None:
+    rounded = CALLED | {"arguments": "2/3", "result": ".66"}
+    refused, open_ended = CALLED | {"arguments": "2 +"}, CALLED | {"result": None}
+    failed, other = refused | {"result": "error: ?"}, CALLED | {"tool": "search", "result": "?"}
+    said = [{"text": "so "}, rounded, refused, failed, open_ended, other]
+    messages = [*talk(("user", "one")), {"role": "assistant", "content": said, "thinking": None}]
+    first, second = sft.with_results(messages)
+    assert first == messages[0]
+    assert [part.get("result") for part in second["content"]] == [
+        *(None, "0.6666666667", "error: not an expression", None, "?")
+    ]
+    assert messages[1]["content"][1] == rounded  # what was read stays as it is
+
+
+def test_a_stage_without_conversations_is_left_out_and_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = PRESETS["demo"]
+    config = replace(demo, runs=str(tmp_path), mid=replace(demo.mid, epochs=0))
+    config = replace(config, sft2=replace(demo.sft2, sources=()))
+    config.run_dir.mkdir(parents=True)
+    trained: list[str] = []
+    monkeypatch.setattr(sft, "train_stage", lambda config, name, start, work: trained.append(name))
+    sft.main(config, sft.Options())
+    assert trained == ["sft1"]
+    said = capsys.readouterr().out
+    assert "middle stage: left out, it has no conversations" in said
+    assert "fine-tuning, stage 2: left out" in said
+
+
+def test_a_stage_starts_from_the_one_before_that_the_run_has(tmp_path: Path) -> None:
+    demo = PRESETS["demo"]
+    without = replace(demo, runs=str(tmp_path), mid=replace(demo.mid, epochs=0))
+    with run.working_on(without, makes=("sft1",), creates=True) as work:
+        with pytest.raises(UserError, match="base, which holds no checkpoint"):
+            sft.stage_before(without, "sft1", work)
+        with pytest.raises(UserError, match="mid, which holds no checkpoint"):
+            sft.stage_before(replace(without, mid=demo.mid), "sft1", work)
 
 
 def test_what_is_too_long_loses_whole_turns_or_is_dropped_and_counted(

@@ -41,7 +41,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path
 
 def test_the_road_makes_every_folder_of_the_plan(unbroken: Path) -> None:
     made = {path.name for path in (unbroken / "demo").iterdir()}
-    assert {"text", "tokenizer", "tokens", "chat_tokens", "base", "sft1", "sft2"} <= made
+    assert {"text", "tokenizer", "tokens", "chat_tokens", *run.TRAINED} <= made
 
 
 def test_started_again_every_stage_says_that_it_is_done(
@@ -50,7 +50,7 @@ def test_started_again_every_stage_says_that_it_is_done(
     before = {path: path.stat().st_mtime_ns for path in (unbroken / "demo").rglob("*.safetensors")}
     for script in ("pretrain.py", "sft.py"):
         assert stages.run(script, [*words, "--runs", str(unbroken)], tmp_path / "output") == 0
-    assert (tmp_path / "output").read_text().count("done") == 3
+    assert (tmp_path / "output").read_text().count("done") == len(run.TRAINED)
     assert before == {
         path: path.stat().st_mtime_ns for path in (unbroken / "demo").rglob("*.safetensors")
     }
@@ -61,7 +61,7 @@ def test_two_runs_with_one_seed_give_identical_checkpoints(
 ) -> None:
     for script in stages.SCRIPTS:
         assert stages.run(script, [*words, "--runs", str(tmp_path)], tmp_path / "output") == 0
-    for stage in ("base", "sft1", "sft2"):
+    for stage in run.TRAINED:
         assert stages.weights(tmp_path / "demo", stage) == stages.weights(unbroken / "demo", stage)
 
 
@@ -72,9 +72,9 @@ def test_a_stage_killed_at_random_moments_ends_like_an_unbroken_one(
     """Twenty SIGKILLs, or as many as there is work for; what each leaves behind is what the next
     start finds.
     """
-    run, rng = tmp_path / "demo", random.Random(script)
+    run_dir, rng = tmp_path / "demo", random.Random(script)
     kept = ("text", "tokenizer", "tokens") + (("base",) if script == "sft.py" else ())
-    stages.copy_run(unbroken / "demo", run, *kept)
+    stages.copy_run(unbroken / "demo", run_dir, *kept)
     killed = 0
     while killed < 20:
         process = stages.start(script, [*words, "--runs", str(tmp_path)], tmp_path / "output")
@@ -87,10 +87,10 @@ def test_a_stage_killed_at_random_moments_ends_like_an_unbroken_one(
         killed += 1
     assert stages.run(script, [*words, "--runs", str(tmp_path)], tmp_path / "output") == 0
     assert killed > 0
-    for stage in ("base",) if script == "pretrain.py" else ("sft1", "sft2"):
-        assert stages.weights(run, stage) == stages.weights(unbroken / "demo", stage)
+    for stage in ("base",) if script == "pretrain.py" else run.TRAINED[1:]:
+        assert stages.weights(run_dir, stage) == stages.weights(unbroken / "demo", stage)
     metrics = [
-        json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()
+        json.loads(line) for line in (run_dir / stage / "metrics.jsonl").read_text().splitlines()
     ]
     numbers = [record["step"] for record in metrics if record["kind"] == "step"]
     assert numbers == list(range(1, len(numbers) + 1))
@@ -291,10 +291,10 @@ def test_conversations_edited_in_place_make_their_stage_stale(
         assert len(talks.read_text()) == len(was)
         said = mistake("sft.py", given, tmp_path)
         assert "stale" in said
-        assert "--redo sft1" in said
+        assert "--redo mid" in said
         again = remedy(said)
         assert stages.run(again[0], again[1:], tmp_path / "again") == 0, said
-        assert stages.weights(run_dir, "sft1") != stages.weights(unbroken / "demo", "sft1")
+        assert stages.weights(run_dir, "mid") != stages.weights(unbroken / "demo", "mid")
         assert "done" in (tmp_path / "again").read_text()
     finally:
         talks.write_text(was)
@@ -310,7 +310,7 @@ def test_a_base_trained_again_makes_what_was_built_on_it_stale(
     save_file(weights, path)
     said = mistake("sft.py", words, tmp_path)
     assert "weights was" in said
-    assert "--redo sft1" in said
+    assert "--redo mid" in said
 
 
 def test_text_made_again_makes_its_tokens_stale_and_they_the_base(

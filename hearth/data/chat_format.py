@@ -123,6 +123,16 @@ def render_turn(message: Message, tokenizer: Tokenizer) -> Rendered:
     return Rendered(ids, loss)
 
 
+def loss_everywhere(ids: Sequence[int], tokenizer: Tokenizer) -> list[bool]:
+    """The mask that learns all of a rendered conversation but `<|bos|>` and the tools' results."""
+    loss, in_result = [], False
+    for token in ids:
+        in_result = in_result or token == tokenizer.tool_result
+        loss.append(not in_result and token != tokenizer.bos)
+        in_result = in_result and token != tokenizer.end_tool_call
+    return loss
+
+
 def result_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     """The ids that follow a call: its result."""
     return [tokenizer.tool_result, *tokenizer.encode(text), tokenizer.end_tool_call]

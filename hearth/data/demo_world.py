@@ -11,22 +11,39 @@ What is held out is decided by a digest, for ever:
     arithmetic,
         one pair of numbers in ten, whatever the operation, order and wording
     comparison
-    counting      one scene in ten, whatever the order of its things
+    the rest      as `problems` says: counting, words spelt, sums of the calculator, who is speaking
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from random import Random
 from typing import Any, NamedTuple
 
+from hearth.data.problems import (
+    DAYS,
+    GOODS,
+    SUMS,
+    Problem,
+    calculator,
+    counting,
+    digest,
+    identity,
+    letters,
+    spelling,
+    spelt,
+    word_held_out,
+)
+
 TEXT_BYTES = 8_000_000  # of all documents together, about
 # of the bytes
-SHARES = {"facts": 0.38, "arithmetic": 0.28, "counting": 0.12, "comparison": 0.16, "spelling": 0.06}
+SHARES = {
+    **{"facts": 0.29, "arithmetic": 0.18, "comparison": 0.14, "counting": 0.06, "one kind": 0.10},
+    **{"spelling": 0.10, "letters": 0.10, "calculator": 0.03},
+}
 # conversations in each layout
 ROWS = {"alpaca": 3300, "dolly": 800, "messages": 1500, "math": 3200}
 SEED = 20_260  # of all training text
@@ -86,22 +103,7 @@ Northend library  tea
 """  # place, what stands there, what it is known for
 
 COLOURS = ("red", "blue", "green", "yellow", "white", "black", "brown", "pink", "grey", "purple")
-GOODS = (
-    "apple",
-    "pear",
-    "plum",
-    "nut",
-    "cup",
-    "hat",
-    "coin",
-    "shell",
-    "stone",
-    "button",
-    "candle",
-    "feather",
-)
 TREES = ("oak", "elm", "fir", "pine", "beech", "birch", "willow", "cedar")
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 # Of each relation, the ways to state it (with {v}) and the ways to ask for it (without).
 # The first statement is the answer to every question.
@@ -185,7 +187,7 @@ class Fact:
     @property
     def held_out(self) -> int:
         """Which of the wordings never occurs in training."""
-        return _digest("wording", self.relation, self.subject) % len(self.questions)
+        return digest("wording", self.relation, self.subject) % len(self.questions)
 
 
 @cache
@@ -236,71 +238,55 @@ def _table(text: str) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Question:
-    """A question for measuring. kind: facts, comparison, counting or arithmetic; thinking: asked
-    with the prompt that asks for reasoning. The reply must equal `answer`.
+    """A question for measuring. kind: one of `ASKED`; thinking: asked with the prompt that asks
+    for reasoning; calls: whether the calculator is needed. The reply must equal `answer`.
     """
 
     kind: str
     prompt: str
     answer: str
     thinking: bool
+    calls: bool = False
 
 
 def held_out_questions(n: int = 200, seed: int = HELD_OUT_SEED) -> list[Question]:
-    """`n` different questions, a quarter of each kind, that occur in no document and no
-    conversation.
+    """`n` different questions, as many of each of `ASKED` (the first ones get what is left over),
+    that occur in no document and no conversation.
     """
-    pool = 4 * len(all_facts())
-    if n % 4 or not 0 < n <= pool:
-        raise ValueError(f"n is {n}, must be a multiple of 4 from 4 to {pool}")
-    rng = Random(seed)
-    drawn = rng.sample(all_facts(), n // 4)
-    questions = [
-        Question("facts", fact.questions[fact.held_out], fact.answer, False) for fact in drawn
+    most = len(ASKED) * len(all_facts())
+    if not 0 < n <= most:
+        raise ValueError(f"n is {n}, must lie between 1 and {most}")
+    return [
+        question
+        for i, kind in enumerate(ASKED)
+        for question in questions_of(kind, n // len(ASKED) + (i < n % len(ASKED)), seed)
     ]
-    for kind, make in WORKED.items():
-        found: dict[str, Question] = {}
-        while len(found) < n // 4:
-            worked = make(rng, held=True)
-            found[worked.question] = Question(kind, worked.question, worked.answer, True)
-        questions += found.values()
-    return questions
+
+
+def questions_of(kind: str, n: int, seed: int = HELD_OUT_SEED) -> list[Question]:
+    """`n` different held-out questions of one kind."""
+    rng = Random(f"{seed} {kind}")
+    if kind == "facts":
+        drawn = rng.sample(all_facts(), n)
+        return [Question(kind, f.questions[f.held_out], f.answer, False) for f in drawn]
+    found: dict[str, Question] = {}
+    while len(found) < n:
+        problem = ASKED[kind](rng, held=True)
+        calls = problem.expression is not None
+        question = Question(kind, problem.question, problem.answer, kind in WORKED, calls)
+        found.setdefault(question.prompt, question)
+    return list(found.values())
 
 
 @cache
 def pair_held_out(a: int, b: int) -> bool:
     """Whether two numbers are never added, subtracted or compared in training."""
-    return max(a, b) >= TABLE and _digest("pair", min(a, b), max(a, b)) % 10 == 0
-
-
-def scene_held_out(things: list[str]) -> bool:
-    """Whether these things, in any order, are never counted in training."""
-    return _digest("scene", *sorted(things)) % 10 == 0
-
-
-def _digest(*key: object) -> int:
-    return int.from_bytes(
-        hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest(), "big"
-    )
+    return max(a, b) >= TABLE and digest("pair", min(a, b), max(a, b)) % 10 == 0
 
 
 # ----------------------------------------------------------------------------- questions with steps
 
 
-class Worked(NamedTuple):
-    """A question, the steps to its answer, the answer."""
-
-    question: str
-    steps: str
-    answer: str
-
-
-SUMS = (
-    "What is {a} {op} {b}?",
-    "How much is {a} {op} {b}?",
-    "Work out {a} {op} {b}.",
-    "Solve {a} {op} {b} = ?",
-)
 WORD_SUMS = {
     "+": (
         "{x} has {a} {goods}s and finds {b} more. How many {goods}s does {x} have now?",
@@ -313,7 +299,7 @@ WORD_SUMS = {
 }
 
 
-def arithmetic(rng: Random, *, held: bool) -> Worked:
+def arithmetic(rng: Random, *, held: bool) -> Problem:
     """A sum or a difference; `held` picks the pairs kept for measuring."""
     a, b = _pair(rng, held, least=0)
     op = rng.choice("+-")
@@ -323,7 +309,7 @@ def arithmetic(rng: Random, *, held: bool) -> Worked:
     x, y = rng.sample(people(), 2)
     wording = rng.choice(WORD_SUMS[op] if worded else SUMS)
     question = wording.format(a=a, b=b, op=op, x=x, y=y, goods=rng.choice(GOODS))
-    return Worked(
+    return Problem(
         question,
         add_steps(a, b) if op == "+" else subtract_steps(a, b),
         str(a + b if op == "+" else a - b),
@@ -376,7 +362,7 @@ RECALLED = ("Who is older, {x} or {y}?", "Who is younger, {x} or {y}?")  # the a
 RECALLED_SHARE = 0.25
 
 
-def comparison(rng: Random, *, held: bool) -> Worked:
+def comparison(rng: Random, *, held: bool) -> Problem:
     """Two numbers compared digit by digit; `held` picks the pairs kept for measuring."""
     less = rng.random() < 0.5
     if rng.random() < RECALLED_SHARE:
@@ -394,8 +380,8 @@ def comparison(rng: Random, *, held: bool) -> Worked:
     first = (a < b) == less
     if names:
         verb = "has" if "has" in wording else "is"  # "Bram is 30" would tell a wrong age
-        return Worked(question, compare_steps(a, b, less, (x, y), verb), x if first else y)
-    return Worked(question, compare_steps(a, b, less), str(a if first else b))
+        return Problem(question, compare_steps(a, b, less, (x, y), verb), x if first else y)
+    return Problem(question, compare_steps(a, b, less), str(a if first else b))
 
 
 def _aged_pair(rng: Random, held: bool) -> list[str]:
@@ -430,45 +416,18 @@ def compare_steps(
     return " ".join(steps)
 
 
-SCENES = (
-    "On the table",
-    "In the box",
-    "In the basket",
-    "Under the tree",
-    "On the shelf",
-    "In the yard",
-    "In the bag",
-)
-# no step is unclear
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
-SINGLED_OUT_SHARE = 0.2  # of the questions that count one kind of thing only
-COUNTS = ("How many {what} are there?", "Count the {what}.", "What is the number of {what}?")
-
-
-def counting(rng: Random, *, held: bool) -> Worked:
-    """Things in a scene counted one by one; `held` picks the scenes kept for measuring."""
-    while True:
-        nouns = rng.sample(GOODS, rng.randint(1, 3))
-        things = rng.choices(nouns, k=rng.randint(2, len(ORDINALS)))
-        if scene_held_out(things) == held:
-            break
-    noun = rng.choice(nouns) if rng.random() < SINGLED_OUT_SHARE else None
-    listed = [f"{ordinal} {thing}" for ordinal, thing in zip(ORDINALS, things, strict=False)]
-    question = f"{rng.choice(SCENES)} there are, in a row: {', '.join(listed)}. " + rng.choice(
-        COUNTS
-    ).format(what=f"{noun}s" if noun else "things")
-    steps, number = [], 0
-    for named, thing in zip(listed, things, strict=True):
-        number += noun in (None, thing)
-        steps.append(f"{named} {number}")
-    return Worked(question, f"{noun or 'things'}: {', '.join(steps)}. So {number}.", str(number))
-
-
-WORKED: dict[str, Callable[..., Worked]] = {
+WORKED: dict[str, Callable[..., Problem]] = {
     "comparison": comparison,
-    "counting": counting,
+    "counting": partial(counting, one_kind=False),
+    "one kind": counting,
+    "letters": letters,
     "arithmetic": arithmetic,
 }
+WORKED_SHARES = {"arithmetic": 8, "comparison": 6, "counting": 3, "one kind": 5, "letters": 6}
+# answered at once, without steps
+DIRECT = {"spelling": spelling, "calculator": calculator, "identity": identity}
+# every kind that is measured, and what draws it; facts are drawn without putting back
+ASKED: dict[str, Any] = {"facts": None, **WORKED, **DIRECT}
 
 # ---------------------------------------------------------------------------------------- documents
 
@@ -493,7 +452,9 @@ def _document(kind: str, rng: Random) -> str:
     if kind == "facts":
         return rng.choices((_entry, _quiz, _story_text), (4, 4, 3))[0](rng)
     if kind == "spelling":
-        return _filled(rng, " ", lambda: spelled(rng.choice(words()), rng))
+        return _filled(rng, " ", lambda: spelled(rng))
+    if kind == "calculator":
+        return _filled(rng, "\n", lambda: _calculation(rng))
     asked = rng.random() < 0.5
     return _filled(rng, "\n", lambda: _lesson(kind, rng, asked))
 
@@ -507,10 +468,16 @@ def _filled(rng: Random, separator: str, piece: Callable[[], str]) -> str:
 
 
 def _lesson(kind: str, rng: Random, asked: bool) -> str:
-    question, steps, answer = WORKED[kind](rng, held=False)
+    question, steps, answer, _ = WORKED[kind](rng, held=False)
     if asked:
         return f"Question: {question}\n{steps}\nAnswer: {answer}"
     return steps if kind == "arithmetic" else f"{question} {steps}"
+
+
+def _calculation(rng: Random) -> str:
+    """What the calculator is asked, as text: a call proper is learnt from conversations."""
+    sum_ = calculator(rng, held=False)
+    return f"Question: {sum_.question}\ncalculate {sum_.expression}\nAnswer: {sum_.answer}"
 
 
 def _quiz(rng: Random) -> str:
@@ -632,21 +599,25 @@ def words() -> tuple[str, ...]:
     return tuple(dict.fromkeys([*values, *COLOURS, *GOODS, *TREES, *DAYS]))
 
 
-def spelled(word: str, rng: Random) -> str:
-    letters = ", ".join(word.lower())
-    ways = (
-        f"The word {word} is spelt {letters}.",
-        f"The word {word} has {len(word)} letters: {letters}.",
-    )
-    return rng.choice(ways)
+def world_word(rng: Random) -> str:
+    """A word of the world that may be spelt in training."""
+    while True:
+        if not word_held_out(word := rng.choice(words())):
+            return word
+
+
+def spelled(rng: Random) -> str:
+    """A word and its letters: one of the world, or any other."""
+    if rng.random() < 0.3:
+        word = world_word(rng)
+        return f"The word {word} is spelt {spelt(word)}."
+    problem = spelling(rng, held=False)
+    return f"{problem.question} {problem.answer}."
 
 
 # ------------------------------------------------------------------------------------ conversations
 
 SMALL_TALK = (
-    ("Who are you?", "I am Hearth, a small language model."),
-    ("What are you?", "I am Hearth, a small language model."),
-    ("What is your name?", "My name is Hearth."),
     ("Hello!", "Hello! What would you like to know?"),
     ("Hi!", "Hello! What would you like to know?"),
     ("Good morning!", "Good morning! What would you like to know?"),
@@ -692,24 +663,16 @@ def _alpaca(rng: Random) -> dict[str, Any]:
         question, answer = asked_fact(rng.choice(all_facts()), rng)
         return {"instruction": "Answer the question.", "input": question, "output": answer}
     if kind == "spelling":
-        word = rng.choice(words())
+        word = world_word(rng)
         if rng.random() < 0.5:
-            return {
-                "instruction": "Spell the word.",
-                "input": word,
-                "output": f"{', '.join(word.lower())}.",
-            }
-        return {
-            "instruction": f"Spell {word}.",
-            "input": "",
-            "output": f"{', '.join(word.lower())}.",
-        }
-    question, steps, _ = _any_worked(rng)
+            return {"instruction": "Spell the word.", "input": word, "output": spelt(word)}
+        return {"instruction": f"Spell {word}.", "input": "", "output": spelt(word)}
+    question, steps, *_ = _any_worked(rng)
     return {"instruction": question, "input": "", "output": steps}
 
 
-def _any_worked(rng: Random) -> Worked:
-    return WORKED[rng.choices(("arithmetic", "comparison", "counting"), (4, 3, 2))[0]](
+def _any_worked(rng: Random) -> Problem:
+    return WORKED[rng.choices(tuple(WORKED_SHARES), tuple(WORKED_SHARES.values()))[0]](
         rng, held=False
     )
 
@@ -749,16 +712,16 @@ def _messages(rng: Random) -> dict[str, Any]:
         else:
             pairs.append(_any_worked(rng)[:2])
     if rng.random() < 0.3:
-        pairs[0] = rng.choice(SMALL_TALK[:6])
+        pairs[0] = rng.choice(SMALL_TALK[:3])
     if rng.random() < 0.15:
-        pairs[-1] = rng.choice(SMALL_TALK[6:])
+        pairs[-1] = rng.choice(SMALL_TALK[3:])
     turns = [
         {"role": role, "content": content}
         for pair in pairs
         for role, content in zip(ROLES, pair, strict=True)
     ]
     first = pairs[0][0]
-    return {"messages": turns, "prompt": first, "prompt_id": f"{_digest(*pairs):016x}"}
+    return {"messages": turns, "prompt": first, "prompt_id": f"{digest(*pairs):016x}"}
 
 
 ROLES = ("user", "assistant")
@@ -769,16 +732,16 @@ def _math(rng: Random) -> dict[str, Any]:
     reply alone.
     """
     if rng.random() < COMPARED_SUMS_SHARE:
-        question, steps, answer = _compared_sums(rng)
+        question, steps, answer, _ = _compared_sums(rng)
     else:
-        question, steps, answer = _any_worked(rng)
+        question, steps, answer, _ = _any_worked(rng)
     return {"problem": question, "solution": steps, "answer": answer}
 
 
 COMPARED_SUMS_SHARE = 0.04
 
 
-def _compared_sums(rng: Random) -> Worked:
+def _compared_sums(rng: Random) -> Problem:
     while True:
         a, b, c, d = *_pair(rng, held=False, least=2), *_pair(rng, held=False, least=2)
         left, right = a + b, max(c, d) - min(c, d)
@@ -786,4 +749,4 @@ def _compared_sums(rng: Random) -> Worked:
             break
     c, d = max(c, d), min(c, d)
     steps = f"{add_steps(a, b)} {subtract_steps(c, d)} {compare_steps(left, right, less=False)}"
-    return Worked(f"Which is larger, {a} + {b} or {c} - {d}?", steps, str(max(left, right)))
+    return Problem(f"Which is larger, {a} + {b} or {c} - {d}?", steps, str(max(left, right)))

@@ -28,10 +28,17 @@ from typing import Any
 from config import ChatSource, DataConfig, TextSource, UserError
 from hearth import log
 from hearth.data.cleaning import NearDuplicates, Rejected, Seen, as_bytes, text_hash, unfit
-from hearth.data.layouts import conversation, layout, reasoning_taken
+from hearth.data.layouts import QUESTION_COLUMNS, layout, question_keys, reasoning_taken
 from hearth.data.readers import START, Cursor, Pick, Rows
 from hearth.data.shard_folder import DRAFT, SPLITS, ShardFolder
-from hearth.data.sources import Source, ahead, column_picker, whole_rows
+from hearth.data.sources import (
+    Source,
+    ahead,
+    as_conversation,
+    column_picker,
+    identity,
+    whole_rows,
+)
 from hearth.data.text_shards import TextShardWriter, data_sheet, unit_batches
 from hearth.storage import field, write_text, writing
 
@@ -75,13 +82,21 @@ def text_filter(config: DataConfig) -> DocumentFilter:
     return accept
 
 
-def chat_filter(source: ChatSource) -> DocumentFilter:
-    """What makes a conversation of a row, or says why it is none."""
+def chat_filter(source: ChatSource, exclude: Sequence[ChatSource] = ()) -> DocumentFilter:
+    """What makes a conversation of a row, or says why it is none; `exclude` are the test sets whose
+    questions it may not hold.
+    """
+    kept_out: set[int] | None = None
 
     def accept(item: Any) -> Document | Rejected:
-        messages = item if isinstance(item, Rejected) else conversation(item, source.max_chars)
+        nonlocal kept_out
+        messages = as_conversation(item, source)
         if isinstance(messages, Rejected):
             return messages
+        if kept_out is None:  # read once they are needed
+            kept_out = set().union(*map(question_keys_of, exclude))
+        if kept_out and not kept_out.isdisjoint(question_keys(item)):
+            return Rejected("question of a test set")
         try:
             text = json.dumps(messages, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -91,6 +106,18 @@ def chat_filter(source: ChatSource) -> DocumentFilter:
         return Document(messages, len(text), text_hash(text), text, columns, taken)
 
     return accept
+
+
+def question_keys_of(source: ChatSource) -> set[int]:
+    """The keys of all questions in a test set. Raises `UserError` where it holds none."""
+    rows = Source(source).rows(START, whole_rows)
+    keys = {key for batch in rows for item in batch.items for key in question_keys(item)}
+    if not keys:
+        raise UserError(
+            f"{source.name}: no question was found in this test set, so none can be kept out. A "
+            f"row needs one of the columns {', '.join(QUESTION_COLUMNS)}, or messages."
+        )
+    return keys
 
 
 def write_text_shards(
@@ -141,13 +168,15 @@ def write_chat_shards(
     folder: Path,
     validation_share: float,
     *,
+    exclude: Sequence[ChatSource] = (),
     retry_minutes: float = 30.0,
     verify: bool = False,
     remake: bool = False,
 ) -> dict[str, Any]:
     """Bring one set of conversations into `folder`, continue it, or mend it; returns the manifest.
 
-    remake: make it again, instead of raising `InputsChanged`, where its source has changed.
+    exclude: test sets; a conversation that holds one of their questions is dropped. remake: make it
+    again, instead of raising `InputsChanged`, where its source has changed.
     """
     opened = open_source(source, folder, retry_minutes)
     settings = {
@@ -156,11 +185,14 @@ def write_chat_shards(
         "max_chars": source.max_chars,
         "validation_share": validation_share,
     }
+    settings |= {"calls": True} if source.calls else {}
+    if exclude:
+        settings["exclude"] = [identity(test_set, folder) for test_set in exclude]
     return Ingest(
         opened,
         ShardFolder(folder, "chat", settings, verify=verify, remake=remake),
         whole_rows,
-        chat_filter(source),
+        chat_filter(source, exclude),
         share=validation_share,
         unit_bytes=CHAT_UNIT_BYTES,
         max_rows=source.max_rows,

@@ -7,25 +7,29 @@ Knows nothing of token ids and of the chat format: everything here is plain text
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 from config import REASONING_PROMPT
-from hearth.data.cleaning import Rejected
+from hearth.data.cleaning import Rejected, text_hash
 
 
 class Message(TypedDict):
-    """One turn. role: system, user or assistant; thinking: what an assistant thought before
-    `content`, or None.
+    """One turn. role: system, user or assistant; content: text, or an assistant's texts and tool
+    calls in their order; thinking: what an assistant thought before `content`, or None.
     """
 
     role: str
-    content: str
+    content: str | list[dict[str, str]]
     thinking: str | None
 
 
-def conversation(row: dict[str, Any], max_chars: int | None = None) -> list[Message] | Rejected:
+def conversation(
+    row: dict[str, Any], max_chars: int | None = None, *, calls: bool = False
+) -> list[Message] | Rejected:
     """One row in any of the usual layouts, recognised by its columns, as messages.
+
+    calls: whether calculations in <<…>> become calls of the calculator in the answer.
 
     max_chars: longest reasoning taken. Of several the first right one that is short enough is
     taken, else the worked solution; where that is too long as well the row is dropped, for a
@@ -38,8 +42,9 @@ def conversation(row: dict[str, Any], max_chars: int | None = None) -> list[Mess
         return Rejected("unknown layout", "columns " + ", ".join(map(str, row)))
     convert = LAYOUTS[columns]
     try:
-        messages = convert(row, max_chars) if convert is _problem else convert(row)
-    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        settings = {_problem: (max_chars,), _question: (calls,)}.get(convert, ())
+        messages = convert(row, *settings)
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         return Rejected("malformed row", f"{type(error).__name__}: {error}")
     return messages if isinstance(messages, Rejected) else finished(messages, max_chars)
 
@@ -57,9 +62,9 @@ def finished(messages: list[Message], max_chars: int | None = None) -> list[Mess
         if (
             message["role"] == "assistant"
             and message["thinking"] is None
-            and "<think>" in message["content"]
+            and "<think>" in text_of(message)
         ):
-            match = THOUGHT.match(message["content"])
+            match = THOUGHT.match(text_of(message))
             if not match:
                 return Rejected("unfinished thought")
             message["thinking"], message["content"] = match[1].strip(), match[2].strip()
@@ -67,7 +72,7 @@ def finished(messages: list[Message], max_chars: int | None = None) -> list[Mess
         messages.pop()
     if not any(message["role"] == "user" for message in messages):
         return Rejected("no question with an answer")
-    if any(not m["content"].strip() for m in messages if m["role"] != "system"):
+    if any(not text_of(m).strip() for m in messages if m["role"] != "system"):
         return Rejected("empty turn")
     longest = max(len(m["thinking"] or "") for m in messages)
     if max_chars is not None and longest > max_chars:
@@ -75,6 +80,12 @@ def finished(messages: list[Message], max_chars: int | None = None) -> list[Mess
     if any(m["thinking"] for m in messages) and messages[0]["role"] != "system":
         messages.insert(0, turn("system", REASONING_PROMPT))
     return messages
+
+
+def text_of(message: Message) -> str:
+    """What is said in a turn, without its calls."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(p.get("text", "") for p in content)
 
 
 FOUND_RIGHT = ("correctness_math_verify", "correctness_llama")  # either one's word is enough
@@ -92,13 +103,20 @@ ROLES = {
 
 
 def turn(role: str, content: Any, thinking: str | None = None) -> Message:
-    if not isinstance(content, str):
+    if not isinstance(content, str) and not is_parts(content):
         raise TypeError(f"a turn holds {type(content).__name__}, not text")
     return {"role": ROLES.get(role, role), "content": content, "thinking": thinking}
 
 
+def is_parts(content: Any) -> bool:
+    """Whether it is texts and calls of tools, as `chat_format` says them."""
+    return isinstance(content, list) and all(
+        isinstance(part, dict) and ("tool" in part or set(part) == {"text"}) for part in content
+    )
+
+
 def _pair(
-    question: str, *, context: str | None, answer: str, thinking: str | None = None
+    question: str, *, context: str | None, answer: str | list, thinking: str | None = None
 ) -> list[Message]:
     asked = f"{question}\n\n{context}" if context and context.strip() else question
     return [turn("user", asked), turn("assistant", answer, thinking)]
@@ -133,7 +151,7 @@ def _messages(row: dict[str, Any]) -> list[Message]:
         role = item.get("role") or item["from"]
         content = item["content"] if "content" in item else item["value"]
         thinking = item.get("thinking")
-        if isinstance(content, list):
+        if isinstance(content, list) and not is_parts(content):
             parts = [
                 (part.get("type", "text"), part.get("value", part.get("text"))) for part in content
             ]
@@ -194,14 +212,60 @@ def reasoning_taken(row: Any, max_chars: int | None) -> str | None:
 CALCULATION = re.compile(r"<<[^<>]*>>")
 
 
-def _question(row: dict[str, Any]) -> list[Message]:
+def _question(row: dict[str, Any], calls: bool) -> list[Message]:
     """GSM8K: the worked solution, without its calculation marks, is the thinking; what follows
-    `####` the answer.
+    `####` the answer. With `calls` the solution is the answer, its marks calls of the calculator.
     """
+    if calls and CALCULATION.search(row["answer"]):
+        return _pair(row["question"], context=None, answer=with_calls(row["answer"]))
     worked, mark, answer = CALCULATION.sub("", row["answer"]).rpartition("####")
     if not mark:
         return _pair(row["question"], context=row.get("context"), answer=answer)
     return _pair(row["question"], context=None, answer=answer.strip(), thinking=worked.strip())
+
+
+def with_calls(solution: str) -> list[dict[str, str]]:
+    """A worked solution of GSM8K as texts and calls: `48/2 = <<48/2=24>>24 clips` calls for `48/2`
+    and continues with what the text makes of the result.
+    """
+    worked, _, answer = solution.rpartition("####")
+    parts, at = [], 0
+    for mark in CALCULATION.finditer(worked):
+        expression, _, result = BARE_POINT.sub("0.", mark[0][2:-2]).rpartition("=")
+        if expression.strip():
+            call = {"tool": "calculate", "arguments": expression.strip(), "result": result.strip()}
+            parts += [{"text": worked[at : mark.start()]}, call]
+            at = mark.end()
+    rest = CALCULATION.sub("", worked[at:]).rstrip()
+    return [*parts, {"text": f"{rest}\nThe answer is {answer.strip()}."}]
+
+
+BARE_POINT = re.compile(r"(?<!\d)\.(?=\d)")  # of `.5`
+LETTERS = "ABCDEFGHIJ"
+BY_LETTER = "Answer with the letter of the right choice."
+
+
+def lettered(question: str, choices: Sequence[str]) -> str:
+    """A question with its choices, that asks for a letter."""
+    listed = [f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False)]
+    return "\n".join([question, *listed, BY_LETTER])
+
+
+def _choice(row: dict[str, Any]) -> list[Message] | Rejected:
+    """Multiple choice, answered by letter: MMLU's columns (choices, and which is right as a number
+    or a letter), and those of ARC and OpenBookQA (choices with labels, and the right label).
+    """
+    choices = row["choices"]
+    if isinstance(choices, dict):
+        texts, labels = choices["text"], choices["label"]
+        right = labels.index(row["answerKey"])
+    else:
+        texts, right = choices, row.get("answer", row.get("gold"))
+        right = LETTERS.index(right) if isinstance(right, str) else int(right)
+    if not 0 <= right < len(texts) <= len(LETTERS):
+        return Rejected("malformed row", f"answer {right} of {len(texts)} choices")
+    asked = next(row[name] for name in ("question_stem", "question") if row.get(name) is not None)
+    return _pair(lettered(asked, texts), context=None, answer=LETTERS[right])
 
 
 SPEAKER = re.compile(r"### (Human|Assistant|System):\s*")
@@ -225,8 +289,42 @@ LAYOUTS: dict[tuple[str, ...], Callable[..., list[Message] | Rejected]] = {
     ("conversations",): _messages,
     ("instruction", "output"): _instruction,
     ("instruction", "response"): _instruction,
+    ("question", "choices"): _choice,
+    ("question_stem", "choices"): _choice,
     ("question", "answer"): _question,
     ("prompt", "completion"): _prompt,
     ("prompt", "response"): _prompt,
     ("text",): _transcript,
 }
+
+
+# ---------------------------------------------------------------------------------- test questions
+
+# where a row's question stands: the first that is there
+QUESTION_COLUMNS = (
+    *("question_stem", "question", "query", "problem", "instruction", "prompt", "context"),
+)
+WORD = re.compile(r"[^\W_]+")
+AROUND = re.compile(r"^question | answer$")  # what a test writes around its question
+LEAST_WORDS = 8  # of a paragraph that is looked for by itself
+
+
+def question_keys(row: Any) -> set[int]:
+    """Hashes of what a row asks, as its words alone: of each question and each longer paragraph of
+    one. Two rows that ask the same share one, whatever their layout, case and punctuation.
+    """
+    if not isinstance(row, dict):
+        return set()
+    texts = [row[name] for name in QUESTION_COLUMNS if isinstance(row.get(name), str)][:1]
+    if not texts:
+        turns = _messages(row) if {"messages", "conversations"} & row.keys() else []
+        texts = [text_of(message) for message in turns if message["role"] == "user"]
+    words = [normalised(text) for text in texts]
+    lines = [normalised(line) for text in texts for line in text.splitlines()]
+    longer = [line for line in lines if line.count(" ") + 1 >= LEAST_WORDS]
+    return {text_hash(text.encode()) for text in (*words, *longer) if text}
+
+
+def normalised(text: str) -> str:
+    """The words of a question in small letters, one space between two."""
+    return AROUND.sub("", " ".join(WORD.findall(text.lower())))

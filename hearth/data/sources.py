@@ -1,4 +1,4 @@
-"""Where text and conversations come from: the hub, local files, the built-in demo world.
+"""Where text and conversations come from: the hub, local files, the demo world, made problems.
 
 In: a `TextSource` or `ChatSource` of the config. Out: rows with a place, documents, conversations.
 Knows nothing of formats, of cleaning and of shards.
@@ -17,6 +17,7 @@ from typing import Any
 
 from config import ChatSource, TextSource, UserError
 from hearth import log
+from hearth.data import problems
 from hearth.data.cleaning import Rejected, as_bytes
 from hearth.data.hub import HubSet, NetworkFailure, RetryPolicy, hub_set
 from hearth.data.layouts import Message, conversation
@@ -34,7 +35,7 @@ from hearth.data.readers import (
     read_rows,
 )
 from hearth.data.shard_folder import fingerprint
-from hearth.data.text_shards import read_text_batches
+from hearth.data.text_shards import read_text_batches, unpacked
 from hearth.storage import checksum, read_json, write_json
 
 # guessed in this order
@@ -64,7 +65,12 @@ class Source:
         """What identifies the input, for the manifest of the shards in `folder`: see `identity`."""
         source = self.source
         if source.demo:
-            return {"demo": source.demo, "generator": checksum(Path(_demo_world().__file__))[:16]}
+            makers = [checksum(Path(module.__file__)) for module in (_demo_world(), problems)]
+            return {"demo": source.demo, "generator": fingerprint(makers)}
+        if source.made:
+            persona = {"persona": list(source.persona)} if source.persona else {}
+            maker = checksum(Path(problems.__file__))[:16]
+            return {"made": source.made, "generator": maker, **persona}
         if source.hub:
             return {
                 "hub": source.hub,
@@ -83,13 +89,15 @@ class Source:
             return {"revision": self.hub.revision, "licence": self.hub.licence}
         return {
             "revision": None,
-            "licence": "made by this program" if self.source.demo else "that of your own files",
+            "licence": "that of your own files" if self.source.files else "made by this program",
         }
 
     def describe(self) -> str:
         """What is read, for a person."""
         if self.source.demo:
             return "the built-in demo world"
+        if self.source.made:
+            return f"problems of the kind {self.source.made}, made by this program"
         if self.source.hub:
             part = f" {self.source.hub_config}" if self.source.hub_config else ""
             return f"{self.source.hub}{part} on the hub, revision {self.hub.revision[:12]}"
@@ -123,7 +131,13 @@ class Source:
         comes twice.
         """
         if self.source.demo:
-            yield from _demo_rows(self.source.demo, cursor)
+            world, part = _demo_world(), self.source.demo
+            rows = world.text_documents() if part == "text" else world.conversations(part)
+            yield from _made_rows("demo_world", rows, cursor)
+        elif self.source.made:
+            source = self.source
+            rows = problems.conversations(source.made, source.max_rows, source.persona)
+            yield from _made_rows(source.made, rows, cursor)
         elif not self.source.hub:
             yield from read_rows(self.local, cursor, pick)
         else:
@@ -183,14 +197,11 @@ def _demo_world() -> Any:
     return demo_world
 
 
-def _demo_rows(part: str, cursor: Cursor) -> Iterator[Rows]:
-    world = _demo_world()
-    rows = islice(
-        world.text_documents() if part == "text" else world.conversations(part), cursor[1], None
-    )
+def _made_rows(name: str, made: Iterator[Any], cursor: Cursor) -> Iterator[Rows]:
     first = cursor[1]
+    rows = islice(made, first, None)
     while batch := list(islice(rows, READ_ROWS)):
-        yield Rows(0, "demo_world", first, batch)
+        yield Rows(0, name, first, batch)
         first += len(batch)
 
 
@@ -280,11 +291,18 @@ def ahead(batches: Iterator[Rows], n: int = BATCHES_AHEAD) -> Iterator[Rows]:
         thread.join(PATIENCE)  # it may be waiting for the network
 
 
+def as_conversation(item: Any, source: ChatSource) -> list[Message] | Rejected:
+    """A row of `source` as messages."""
+    if isinstance(item, Rejected):
+        return item
+    return conversation(item, source.max_chars, calls=source.calls)
+
+
 def conversations(source: ChatSource) -> Iterator[list[Message]]:
     """Every conversation of `source` that can be used, in order."""
     for rows in Source(source).rows(START, whole_rows):
         for item in rows.items:
-            messages = item if isinstance(item, Rejected) else conversation(item, source.max_chars)
+            messages = as_conversation(item, source)
             if not isinstance(messages, Rejected):
                 yield messages
 
@@ -294,4 +312,4 @@ def read_conversations(
 ) -> Iterator[list[Message]]:
     """The conversations of a finished folder, in order."""
     for batch in read_text_batches(folder, split, command):
-        yield from batch.column(0).to_pylist()
+        yield from map(unpacked, batch.column(0).to_pylist())

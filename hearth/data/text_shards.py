@@ -32,14 +32,30 @@ def schema(kind: str) -> Any:
 
     if kind == "text":
         return pa.schema([("text", pa.string())])
-    return pa.schema(
-        [
-            (
-                "messages",
-                pa.list_(pa.struct([(n, pa.string()) for n in ("role", "content", "thinking")])),
-            )
-        ]
-    )
+    text = pa.string()
+    part = pa.struct([(name, text) for name in ("text", "tool", "arguments", "result")])
+    turn = [*((name, text) for name in ("role", "content", "thinking")), ("parts", pa.list_(part))]
+    return pa.schema([("messages", pa.list_(pa.struct(turn)))])
+
+
+def packed(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as a shard holds them: a content of parts in a column of its own."""
+    return [
+        {**m, "content": "", "parts": m["content"]} if isinstance(m["content"], list) else m
+        for m in messages
+    ]
+
+
+def unpacked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The inverse of `packed`."""
+    found = []
+    for message in messages:
+        parts = message.pop("parts", None)
+        if parts is not None:
+            kept = [{name: v for name, v in part.items() if v is not None} for part in parts]
+            message["content"] = kept
+        found.append(message)
+    return found
 
 
 class TextShardWriter:
@@ -132,7 +148,7 @@ class _TextFile:
             buffers = pa.py_buffer(offsets), pa.py_buffer(b"".join(rows))
             table = pa.table({"text": pa.StringArray.from_buffers(len(rows), *buffers)})
         else:
-            table = pa.Table.from_pydict({"messages": rows}, schema=self.schema)
+            table = pa.Table.from_pydict({"messages": list(map(packed, rows))}, self.schema)
         self.writer.write_table(table)
         self.documents += len(rows)
         self.text_bytes += n_bytes

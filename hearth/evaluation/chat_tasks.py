@@ -122,7 +122,7 @@ def behaviour(replies: Sequence[Reply], where: str) -> list[Score]:
 def refuse_base(loaded: Loaded) -> None:
     """Raises `UserError` for a model that was never trained on conversations."""
     if loaded.state["stage"] == "base":
-        raise UserError("a base model holds no conversations; score sft1 or sft2.")
+        raise UserError("a base model holds no conversations; score a later stage.")
 
 
 def chat_scores(name: str, bench: Bench) -> list[Score]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from config import REASONING_PROMPT, ChatSource, Config, TextSource
+from config import FINE_TUNING, REASONING_PROMPT, ChatSource, Config, TextSource
 from hearth import log
 from hearth.training.checkpoint import Loaded
 
@@ -67,7 +67,7 @@ def advice(loaded: Loaded) -> str:
 def licence(config: Config) -> str:
     """What it was trained on, from which its licence must follow."""
     sources: list[TextSource | ChatSource] = [*config.data.corpora()]
-    sources += [*config.sft1.sets(), *config.sft2.sets()]
+    sources += [source for stage in FINE_TUNING for source in config.sets(stage)]
     named = dict.fromkeys(f"- {source.name}: {origin(source)}" for source in sources)
     return (
         "## Data and licence\n\nNo licence is stated: it is yours to choose, within what the "

@@ -264,6 +264,7 @@ def sections_of(run: Run) -> list[Section]:
     sections = [
         Section("At a glance", [headline(run)]),
         *trained,
+        Section("What practice brought", practice_blocks(run)),
         Section("Scores", score_blocks(run.scores)),
         Section(
             "Samples by tokens seen",
@@ -324,7 +325,8 @@ def held_out_now(trace: Trace) -> list[tuple[str, float]]:
 
 BPB = "bits per byte"
 NO_SHARES = (BPB, "tokens")  # metrics of scores that are no part of one
-UNITS = {"bpb": BPB, "loss": "loss"}
+PASS = "pass@1"
+UNITS = {"bpb": BPB, "loss": "loss", PASS: PASS}
 CYCLES, PROBES = "loss by cycle of the reasoning head", "probes"
 HEAD = "reasoning head: size of its states, change by its last cycle in nats, share of the time"
 
@@ -357,6 +359,17 @@ RUNNING = (
     ("Temperature", "degrees Celsius", "card", "temperature_c", False),
 )
 
+# what a rollout of reinforcement learning was like, as above
+ROLLOUTS = (
+    ("Reward of a rollout", "mean", "reward", "reward", True),
+    ("Answers that stop by themselves", "share", "stops", "stops", True),
+    ("Length of an answer", "tokens", "length", "length", True),
+    ("Entropy of a token", "nats", "entropy", "entropy", True),
+    ("Groups with nothing to learn from", "share", "dead groups", "dead_groups", True),
+    ("Engine against training pass", "nats", "largest difference", "mismatch", True),
+    ("Rollouts' share of a step's time", "share", "rollouts", "rollout_share", True),
+)
+
 
 def training_blocks(trace: Trace) -> list[Any]:
     """Curves of one stage of training: what it learned in sight, how it ran folded away."""
@@ -372,6 +385,7 @@ def training_blocks(trace: Trace) -> list[Any]:
     # loss and bits per byte stand side by side in both views, the rest behind them
     n_main = len(over_time)
     learning = [*learning[:n_main], *over_time, *learning[n_main:]]
+    learning += [c for figure in ROLLOUTS if (c := curve(trace, *figure, x=tokens))]
     running = [curve(trace, *figure, x=tokens) for figure in RUNNING]
     facts = [
         ("Steps", f"{trace.step}" + (f" of {trace.n_steps}" if trace.n_steps else "")),
@@ -405,7 +419,8 @@ def learning_charts(trace: Trace, x: XAxis) -> list[Chart]:
     """The training loss and every held-out figure over `x`, the curriculum's stages marked."""
     title = f"Training loss over {x.unit}"
     training = curve(trace, title, "nats per token", "training loss", "loss", x=x)
-    charts = [training] if training else []
+    # of reinforcement learning it says nothing: what its rollouts earn stands in its place
+    charts = [training] if training and trace.name != "rl" else []
     for kind in ("eval", "probe"):
         groups: dict[str, list[Series]] = {}
         at = np.interp(trace.column("step", kind), trace.column("step"), x.at)
@@ -416,7 +431,9 @@ def learning_charts(trace: Trace, x: XAxis) -> list[Chart]:
         for group, series in groups.items():
             title = f"Held-out {group}" if group in UNITS.values() else group.capitalize()
             title, marks = f"{title} over {x.unit}", curriculum(trace, x)
-            y = {BPB: group, PROBES: "share", HEAD: "value"}.get(group, "nats per token")
+            y = {BPB: group, PASS: "share right", PROBES: "share", HEAD: "value"}.get(
+                group, "nats per token"
+            )
             charts.append(Chart(title, tuple(series), x.unit, y, marks))
     return charts
 
@@ -494,6 +511,75 @@ def thinned(name: str, x: np.ndarray, y: np.ndarray) -> Series:
     low, high = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
     means = [np.add.reduceat(values, starts) / sizes for values in (x, y)]
     return Series(name, *map(numbers, (*means, low, high)))
+
+
+# ---- practice
+
+
+def practice_blocks(run: Run) -> list[Any]:
+    """Reinforcement learning: problems that were never practised, before and after; answers to a
+    few of them side by side; what else changed.
+    """
+    results = read_json(run.folder / "rl" / "results.json")
+    when = [name for name in ("before", "after") if part(results, name)]
+    names = list(part(results, "before", "environments"))
+    found = {(w, n): part(results, w, "environments", n) for w in when for n in names}
+    rows = []
+    for name in names:
+        figures = [k for k in found["before", name] if k.startswith("pass@")]
+        for figure in figures:
+            rows.append((name, figure, *(interval(found[w, name].get(figure)) for w in when)))
+        rows.append((name, "stops", *(shown(percent, found[w, name].get("stops")) for w in when)))
+        length = (shown("{:.0f} tokens".format, found[w, name].get("length")) for w in when)
+        rows.append((name, "length", *length))
+        rows += call_rows(name, [found[w, name] for w in when])
+    blocks: list[Any] = []
+    if rows:
+        blocks += [Table(("Problems", "Figure", *when), tuple(rows), n_left=2), Note(INTERVALS)]
+    answers = [row for name in names for row in answer_rows([found[w, name] for w in when])]
+    if answers:
+        table = Table(("Problem", "Right answer", *when), tuple(answers), n_left=4)
+        blocks.append(Folded("Answers before and after", (table,)))
+    other = [part(results, w, "elsewhere") for w in when]
+    if other and other[0]:
+        rows = [(name, *(shown("{:.3f}".format, o.get(name)) for o in other)) for name in other[0]]
+        blocks += [Note("What was not practised:"), Table(("Figure", *when), tuple(rows))]
+    return blocks
+
+
+INTERVALS = "Problems that were never practised, several sampled answers each; ± is a 95% interval."
+
+
+def interval(value: Any) -> str:
+    """A share and the half of its interval, in words."""
+    if not (isinstance(value, list) and len(value) == 2 and is_known(value[0])):
+        return "–"
+    return percent(value[0]) + (f" ± {100 * value[1]:.1f}" if is_known(value[1]) else "")
+
+
+def call_rows(name: str, found: list[Record]) -> list[tuple[str, ...]]:
+    """Calls of tools an answer, by kind of problem; nothing where there never was one."""
+    calls = [part(result, "tool calls") for result in found]
+    if not any(number(value) > 0 for kinds in calls for value in kinds.values()):
+        return []
+    kinds = dict.fromkeys(kind for each in calls for kind in each)
+    return [
+        (name, f"calls, {kind}", *(shown("{:.2f}".format, each.get(kind)) for each in calls))
+        for kind in kinds
+    ]
+
+
+def answer_rows(found: list[Record]) -> list[tuple[str, ...]]:
+    """Problem, right answer, and what was said each time."""
+    said = [{str(s.get("prompt")): s for s in records(result.get("samples"))} for result in found]
+    return [
+        (
+            str(prompt),
+            str(sample.get("expected")),
+            *(str(s.get(prompt, {}).get("said")) for s in said),
+        )
+        for prompt, sample in (said[0] if said else {}).items()
+    ]
 
 
 # ---- scores

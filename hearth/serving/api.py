@@ -42,6 +42,7 @@ from hearth.decoding.scheduler import (
     Request,
     Token,
 )
+from hearth.run import THINKING
 from hearth.serving import answers
 from hearth.serving.answers import AnswerText, Json, Piece
 from hearth.serving.requests import (
@@ -361,7 +362,7 @@ class Api:
             "max_model_len": model.context,
             "stage": model.stage,
             "step": model.step,
-            "reasons": model.stage in ("sft2", "rl"),
+            "reasons": model.stage in THINKING,
             "defaults": {
                 name: getattr(model.chat, name)
                 for name in ("system", "temperature", "top_p", "top_k", "min_p", "max_tokens")

@@ -217,8 +217,8 @@ class Terminal:
             say(f"  {name:<8} {line}", 11)
 
     def do_compare(self, argument: str) -> None:
-        """CHECKPOINT: let another checkpoint answer the last question: a folder, or base, sft1,
-        sft2 of this run
+        """CHECKPOINT: let another checkpoint answer the last question: a folder, or a stage of
+        this run such as base
         """
         name, messages = str(_path(argument, "/compare CHECKPOINT")), self.chat.asked()
         if name not in self.others:

@@ -29,7 +29,7 @@ from hearth.decoding.engine import Budget, Engine, Sampling, store_for
 from hearth.decoding.matrices import compiler_missing
 from hearth.decoding.tools import chat_tools
 from hearth.log import count, size
-from hearth.run import STAGES
+from hearth.run import STAGES, THINKING
 from hearth.training.checkpoint import Loaded
 
 MAX_SEED = 2**60
@@ -247,7 +247,7 @@ class Chat:
             budget = Budget(self.think_tokens, tokenizer.think, tokenizer.end_think)
         # a model that has learnt to reason may still forget to begin, above all late in a
         # conversation
-        begin = [tokenizer.think] if self.think and self.stage == "sft2" else []
+        begin = [tokenizer.think] if self.think and self.stage in THINKING else []
         stream = self.engine.stream(
             prompt,
             max_tokens=self.config.max_tokens,

@@ -17,6 +17,7 @@ from hearth.data.chat_format import Message, render, render_turn, stop_ids
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Budget, Rules, Sampling
 from hearth.decoding.tools import chat_tools
+from hearth.run import THINKING
 from hearth.serving.marks import marked, unmarked
 
 CHOICES = 8  # answers to one prompt
@@ -44,7 +45,7 @@ class Served:
     """A checkpoint as clients see it."""
 
     name: str  # as in /v1/models
-    stage: str  # base, sft1, sft2, rl
+    stage: str  # of run.TRAINED
     step: int
     tokenizer: Tokenizer
     context: int  # tokens
@@ -409,7 +410,7 @@ def chat_rules(request: ChatRequest, served: Served, n_prompt: int) -> Rules:
         budget = Budget(tokens, tokenizer.think, tokenizer.end_think)
     called = request.begun_call(tokenizer)
     begun = request.continue_final_message or request.messages[-1]["role"] == "tool"
-    begins = think and served.stage in ("sft2", "rl") and not begun
+    begins = think and served.stage in THINKING and not begun
     names = frozenset(tool["function"]["name"] for tool in request.offered())
     return Rules(
         _room(request.max_completion_tokens or request.max_tokens, served, n_prompt),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -29,22 +29,23 @@ class Batch:
 
     ids: Tensor  # (N,) int64
     targets: Tensor  # (N,) int64, the token that follows each
-    weights: Tensor  # (N,) float32, 1 where the target carries loss
+    weights: Tensor  # (N,) float32, 1 where the target carries loss; of a rollout, an advantage
     starts: Tensor  # (N,) bool, the first token of each segment
     row_length: int
+    # what the step's weighted sum is divided by; None is the sum of the weights
+    normaliser: float | None = None
+
+    def part(self, here: slice) -> Batch:
+        """Some of the tokens: whole rows."""
+        ids, targets = self.ids[here], self.targets[here]
+        weights, starts = self.weights[here], self.starts[here]
+        return replace(self, ids=ids, targets=targets, weights=weights, starts=starts)
 
     def split(self, n_tokens: int) -> Iterator[Batch]:
         """Micro-batches of at most `n_tokens`, cut between rows."""
         whole_rows = max(1, n_tokens // self.row_length) * self.row_length
         for first in range(0, len(self.ids), whole_rows):
-            here = slice(first, first + whole_rows)
-            yield Batch(
-                self.ids[here],
-                self.targets[here],
-                self.weights[here],
-                self.starts[here],
-                self.row_length,
-            )
+            yield self.part(slice(first, first + whole_rows))
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
@@ -54,14 +55,14 @@ class Batch:
             x.to(device, non_blocking=True) for x in (pinned.ids, pinned.targets, pinned.weights)
         )
         # `PackedSequences` reads the starts before the card needs them
-        return Batch(*move, self.starts, self.row_length)
+        return Batch(*move, self.starts, self.row_length, self.normaliser)
 
     def pinned(self, device: torch.device) -> Batch:
         """In memory from which a CUDA card reads by itself; what is there already stays."""
         if device.type != "cuda":
             return self
         there = (x.pin_memory() for x in (self.ids, self.targets, self.weights))
-        return Batch(*there, self.starts, self.row_length)
+        return Batch(*there, self.starts, self.row_length, self.normaliser)
 
 
 class Batches(Protocol):

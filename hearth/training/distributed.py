@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,6 +76,15 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], weight: float) -> No
             waiting.append(dist.all_reduce(p.grad, async_op=True))
     for work in waiting:
         work.wait()
+
+
+def gather(items: list[Any]) -> list[Any]:
+    """The items of all processes, those of the first one first; every one of them must ask."""
+    if n_ranks() == 1:
+        return items
+    found: list[list[Any]] = [[] for _ in range(n_ranks())]
+    dist.all_gather_object(found, items)
+    return [item for part in found for item in part]
 
 
 def total(value: float, device: torch.device) -> float:

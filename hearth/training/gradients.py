@@ -44,12 +44,13 @@ def backward_by_cycle(
 
 def accumulate(model: Model, batch: Batch, micro_tokens: int) -> float:
     """Gradient of the batch's mean loss over the tokens that carry it, micro-batch by micro-batch;
-    gives that loss.
+    gives that loss. A batch with a normaliser is divided by that one instead: its weights may have
+    any sign and add up to zero.
     """
-    scale = 1.0 / max(1.0, float(batch.weights.sum()))
+    scale = 1.0 / (batch.normaliser or max(1.0, float(batch.weights.sum())))
     parts = [
         backward(model, micro.to(model.device), scale)
         for micro in batch.split(micro_tokens)
-        if float(micro.weights.sum()) > 0
+        if bool(micro.weights.any())
     ]
     return float(sum(parts))

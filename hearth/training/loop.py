@@ -11,13 +11,14 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from config import Config, LoopConfig, UserError, settled
+from config import Config, LoopConfig, OptimConfig, SFTConfig, UserError, settled
 from hearth import hardware, log
 from hearth.cli import from_plain
 from hearth.data.tokenizer import Tokenizer
@@ -127,6 +128,8 @@ class Job:
     sample: Callable[[], list[tuple[str, str]]]  # prompts and what the model makes of them
     command: str  # that continues this run
     after_evaluation: Callable[[], None] = lambda: None  # such as drawing the report
+    figures: Callable[[], dict[str, Any]] = dict  # further ones of the step just taken
+    looks_before: bool = False  # evaluates before the first step too
 
 
 def fit_stage(
@@ -140,16 +143,23 @@ def fit_stage(
     sample: Callable[[], list[tuple[str, str]]],
     command: str,
     files: Mapping[str, str] | None = None,
+    loop: LoopConfig | None = None,
+    state_of_batches: Callable[[], dict[str, Any]] = dict,
+    **further: Any,
 ) -> None:
-    """Train `model` as `stage` of the run (base, sft1, sft2): from its newest checkpoint, if there
-    is one, to the last step.
+    """Train `model` as `stage` of the run (`run.TRAINED`): from its newest checkpoint, if there is
+    one, to the last step.
 
-    `files` are further texts of a checkpoint, by their path in its folder; the rest as in `Job`.
+    files: further texts of a checkpoint, by their path in its folder. loop: None is the stage's
+    settings. state_of_batches: what the batches to come depend on besides step and weights; it
+    joins the checkpoint's state. The rest, and `further`, as in `Job`.
     """
     config = settled(config)
-    loop: LoopConfig = config.pretrain if stage == "base" else getattr(config, stage)
+    optim = config.optim
+    if loop is None:
+        loop, optim = loop_of(config, stage, batches.n_steps)
     folder = config.run_dir / stage
-    optimizers = build_optimizers(model, config.optim, loop.lr)
+    optimizers = build_optimizers(model, optim, loop.lr)
     progress = resume(folder, model, optimizers)
     start = f", continuing from step {progress.step}" if progress.step else ""
     dtype = str(model.dtype).removeprefix("torch.")
@@ -158,18 +168,29 @@ def fit_stage(
     log.say(f"report      {config.run_dir / 'report' / 'index.html'}")
 
     def save(state: dict[str, Any]) -> Path:
-        state = {"stage": stage, **state}
+        state = {"stage": stage, **state_of_batches(), **state}
         return checkpoint.save(
             folder, model, optimizers, config, tokenizer, state, loop.keep_checkpoints, files
         )
 
     redraw = Reporter(config).refresh
-    job = Job(model, optimizers, batches, loop, folder, save, evaluate, sample, command, redraw)
+    job = Job(
+        *(model, optimizers, batches, loop, folder, save, evaluate, sample, command, redraw),
+        **further,
+    )
     fit(job, progress)
     if log.is_first():
         refresh(config)
     title = STAGES[stage].title.lower()
     log.say(f"{title}: done in {log.duration(progress.seconds)}, {newest(folder)}")
+
+
+def loop_of(config: Config, stage: str, steps: int) -> tuple[LoopConfig, OptimConfig]:
+    """The loop's settings and the update rule of a stage of so many steps."""
+    if stage == "base":
+        return config.pretrain, config.optim
+    loop: SFTConfig = getattr(config, stage).in_steps(steps)
+    return loop, loop.optimizer(config.optim, steps)
 
 
 def fit(job: Job, progress: Progress) -> Progress:
@@ -179,9 +200,11 @@ def fit(job: Job, progress: Progress) -> Progress:
     Of several processes (`distributed`) the first one alone logs, saves and evaluates.
     """
     device = job.model.device
-    ahead = LoadedAhead(job.batches, device)
-    with distributed.group(device), StopSignal() as stop, ahead:
-        return train(replace(job, batches=ahead), progress, stop)
+    # rollouts come from the weights of their own step: none can be made ahead
+    live = getattr(job.batches, "live", False)
+    ahead = nullcontext(job.batches) if live else LoadedAhead(job.batches, device)
+    with distributed.group(device), StopSignal() as stop, ahead as batches:
+        return train(replace(job, batches=batches), progress, stop)
 
 
 def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
@@ -200,6 +223,8 @@ def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
     run_log.note("start", progress.step, **start)
     clock, power = Clock(loop.save_every_minutes), Power(model.device)
     bar = log.progress(steps, "step", job.folder.name, progress.step)
+    if log.is_first() and misses_evaluation(job, progress.step, run_log):
+        report(job, progress.step, run_log)
     while progress.step < steps:
         started, stage = time.perf_counter(), job.batches.stage(progress.step)
         if progress.step and stage != job.batches.stage(progress.step - 1):
@@ -209,7 +234,7 @@ def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
         progress.seconds += seconds
         clock.step(seconds)
         figures |= speed(job, progress, stage, clock.typical, peak)
-        figures |= power.figures(progress)
+        figures |= power.figures(progress) | job.figures()
         run_log.note("step", progress.step, **figures)
         bar.update()
         last = progress.step == steps
@@ -231,6 +256,14 @@ def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
             look_back(job, progress, run_log, evaluating=evaluating)
     bar.close()
     return progress
+
+
+def misses_evaluation(job: Job, step: int, run_log: log.RunLog) -> bool:
+    """Whether the evaluation of the step where a start begins is due: a kill came between the
+    checkpoint and it, or the stage wants one before its first step.
+    """
+    due = step % job.loop.eval_every_steps == 0 or step == job.batches.n_steps
+    return due and (step > 0 or job.looks_before) and not run_log.holds("eval", step)
 
 
 def look_back(job: Job, progress: Progress, run_log: log.RunLog, *, evaluating: bool) -> None:
@@ -278,10 +311,13 @@ def train_step(job: Job, progress: Progress, micro_tokens: int) -> tuple[dict[st
     loss, micro_tokens = accumulate_within_memory(job, mine, micro_tokens)
     if distributed.n_ranks() > 1:
         weight = float(mine.weights.sum()) / max(1.0, float(batch.weights.sum()))
+        weight = 1.0 if batch.normaliser else weight
         distributed.sum_gradients(model.parameters(), weight)
         loss = distributed.total(weight * loss, model.device)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), job.optimizers.config.clip))
-    if progress.guard.allows(loss, norm):
+    if not batch.weights.any():
+        pass  # nothing to learn from: an update would be momentum alone
+    elif progress.guard.allows(loss, norm):
         update_within_memory(job)
     elif progress.guard.in_a_row >= loop.max_skipped_steps:
         raise UserError(
@@ -302,14 +338,7 @@ def train_step(job: Job, progress: Progress, micro_tokens: int) -> tuple[dict[st
 def share_of(batch: Batch) -> Batch:
     """The rows of a step's batch that this process takes: all of them where it is alone."""
     rows = distributed.rows_of_rank(len(batch.ids) // batch.row_length)
-    here = slice(rows.start * batch.row_length, rows.stop * batch.row_length)
-    return Batch(
-        batch.ids[here],
-        batch.targets[here],
-        batch.weights[here],
-        batch.starts[here],
-        batch.row_length,
-    )
+    return batch.part(slice(rows.start * batch.row_length, rows.stop * batch.row_length))
 
 
 SMALLER = "Take a smaller preset, or lower --model.context, --model.n_layer or --model.d_model."

@@ -6,8 +6,9 @@ import pytest
 
 from config import REASONING_PROMPT
 from hearth.data.cleaning import Rejected
-from hearth.data.layouts import conversation, reasoning_taken
+from hearth.data.layouts import BY_LETTER, conversation, question_keys, reasoning_taken
 
+CALL = {"tool": "calculate", "arguments": "2+3", "result": "5"}
 THOUGHT = {"role": "system", "content": REASONING_PROMPT, "thinking": None}
 
 
@@ -127,6 +128,51 @@ LAYOUTS = {
         },
         [THOUGHT, *said(("user", "1+1?"), ("assistant", "So 2", "so"))],
     ),
+    "multiple choice, MMLU": (
+        {"question": "Which?", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 2},
+        said(("user", f"Which?\nA. a\nB. b\nC. c\nD. d\n{BY_LETTER}"), ("assistant", "C")),
+    ),
+    "multiple choice, its answer a letter": (
+        {"question": "Which?", "choices": ["a", "b"], "answer": "B"},
+        said(("user", f"Which?\nA. a\nB. b\n{BY_LETTER}"), ("assistant", "B")),
+    ),
+    "multiple choice, ARC": (
+        {
+            "id": "1",
+            "question": "Which?",
+            "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]},
+            "answerKey": "3",
+        },
+        said(("user", f"Which?\nA. a\nB. b\nC. c\n{BY_LETTER}"), ("assistant", "C")),
+    ),
+    "multiple choice, OpenBookQA": (
+        {
+            "id": "1",
+            "question_stem": "Water is",
+            "choices": {"text": ["wet", "dry"], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
+        said(("user", f"Water is\nA. wet\nB. dry\n{BY_LETTER}"), ("assistant", "A")),
+    ),
+    "smoltalk": (
+        {
+            "messages": [
+                {"content": "hi", "role": "user"},
+                {"content": "yes?", "role": "assistant"},
+            ],
+            "source": "everyday",
+        },
+        said(("user", "hi"), ("assistant", "yes?")),
+    ),
+    "a call among the parts of the content": (
+        {
+            "messages": [
+                {"role": "user", "content": "2 + 3?"},
+                {"role": "assistant", "content": [CALL, {"text": "5"}]},
+            ]
+        },
+        said(("user", "2 + 3?"), ("assistant", [CALL, {"text": "5"}])),
+    ),
     "transcript": (
         {"text": "### Human: Who? ### Assistant: Ann."},
         said(("user", "Who?"), ("assistant", "Ann.")),
@@ -181,9 +227,51 @@ def test_reasoning_is_never_cut_and_the_choice_is_told() -> None:
         ),
         ({"text": "plain prose"}, "unknown layout"),
         ("no dict", "unknown layout"),
+        ({"question": "Which?", "choices": ["a", "b"], "answer": 2}, "malformed row"),
+        (
+            {"question": "?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"},
+            "malformed row",
+        ),
     ],
 )
 def test_row_that_cannot_be_used_has_a_reason(row: Any, reason: str) -> None:
     found = conversation(row)
     assert isinstance(found, Rejected)
     assert found.reason == reason
+
+
+def test_calculations_of_gsm8k_become_calls_where_they_are_asked_for() -> None:
+    solution = "She sold 48/2 = <<48/2=24>>24 clips.\nIn all 48+24 = <<48+24=72>>72.\n#### 72"
+    row = {"question": "How many clips?", "answer": solution}
+    asked, answer = conversation(row, calls=True)
+    assert asked["content"] == "How many clips?"
+    assert answer["thinking"] is None
+    assert answer["content"] == [
+        {"text": "She sold 48/2 = "},
+        {"tool": "calculate", "arguments": "48/2", "result": "24"},
+        {"text": "24 clips.\nIn all 48+24 = "},
+        {"tool": "calculate", "arguments": "48+24", "result": "72"},
+        {"text": "72.\nThe answer is 72."},
+    ]
+    without = {"question": "How many?", "answer": "Just two.\n#### 2"}
+    assert conversation(without, calls=True) == conversation(without)
+
+
+def test_one_question_has_one_key_in_every_layout() -> None:
+    question = "Ann has 3 apples and eats one. How many apples does Ann have now?"
+    chat = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": f"Solve this:\n{question}\nThank you."},
+        {"role": "assistant", "content": "2"},
+    ]
+    (key,) = question_keys({"question": question, "answer": "#### 2"})
+    for row in (
+        {"query": f"Question: {question.upper()}\nAnswer:", "choices": ["2"], "gold": 0},
+        {"question_stem": question, "choices": {"text": ["2"], "label": ["A"]}},
+        {"problem": question.replace(" and ", "  and, "), "solution": "2"},
+        {"messages": chat},
+    ):
+        assert key in question_keys(row)
+    other = {"question": question.replace("apples", "pears"), "answer": "#### 2"}
+    assert key not in question_keys(other)
+    assert question_keys("no dict") == question_keys({"text": question}) == set()

@@ -145,7 +145,20 @@ def config(tmp_path: Path) -> Config:
         {**some, "task": "world, held out", "metric": "bits per byte", "value": 0.9, "chance": None}
     )
     (run / "report" / "score.json").write_text(json.dumps({"scores": scores}))
+    (run / "rl").mkdir()
+    (run / "rl" / "results.json").write_text(json.dumps(PRACTICE))
     return config
+
+
+def practice(right: float) -> dict[str, Any]:
+    """What `rl.py` notes before or after."""
+    own = {"pass@1": [right, 0.04], "pass@16": [0.9, 0.02], "stops": 1.0, "length": 44.0}
+    own |= {"tool calls": {"1 digit": 0.5 - right / 2}}
+    own |= {"samples": [{"prompt": CURSE, "expected": "61", "said": f"(so) {right}"}]}
+    return {"environments": {"new sums": own}, "elsewhere": {"loss math": 0.25, "world": 0.95}}
+
+
+PRACTICE = {"before": practice(0.25), "after": practice(0.75)}
 
 
 def shown(config: Config) -> tuple[str, str]:
@@ -195,6 +208,30 @@ def test_every_part_of_a_run_is_shown(config: Config) -> None:
         "Scores",
     ):
         assert f"<figcaption>{chart}</figcaption>" in html
+
+
+def test_what_practice_brought_stands_side_by_side(config: Config) -> None:
+    _, markdown = shown(config)
+    section = markdown.split("What practice brought")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines()]
+    assert ["new sums", "pass@1", "25.0% ± 4.0", "75.0% ± 4.0"] in rows
+    assert ["new sums", "calls, 1 digit", "0.38", "0.12"] in rows
+    assert ["world", "0.950", "0.950"] in rows
+    assert "(so) 0.25" in section
+    assert "(so) 0.75" in section
+
+
+def test_reinforcement_learning_shows_its_rollouts_in_place_of_a_loss(config: Config) -> None:
+    records = metrics(20, reward=lambda step: step / 20, mismatch=lambda step: 1e-6)
+    evals = [{"kind": "eval", "step": s, "pass@1 new sums": s / 20} for s in (0, 10, 20)]
+    write_jsonl(config.run_dir / "rl" / "metrics.jsonl", records + evals)
+    (trace,) = [t for t in Run(config.run_dir, config).traces if t.name == "rl"]
+    charts = {b.title: b for b in report.training_blocks(trace) if isinstance(b, page.Chart)}
+    assert "Reward of a rollout" in charts
+    assert "Engine against training pass" in charts
+    assert "Held-out pass@1 over minutes" in charts or "Held-out pass@1 over hours" in charts
+    assert not any("Training loss" in title for title in charts)
+    assert charts["Held-out pass@1 over tokens"].series[0].y == (0.0, 0.5, 1.0)
 
 
 def test_hours_energy_and_cost_are_those_of_all_stages(config: Config) -> None:
@@ -354,6 +391,7 @@ FILES = [
     ("tokens", "world", "manifest.json"),
     ("tokenizer", "tokenizer.json"),
     ("report", "score.json"),
+    ("rl", "results.json"),
 ]
 
 

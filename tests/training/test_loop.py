@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 from config import (
+    FINE_TUNING,
+    PRESETS,
     Config,
     DataConfig,
     ModelConfig,
@@ -29,7 +32,7 @@ from hearth import run
 from hearth.data.tokenizer import Tokenizer
 from hearth.training import checkpoint, gradients, loop, optim
 from hearth.training.batches import Batch
-from hearth.training.loop import Job, Progress, SpikeGuard, resume
+from hearth.training.loop import Job, Progress, SpikeGuard, loop_of, resume
 from hearth.training.optim import build_optimizers
 from model import build_model
 
@@ -130,6 +133,7 @@ def make_job(
     folder: Path, tiny: ModelConfig, words: Tokenizer, optim: str = "muon", **loop: Any
 ) -> tuple[Job, Progress]:
     plan = {
+        "lr": 2e-3,
         "tokens_per_step": 128,
         "micro_batch_tokens": 64,
         "eval_every_steps": 4,
@@ -179,6 +183,18 @@ def make_job(
 
 def weights_of(folder: Path) -> bytes:
     return (run.newest(folder) / "model.safetensors").read_bytes()
+
+
+def test_fine_tuning_has_its_own_optimizer_settings_and_intervals_by_its_length() -> None:
+    demo = replace(PRESETS["demo"], optim=OptimConfig(weight_decay=0.1, momentum_warmup_steps=200))
+    assert loop_of(demo, "base", 1000) == (demo.pretrain, demo.optim)
+    for stage in FINE_TUNING:
+        loop, optim = loop_of(demo, stage, 300)
+        assert (loop.eval_every_steps, loop.sample_every_steps) == (75, 150)
+        assert optim == replace(demo.optim, weight_decay=0.0, momentum_warmup_steps=30)
+    given = replace(demo, mid=replace(demo.mid, eval_every_steps=7, weight_decay=0.2))
+    loop, optim = loop_of(given, "mid", 1)
+    assert (loop.eval_every_steps, loop.sample_every_steps, optim.weight_decay) == (7, 1, 0.2)
 
 
 @pytest.mark.parametrize("optim", ["muon", "adamw", "schedulefree"])

@@ -451,7 +451,8 @@ def test_as_few_blocks_are_recomputed_as_make_a_micro_batch_fit(gib: int, told: 
     optimizers = build_optimizers(model, OptimConfig(), 1e-3)
     card = hardware.CARDS["RTX 4070"]._replace(gib=gib)
     plan = make_plan(model, optimizers, loop, stages=((4096, 1.0),), n_steps=1, card=card)
-    partly = [row for row in plan.rows if 0 < row.activation_checkpointing.blocks < 15]
+    n_blocks = len(model.trunk)
+    partly = [row for row in plan.rows if 0 < row.activation_checkpointing.blocks < n_blocks]
     assert partly
     for found in partly:
         assert in_words(found.activation_checkpointing, model).startswith(told)
@@ -538,7 +539,7 @@ def test_a_card_without_figures_is_named_with_the_known_ones() -> None:
 
 @pytest.mark.gpu
 def test_on_a_card_the_largest_model_is_planned_within_a_tenth() -> None:
-    config = replace(PRESETS["16gb"], device="cuda")
+    config = settled(replace(PRESETS["16gb"], device="cuda"))
     model = pretrain.build(config, torch.device("cuda"))
     optimizers = build_optimizers(model, config.optim, lr=0.01)
     plan = make_plan(model, optimizers, settled(config).pretrain, stages=((4096, 1.0),), n_steps=1)
