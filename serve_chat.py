@@ -16,7 +16,7 @@ import signal
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -67,9 +67,9 @@ def main(config: Config, options: Options) -> None:
         engines = start_engines(folders, device, options)
         try:
             report = None if options.checkpoint else config.run_dir / "report" / "index.html"
-            app = build_app(engines, models, safety=safety, report=report)
+            server = new_server(build_app(engines, models, safety=safety, report=report))
             print(f"serving {', '.join(folders)}: {link(options, listener)}", flush=True)
-            answer(app, listener)
+            server.run(sockets=[listener])
         finally:
             engines.stop()
 
@@ -176,14 +176,16 @@ def link(options: Options, listener: socket.socket) -> str:
     return f"http://{host}:{listener.getsockname()[1]}/"
 
 
-def answer(app: object, listener: socket.socket) -> None:
-    """Until SIGTERM or Ctrl-C, and until the answers under way are at their ends."""
+def new_server(app: object) -> Any:
+    """It runs until SIGTERM or Ctrl-C, and until the answers under way are at their ends; a SIGTERM
+    that comes before it runs ends it too.
+    """
     import uvicorn
 
+    server = uvicorn.Server(uvicorn_settings(app, timeout_graceful_shutdown=GRACE_SECONDS))
     # uvicorn raises the signal that ended it once more: SIGTERM is an ordinary end
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    settings = uvicorn_settings(app, timeout_graceful_shutdown=GRACE_SECONDS)
-    uvicorn.Server(settings).run(sockets=[listener])
+    signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
+    return server
 
 
 if __name__ == "__main__":
