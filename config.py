@@ -631,7 +631,9 @@ DEMO = Config(
         n_head=4,
         n_kv_head=2,
         d_ff=384,
+        # its questions and figures were found with these
         gated_mlp=True,
+        exclusive_attention=False,
         context=512,
         window=64,
         pattern="SL",
