@@ -142,9 +142,9 @@ class AnswerText:
         before, now = spans
         if not {"call", "result"} & set(spans):
             return
-        text = "" if before == now else {"call": OPEN, "result": ARROW}.get(now, "")
-        text = self._tool_text.decode(data, final=not data) + text
-        self._tool.append(Part(text, data or text.encode(), token.scored, token.n_cycles))
+        mark = "" if before == now else {"call": OPEN, "result": ARROW}.get(now, "")
+        text = self._tool_text.decode(data, final=not data) + mark
+        self._tool.append(Part(text, data or mark.encode(), token.scored, token.n_cycles))
 
     def _end_tool(self, call: Call | None = None) -> list[Piece]:
         """Let go of a call: one of the client's function as such, any other as marked text."""

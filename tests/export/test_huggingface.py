@@ -217,6 +217,27 @@ def test_the_chat_template_writes_our_ids(export: Export, tokenizer: Tokenizer) 
         assert again == ids
 
 
+def test_the_chat_template_writes_tools_and_calls_as_we_do(
+    export: Export, tokenizer: Tokenizer
+) -> None:
+    theirs = load_tokenizer(export("whole")[1])
+    function = {"name": "mor", "description": "ö <b> 'la'", "parameters": {"type": "object"}}
+    tools = [{"type": "function", "function": function}]
+    call = {"id": "a", "type": "function", "function": {"name": "mor", "arguments": '{"la": 1}'}}
+    messages = [
+        {"role": "user", "content": "ka"},
+        {"role": "assistant", "content": "la", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": "mor"},
+        {"role": "assistant", "content": "la ka"},
+        {"role": "user", "content": "ka"},
+    ]
+    for said in (messages[:1], messages[:3], messages):
+        ids = theirs.apply_chat_template(
+            said, tools=tools, add_generation_prompt=True, return_dict=False
+        )
+        assert ids == render(said, tokenizer, answer=True, tools=tools).ids
+
+
 def test_a_turn_without_content_is_rendered_empty(export: Export, tokenizer: Tokenizer) -> None:
     theirs = load_tokenizer(export("whole")[1])
     messages = [{"role": "user", "content": "ka"}, {"role": "assistant", "content": None}]

@@ -544,7 +544,8 @@ BAD_CHATS = [
     ({"messages": []}, "messages"),
     ({"messages": "hello"}, "messages"),
     ({"messages": [1]}, "messages[0]"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
@@ -574,7 +575,12 @@ BAD_CHATS = [
             ("top_logprobs", 21),
             ("reasoning_effort", "huge"),
             ("response_format", {"type": "json_object"}),
-            ("tools", [{"type": "function", "function": {"name": "f"}}]),
+            ("tools", {}),
+            ("tools", [{"type": "retrieval"}]),
+            ("tools", [{"type": "function", "function": {"name": "f"}}] * 129),
+            ("tool_choice", "maybe"),
+            ("tool_choice", "required"),
+            ("tool_choice", {"type": "function", "function": {"name": "f"}}),
             ("functions", [{"name": "f"}]),
             ("frequency_penalty", 0.5),
             ("logit_bias", {"5": 1}),
@@ -583,6 +589,10 @@ BAD_CHATS = [
     ),
     ({"messages": HELLO, "chat_template_kwargs": {"enable_thinking": 1}}, None),
     ({"messages": HELLO, "continue_final_message": True}, None),
+    (
+        {"messages": HELLO, "tools": [{"type": "function", "function": {"name": "a b"}}]},
+        "tools.function.name",
+    ),
 ]
 
 
@@ -945,6 +955,7 @@ def rubbish(rng: random.Random, depth: int = 0) -> Any:
         return [rubbish(rng, depth + 1) for _ in range(rng.randrange(4))]
     if kind == "object":
         names = ["role", "content", "type", "text", "include_usage", "enable_thinking", "x"]
+        names += ["function", "name", "arguments", "id", "tool_call_id", "tool_calls"]
         return {rng.choice(names): rubbish(rng, depth + 1) for _ in range(rng.randrange(4))}
     return None if kind == "none" else rng.random() < 0.5
 
@@ -955,14 +966,25 @@ def fuzzed(rng: random.Random) -> tuple[str, bytes]:
         *("messages", "prompt", "stream", "stream_options", "temperature", "top_p", "top_k"),
         *("min_p", "repetition_penalty", "max_tokens", "stop", "seed", "n", "logprobs", "echo"),
         *("top_logprobs", "reasoning_effort", "chat_template_kwargs", "tools", "model", "x"),
-        *("continue_final_message", "response_format", "max_completion_tokens", "suffix"),
+        *(
+            "continue_final_message",
+            "response_format",
+            "tool_choice",
+            "max_completion_tokens",
+            "suffix",
+        ),
     ]
     body: dict[str, Any] = {"messages": HELLO, "prompt": "the cat", "max_tokens": rng.randrange(3)}
     for name in rng.sample(names, rng.randrange(5)):
         body[name] = rubbish(rng)
     if rng.random() < 0.1:
         body["messages"] = [
-            {"role": rng.choice(["user", "system", "assistant"]), "content": rubbish(rng)}
+            {
+                "role": rng.choice(["user", "system", "assistant", "tool"]),
+                "content": rubbish(rng),
+                "tool_calls": rubbish(rng),
+                "tool_call_id": "a",
+            }
             for _ in range(rng.randrange(1, 4))
         ]
     data = json.dumps(body).encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ import torch
 from chats import CONFIG, new_chat, say, script
 
 from config import REASONING_PROMPT, UserError
-from hearth.data.chat_format import render
+from hearth.data.chat_format import render, render_turn, result_ids
+from hearth.decoding import engine as engine_module
 from hearth.serving.conversation import Chat
 
 
@@ -54,6 +56,64 @@ def test_reasoning_asked_for_is_reasoning_begun(chat: Chat) -> None:
         kind, _ = next(part for part in chat.ask("the cat") if part[1])
         assert (kind == "thinking") == begun
         assert (chat.timing.ids[0] == chat.tokenizer.think) == begun
+
+
+SUM = {"tool": "calculate", "arguments": "12+7", "result": "19"}
+SO = [{"text": "so "}, SUM, {"text": " ok"}]
+
+
+def draws(chat: Chat, monkeypatch: pytest.MonkeyPatch, content: str | list) -> None:
+    """Let the chat's model draw this turn, but for what follows a call: there it would end."""
+    t = chat.tokenizer
+    ids = render_turn({"role": "assistant", "content": content}, t).ids[1:]
+    at = ids.index(t.tool_result) if t.tool_result in ids else len(ids)
+    after = len(result_ids("19", t))
+    drawn = [*ids[:at], *[t.end] * min(after, len(ids) - at), *ids[at + after :]]
+    monkeypatch.setattr(
+        engine_module, "draw", lambda logits, rows, rules: [drawn[len(row.answer)] for row in rows]
+    )
+
+
+@pytest.fixture
+def caller(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> Chat:
+    """A chat whose next answer calls the calculator."""
+    chat.set_sampling(max_tokens=40)
+    draws(chat, monkeypatch, SO)
+    return chat
+
+
+def test_a_call_is_answered_and_stays_in_the_conversation(
+    caller: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = [(kind, text) for kind, text in caller.ask("12+7?") if text]
+    assert [piece for piece in pieces if piece[0] != "content"] == [
+        ("call", "calculate 12+7"),
+        ("result", "19"),
+    ]
+    assert "".join(text for kind, text in pieces if kind == "content") == "so  ok"
+    assert caller.messages()[1] == {"role": "assistant", "content": SO, "thinking": None}
+    report = caller.report()
+    assert (report["text"], report["calls"], report["finish"]) == ("so  ok", [SUM], "stop")
+
+    held = caller.used() - 1  # the last answer's <|end|> was never read
+    draws(caller, monkeypatch, "yes")
+    say(caller, "sure?")
+    assert caller.timing.reused == held
+    prompt = render(caller.messages()[:3], caller.tokenizer, answer=True).ids
+    assert caller.engine.held[: len(prompt)] == prompt
+
+
+def test_a_conversation_with_calls_is_saved_and_taken_up(caller: Chat, checkpoints: Path) -> None:
+    say(caller, "12+7?")
+    other = new_chat(checkpoints / "sft2")
+    other.set_messages(json.loads(json.dumps(caller.saved()))["messages"])
+    assert [turn.ids for turn in other.turns] == [turn.ids for turn in caller.turns]
+
+
+def test_the_calculator_can_be_switched_off(caller: Chat) -> None:
+    caller.set_sampling(tool_calls=0)
+    say(caller, "12+7?")
+    assert caller.messages()[1]["content"] == [{"text": "so "}, SUM | {"result": None}]
 
 
 def test_special_tokens_typed_by_a_user_inject_no_turn(chat: Chat) -> None:

@@ -205,6 +205,21 @@ def test_thinking_is_folded_with_its_time(visit: Visit, says: ScriptedEngines) -
     assert "<think>12 + 7 is 19</think>It is **19**." in prompt
 
 
+def test_a_call_stands_dim_in_the_answer_and_is_no_html(
+    visit: Visit, says: ScriptedEngines
+) -> None:
+    text = "It is ⟦calculate 12*7*<b>2</b> → 168⟧ cats*."
+    says.answer = lambda prompt: text
+    assert visit.ask("12*7*2?") == text
+    call = visit.page.locator(".answer .body .call")
+    assert call.inner_text() == "⟦calculate 12*7*<b>2</b> → 168⟧"
+    colours = [
+        visit.page.locator(where).first.evaluate("e => getComputedStyle(e).color")
+        for where in (".answer .body .call", ".answer .body p")
+    ]
+    assert colours[0] != colours[1]
+
+
 def test_settings_reach_the_model(visit: Visit, says: ScriptedEngines) -> None:
     visit.page.click("#settings")
     visit.page.fill("#system", "Be brief.")

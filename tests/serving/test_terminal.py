@@ -172,6 +172,34 @@ def test_thinking_is_dimmed_or_folded_into_a_line() -> None:
     assert all("The answer is 19." in visible(output) for output in (shown, folded))
 
 
+CALLED = [
+    ("content", "It is"),
+    ("call", "calculate 12*7"),
+    ("result", "84"),
+    ("content", " cats."),
+    ("call", "search x"),
+]
+
+
+def test_a_call_and_its_result_are_one_dim_line() -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=60, height=20, force_terminal=True, color_system="standard")
+    show(CALLED, RichScreen(console, thoughts=True))
+    assert "\x1b[2mcalculate 12*7 → 84\x1b[0m" in file.getvalue()
+    lines = [line.strip() for line in visible(file.getvalue()).splitlines() if line.strip()]
+    assert lines == ["It is", "calculate 12*7 → 84", "cats.", "search x"]
+
+
+def test_plain_text_marks_calls_or_leaves_them_out() -> None:
+    for thoughts, expected in (
+        (True, "It is⟦calculate 12*7 → 84⟧ cats.⟦search x⟧\n"),
+        (False, "It is cats.\n"),
+    ):
+        out = io.StringIO()
+        show(CALLED, PlainScreen(out, thoughts=thoughts))
+        assert out.getvalue() == expected
+
+
 def test_plain_text_marks_thinking_or_leaves_it_out() -> None:
     for thoughts, expected in ((True, "[thinking] hm\n[answer] yes\n"), (False, "yes\n")):
         out = io.StringIO()
@@ -211,12 +239,13 @@ def test_folded_thinking_unfolds_where_there_is_nothing_else() -> None:
 def test_what_was_said_stays_when_an_answer_is_broken_off() -> None:
     def pieces() -> Iterator[tuple[str, str]]:
         yield "content", "the cat"
+        yield "call", "calculate 1+1"
         raise KeyboardInterrupt
 
     out = io.StringIO()
     with pytest.raises(KeyboardInterrupt):
         show(pieces(), PlainScreen(out, thoughts=True))
-    assert out.getvalue() == "the cat\n"
+    assert out.getvalue() == "the cat⟦calculate 1+1⟧\n"
 
 
 def test_without_colour_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
