@@ -165,7 +165,7 @@ def test_ten_wordings_about_the_speaker_are_kept_back() -> None:
 
 
 def test_the_speaker_has_the_name_and_the_owner_of_the_config() -> None:
-    rows = list(problems.conversations("identity", 1000, ("Ada", "Grace")))
+    rows = list(problems.conversations("identity", 5000, ("Ada", "Grace")))
     said = {row["messages"][1]["content"] for row in rows}
     assert said == {
         problems.identity_answer(about, ("Ada", "Grace")) for about in ("name", "maker")
