@@ -62,7 +62,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def read_config(checkpoint: Path) -> Config:
     path = checkpoint / "config.json"
-    return from_plain(Config, storage.read_json(path), path)
+    plain = storage.read_json(path)
+    if isinstance(plain, dict) and isinstance(plain.get("model"), dict):
+        plain["model"].setdefault("exclusive_attention", False)  # older than that setting
+    return from_plain(Config, plain, path)
 
 
 def read_weights(checkpoint: Path, model: Model, device: torch.device) -> dict[str, Tensor]:

@@ -94,6 +94,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory, words: Tokenizer) -> Calla
     return folder_of
 
 
+def test_a_checkpoint_older_than_exclusive_attention_still_loads(
+    tmp_path: Path, tiny: ModelConfig, words: Tokenizer
+) -> None:
+    job, progress = make_job(tmp_path / "base", replace(tiny, exclusive_attention=False), words)
+    saved = job.save(loop.state_of(progress, 12))
+    edit("config.json", lambda c: c["model"].pop("exclusive_attention"))(saved)
+    loaded = checkpoint.load_for_inference(saved)
+    assert not loaded.config.model.exclusive_attention
+
+
 TINY = ModelConfig(
     vocab_size=128, n_layer=1, d_model=32, n_head=4, n_kv_head=2, d_ff=48, context=32, window=6
 )
