@@ -186,7 +186,9 @@ def _followed(then: Any, now: Any, saved: Any) -> Any:
     neither of them knew.
     """
     if all(isinstance(value, dict) for value in (then, now, saved)):
-        return {name: now[name] for name in now if name not in then and name not in saved} | {
+        new = [name for name in now if name not in then and name not in saved]
+        # a stage of fine-tuning that the run was made without stays left out of it
+        return {name: now[name] for name in new if name not in FINE_TUNING} | {
             name: _followed(then[name], now[name], value) if name in then and name in now else value
             for name, value in saved.items()
         }

@@ -69,7 +69,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def copy_of(config: Config, to: Path) -> Config:
     """The same run in another place."""
-    shutil.copytree(config.run_dir, to / "demo")
+    leave = shutil.ignore_patterns("chat")  # it reads no conversations
+    shutil.copytree(config.run_dir, to / "demo", ignore=leave)
     return replace(config, runs=str(to))
 
 

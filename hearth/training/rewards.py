@@ -22,6 +22,7 @@ from typing import Any
 
 from config import ChatSource, RLConfig, UserError
 from hearth.data import demo_world as world
+from hearth.data import problems as made
 from hearth.data.readers import local_files
 from hearth.data.sources import conversations
 from hearth.storage import checksum
@@ -186,11 +187,11 @@ def one_kind(kind: str, rng: Random) -> Problem:
     nouns = rng.sample(world.GOODS, rng.randint(2, 3))
     things = rng.choices(nouns, k=n)
     noun = rng.choice(nouns)
-    listed = [f"{o} {thing}" for o, thing in zip(world.ORDINALS, things, strict=False)]
-    asked = rng.choice(world.COUNTS).format(what=f"{noun}s")
-    prompt = f"{rng.choice(world.SCENES)} there are, in a row: {', '.join(listed)}. {asked}"
+    listed = [f"{o} {thing}" for o, thing in zip(made.ORDINALS, things, strict=False)]
+    asked = rng.choice(made.COUNTS).format(what=f"{noun}s")
+    prompt = f"{rng.choice(made.SCENES)} there are, in a row: {', '.join(listed)}. {asked}"
     key = f"{noun} of {sorted(things)}"
-    private = world.scene_held_out(things)
+    private = made.scene_held_out(things)
     return Problem(kind, prompt, str(things.count(noun)), key, private=private)
 
 

@@ -48,7 +48,7 @@ def test_on_a_full_disk_a_checkpoint_is_whole_or_not_there(
     before = content(whole := job.save(state))
     filler, refused = small_disk / "filler", {}
     # it ends in every file; what a disk in memory says of its room is not exact, so some succeed
-    for kilobytes in range(2900, 2200, -20):
+    for kilobytes in range(2900, 2200, -5):
         filler.write_bytes(b"")
         with contextlib.suppress(OSError):
             filler.write_bytes(bytes(kilobytes << 10))

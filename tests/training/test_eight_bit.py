@@ -61,7 +61,7 @@ def test_a_model_trains_with_them_and_is_read_without(kind: str, tiny: ModelConf
     trained.backward()
     assert trained.item() == pytest.approx(plain, rel=0.02)
     assert trained.item() != plain
-    assert all(block.gate.grad.isfinite().all() for block in model.trunk)
+    assert all(block.up.grad.isfinite().all() for block in model.trunk)
 
 
 @needs_torchao

@@ -12,6 +12,7 @@ import pytest
 
 from config import RLConfig, UserError
 from hearth.data import demo_world as world
+from hearth.data.problems import scene_held_out
 from hearth.training import rewards
 from hearth.training.rewards import ENVIRONMENTS, Environment, exact
 
@@ -83,7 +84,7 @@ def test_the_demos_examination_stays_unseen() -> None:
             assert not world.pair_held_out(*numbers(problem.prompt)), problem
     for problem in drawn(ENVIRONMENTS["one kind"], "train", 200):
         row = problem.prompt.split("in a row: ")[1].split(". ")[0]
-        assert not world.scene_held_out([part.split()[1] for part in row.split(", ")])
+        assert not scene_held_out([part.split()[1] for part in row.split(", ")])
 
 
 def test_fixed_problems_are_the_same_every_time_and_all_different() -> None:
