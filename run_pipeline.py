@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from config import FINE_TUNING, Config, UserError
+from config import FINE_TUNING, TOKENS_PER_WEIGHT, Config, UserError
 from hearth import cli, log, run
 
 HERE = Path(__file__).resolve().parent
@@ -91,10 +91,10 @@ def sized(config: Config, hours: float) -> Config:
         chosen = ">" if size.tokens == found.pretrain.tokens else " "
         log.say(
             f"{chosen} depth {size.depth:2}  {size.n_weights / 1e6:7.1f}M weights  "
-            f"{log.count(size.tokens):>6} tokens at {log.count(size.tokens_per_second)}/s  "
-            f"predicted {size.bits_per_byte:.3f} bits per byte"
+            f"{log.count(size.tokens):>6} tokens at {log.count(size.tokens_per_second)}/s, "
+            f"{size.tokens / size.n_weights:.1f} a weight"
         )
-    log.say("Predicted for English textbooks; other text has other figures, but the same order.")
+    log.say(f"> is the largest that reads {TOKENS_PER_WEIGHT} tokens a weight, else the smallest.")
     return found
 
 

@@ -10,8 +10,6 @@ several workers may share a folder.
         all parts of the plan, in order; --only names some of them
     uv run benchmarks/recipe.py table OUT
         what they gave
-    uv run benchmarks/recipe.py law OUT
-        the law of loss against weights and tokens that `--hours` uses
 
 Seconds are those of the process' own clock in training steps, compilation left out.
 """
@@ -434,6 +432,7 @@ def work(options: argparse.Namespace) -> None:
     (options.out / "claims").mkdir(parents=True, exist_ok=True)
     for text in ("tuning", "unseen"):
         tokens(options.out, options.data, text)
+    RUNS.update(done(options.out))
     for row in plan(options.copies):
         if (options.only and row.part not in options.only) or row.key in done(options.out):
             continue
@@ -494,61 +493,9 @@ def table(options: argparse.Namespace) -> None:
         print(line_of(found))
 
 
-def law(options: argparse.Namespace) -> None:
-    """Fit bits per byte = floor + a / weights^p + b / tokens^q to the runs with the rule's rate,
-    and print what it misses each of them by, each run left out once.
-    """
-    runs = [
-        r
-        for r in done(options.out).values()
-        if r["side"] == "hearth" and r["text"] == "tuning" and r["tokens"]
-        if r["lr"] == 1 and not r["change"] and not r["copy"] and r["seed"] == 0 and not r["batch"]
-    ]
-    runs = list({(r["depth"], r["tokens"]): r for r in runs}.values())
-    if len(runs) < 6:
-        raise SystemExit(f"{len(runs)} runs with the rule's rate: a law of 5 numbers wants more")
-    found, error = fitted(runs)
-    print("floor {:.3f} a {:.3g} p {:.3f} b {:.3g} q {:.3f}".format(*found), end="")
-    print(f"   root mean square error {error:.4f}")
-    for i, r in enumerate(runs):
-        others, _ = fitted(runs[:i] + runs[i + 1 :])
-        n = weights_of(r)
-        print(
-            f"depth {r['depth']} {n / 1e6:5.1f}M weights {r['tokens'] / 1e6:5.2f}M tokens: "
-            f"{r['bpb']:.4f}, from the others {value(others, n, r['tokens']):.4f}"
-        )
-
-
-def weights_of(r: dict[str, Any]) -> int:
-    return ours(r["depth"]).n_weights
-
-
-def value(found: tuple[float, ...], n: float, tokens: float) -> float:
-    floor, a, p, b, q = found
-    return floor + a / n**p + b / tokens**q
-
-
-def fitted(runs: list[dict[str, Any]]) -> tuple[tuple[float, ...], float]:
-    """The law's numbers and their error: the exponents from a grid, the rest by least squares, none
-    of it negative.
-    """
-    n = np.array([weights_of(r) for r in runs], float)
-    d = np.array([r["tokens"] for r in runs], float)
-    bpb = np.array([r["bpb"] for r in runs])
-    best: tuple[float, tuple[float, ...]] = (math.inf, ())
-    for p in np.arange(0.05, 0.8, 0.025):
-        for q in np.arange(0.05, 0.8, 0.025):
-            columns = np.stack([np.ones_like(n), n**-p, d**-q], axis=1)
-            found, *_ = np.linalg.lstsq(columns, bpb, rcond=None)
-            error = float(np.sqrt(np.mean((columns @ found - bpb) ** 2)))
-            if (found >= 0).all() and error < best[0]:
-                best = (error, (found[0], found[1], p, found[2], q))
-    return best[1], best[0]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["work", "table", "law", "run"])
+    parser.add_argument("command", choices=["work", "table", "run"])
     parser.add_argument("out", type=Path)
     data = os.environ.get("HEARTH_DATA")
     parser.add_argument("--data", type=Path, default=Path(data) / "pretrain" if data else None)
@@ -565,7 +512,7 @@ def main() -> None:
         print(json.dumps(run(row, options)))
         return
     sys.path.insert(0, str(ROOT))
-    {"work": work, "table": table, "law": law}[options.command](options)
+    {"work": work, "table": table}[options.command](options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How large a model a number of hours on this machine is best spent on: `--hours`.
 
-In: a config, hours, a device. Out: the depth, the tokens, what a second trains, and the predicted
-bits per byte. Knows no data: the law was fitted to English textbooks, and its use is to rank sizes.
+In: a config, hours, a device. Out: the depth, the tokens, and what a second trains. Knows no data.
+The size is the largest that still reads `TOKENS_PER_WEIGHT` tokens a weight, as the presets do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from config import Config, UserError, settled, shaped
+from config import TOKENS_PER_WEIGHT, Config, UserError, settled, shaped
 from hearth import hardware
 from hearth.training import attention, gradients
 from hearth.training.batches import Batch
@@ -21,9 +21,6 @@ from hearth.training.planning import estimate_memory
 from model import DOORS, Recomputed, build_model
 
 DEPTHS = (4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16, 18, 19, 21, 22, 24, 26)
-# bits per byte = FLOOR + SIZE / weights^SIZE_POWER + DATA / tokens^DATA_POWER (arXiv 2203.15556,
-# section 3.3), fitted to the runs in EXPERIMENTS.md, "One rule"
-FLOOR, SIZE, SIZE_POWER, DATA, DATA_POWER = 0.7, 20.0, 0.25, 60.0, 0.3
 SECONDS = 6.0  # spent on the clock of one size
 
 
@@ -35,48 +32,40 @@ class Size:
     n_weights: int
     tokens: int
     tokens_per_second: float
-    bits_per_byte: float  # predicted
 
-
-def predicted(n_weights: float, tokens: float) -> float:
-    """Bits per byte of held-out textbooks after training on `tokens`."""
-    return FLOOR + SIZE / n_weights**SIZE_POWER + DATA / tokens**DATA_POWER
+    @property
+    def is_read_enough(self) -> bool:
+        """Whether the hours give it the tokens that the rule asks for."""
+        return self.tokens >= TOKENS_PER_WEIGHT * self.n_weights
 
 
 def sizes(
     config: Config, hours: float, speed_of: Callable[[Config], float | None]
 ) -> Iterator[Size]:
-    """The sizes from the smallest up to two beyond the best, or to the largest that runs."""
-    best, worse = float("inf"), 0
+    """The sizes from the smallest up to the first that the hours do not suffice for, or to the
+    largest that runs.
+    """
     for depth in DEPTHS:
         sized = replace(config, model=shaped(config.model, depth))
         speed = speed_of(sized)
         if speed is None:
             return
-        tokens = int(speed * 3600 * hours)
-        size = Size(
-            depth,
-            sized.model.n_weights,
-            tokens,
-            speed,
-            predicted(sized.model.n_weights, tokens),
-        )
+        size = Size(depth, sized.model.n_weights, int(speed * 3600 * hours), speed)
         yield size
-        worse = 0 if size.bits_per_byte < best else worse + 1
-        best = min(best, size.bits_per_byte)
-        if worse == 2:
+        if not size.is_read_enough:
             return
 
 
 def choose(config: Config, hours: float, device: torch.device) -> tuple[Config, list[Size]]:
-    """The config with the size and the tokens that are predicted best, and all that were timed.
+    """The config with the largest size that the hours suffice for (else the smallest) and its
+    tokens, and all that were timed.
 
     Raises UserError where not even the smallest has a step's time.
     """
     timed = list(sizes(config, hours, lambda sized: tokens_per_second(sized, hours, device)))
     if not timed:
         raise UserError(f"--hours {hours:g} is too short, or this machine has too little memory.")
-    best = min(timed, key=lambda size: size.bits_per_byte)
+    best = next((size for size in reversed(timed) if size.is_read_enough), timed[0])
     pretrain = replace(config.pretrain, tokens=best.tokens, steps=None)
     return replace(config, model=shaped(config.model, best.depth), pretrain=pretrain), timed
 

@@ -19,22 +19,24 @@ def speed_of_a_peak(flops: float):
 
 
 def best_of(hours: float, flops: float) -> sizing.Size:
-    return min(sizing.sizes(CONFIG, hours, speed_of_a_peak(flops)), key=lambda s: s.bits_per_byte)
+    timed = sizing.sizes(CONFIG, hours, speed_of_a_peak(flops))
+    return [size for size in timed if size.is_read_enough][-1]
 
 
 def test_more_hours_or_a_faster_machine_get_a_larger_model_and_more_tokens() -> None:
-    short, long, fast = best_of(0.5, 1e11), best_of(50, 1e11), best_of(0.5, 1e13)
+    short, long, fast = best_of(0.5, 1e13), best_of(50, 1e13), best_of(0.5, 1e15)
     assert short.depth < long.depth
     assert short.tokens < long.tokens
     assert (fast.depth, fast.tokens) == (long.depth, long.tokens)  # as much work
 
 
-def test_the_sizes_end_two_beyond_the_best_and_where_memory_ends() -> None:
-    found = [s.bits_per_byte for s in sizing.sizes(CONFIG, 1.0, speed_of_a_peak(1e12))]
-    assert found.index(min(found)) == len(found) - 3
-    small = speed_of_a_peak(1e15)
+def test_the_sizes_end_where_the_hours_do_not_suffice_and_where_memory_ends() -> None:
+    found = [s.is_read_enough for s in sizing.sizes(CONFIG, 1.0, speed_of_a_peak(1e13))]
+    assert found == [True] * (len(found) - 1) + [False]
+    assert len(found) > 2
+    fast = speed_of_a_peak(1e18)
     limited = list(
-        sizing.sizes(CONFIG, 1.0, lambda c: small(c) if c.model.n_weights < 2e7 else None)
+        sizing.sizes(CONFIG, 1.0, lambda c: fast(c) if c.model.n_weights < 2e7 else None)
     )
     assert limited
     assert all(s.n_weights < 2e7 for s in limited)
@@ -47,14 +49,14 @@ def test_a_machine_too_small_for_the_smallest_size_is_told_so(monkeypatch) -> No
 
 
 def test_what_is_chosen_trains_for_the_tokens_that_the_hours_give(monkeypatch) -> None:
-    speed = speed_of_a_peak(1e12)
+    speed = speed_of_a_peak(1e13)
     monkeypatch.setattr(sizing, "tokens_per_second", lambda config, hours, device: speed(config))
     config, timed = sizing.choose(CONFIG, 2.0, torch.device("cpu"))
     assert isinstance(config, Config)
     loop = settled(config).pretrain
     expected = speed(config) * 2 * 3600
     assert loop.steps * loop.tokens_per_step == pytest.approx(expected, rel=0.02)
-    assert min(timed, key=lambda s: s.bits_per_byte).tokens == config.pretrain.tokens
+    assert [s.tokens for s in timed if s.is_read_enough][-1] == config.pretrain.tokens
 
 
 def test_a_small_model_is_timed(monkeypatch) -> None:
