@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -33,10 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from racing import SKIPPED, Nanochat, NanoGPT, training_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, CONTEXT = 4096, 1024  # entries, tokens of a row
-HELD_OUT_ROWS, EVALUATIONS, SKIPPED = 32, 6, 3  # of an evaluation; of a run; steps not timed
+HELD_OUT_ROWS, EVALUATIONS = 32, 6  # of an evaluation; of a run
 TUNING = "openstax.parquet"  # the file that all tuning reads
 BATCH_OF_RIVALS = 2048  # tokens of their steps: small steps suit short runs on every side
 RUNS: dict[str, dict[str, Any]] = {}  # those that are done, by key
@@ -179,119 +179,27 @@ class Hearth:
         return float(self.model.loss(hidden, batch.targets, batch.weights))
 
 
-class NanoGPT:
-    """nanoGPT: its model and AdamW groups, compiled; warm-up, then a cosine to a tenth, as its
-    train.py has it; as deep and wide as ours.
-    """
-
-    def __init__(self, row: Row, bos: int, options: argparse.Namespace) -> None:
-        import torch
-
-        spec = importlib.util.spec_from_file_location(
-            "nanogpt_model", Path(options.nanogpt) / "model.py"
-        )
-        theirs = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(theirs)
-        torch.manual_seed(row.seed)
-        shape = {"n_layer": row.depth, "n_head": ours(row.depth).n_head}
-        with contextlib.redirect_stdout(sys.stderr):
-            self.model = theirs.GPT(
-                theirs.GPTConfig(
-                    block_size=CONTEXT,
-                    vocab_size=VOCABULARY,
-                    n_embd=ours(row.depth).d_model,
-                    dropout=0.0,
-                    bias=False,
-                    **shape,
-                )
-            )
-            self.optimizer = self.model.configure_optimizers(0.1, row.lr, (0.9, 0.95), "cpu")
-        self.compiled, self.lr = torch.compile(self.model, dynamic=False), row.lr
-
-    def step(self, block: Any, n: int, n_steps: int) -> None:
-        import torch
-
-        warm = max(1, n_steps // 50)
-        share = (n - warm) / max(1, n_steps - warm)
-        factor = (n + 1) / warm if n < warm else 0.1 + 0.45 * (1 + math.cos(math.pi * share))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * factor
-        _, loss = self.compiled(block[:, :-1].contiguous(), block[:, 1:].contiguous())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def nats(self, block: Any) -> float:
-        _, loss = self.model(block[:, :-1].contiguous(), block[:, 1:].contiguous())
-        return float(loss) * block[:, 1:].numel()
+def nanogpt(row: Row, bos: int, options: argparse.Namespace) -> Any:
+    """As deep and wide as ours."""
+    ours_too = ours(row.depth)
+    shape = {"n_layer": row.depth, "n_head": ours_too.n_head, "n_embd": ours_too.d_model}
+    shape |= {"block_size": CONTEXT, "vocab_size": VOCABULARY}
+    return NanoGPT(options.nanogpt, shape, lr=row.lr, seed=row.seed)
 
 
-class Nanochat:
-    """nanochat: its model, compiled, and its own Muon and AdamW, as deep and wide as ours; every
-    layer whole, which it advises where FlashAttention-3 is missing; warm-up, plateau, linear fall,
-    momentum and weight decay as its base_train.py has them, its horizons of 40 and 400 steps cut
-    to a tenth of a short run. `lr` scales all its rates.
-    """
-
-    def __init__(self, row: Row, bos: int, options: argparse.Namespace) -> None:
-        import torch
-
-        sys.path.insert(0, options.nanochat)
-        from nanochat.gpt import GPT, GPTConfig
-
-        torch.manual_seed(row.seed)
-        width = ours(row.depth).d_model
-        n_head = max(1, width // 128)
-        shape = {"n_layer": row.depth, "n_head": n_head, "n_kv_head": n_head}
-        with contextlib.redirect_stdout(sys.stderr):
-            self.model = GPT(
-                GPTConfig(
-                    sequence_len=CONTEXT,
-                    vocab_size=VOCABULARY,
-                    n_embd=width,
-                    window_pattern="L",
-                    **shape,
-                )
-            )
-            self.model.init_weights()
-            rates = {
-                "unembedding_lr": 0.008,
-                "embedding_lr": 0.3,
-                "matrix_lr": 0.02,
-                "scalar_lr": 0.5,
-            }
-            rates = {name: rate * row.lr for name, rate in rates.items()}
-            self.optimizer = self.model.setup_optimizer(**rates)
-        self.compiled = torch.compile(self.model, dynamic=False)
-
-    def step(self, block: Any, n: int, n_steps: int) -> None:
-        warm, fall = max(1, min(40, n_steps // 50)), round(0.65 * n_steps)
-        left = min(1.0, (n_steps - n) / fall)
-        factor = min((n + 1) / warm, left + (1 - left) * 0.05)
-        climb = min(1.0, n / min(400, max(1, n_steps // 4)))
-        momentum = (
-            0.97 * left + 0.90 * (1 - left) if left < 1 else 0.85 * (1 - climb) + 0.97 * climb
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-            if group["kind"] == "muon":
-                group["momentum"] = momentum
-        self.compiled(block[:, :-1].contiguous(), block[:, 1:].contiguous()).backward()
-        self.optimizer.step()
-        self.model.zero_grad(set_to_none=True)
-
-    def nats(self, block: Any) -> float:
-        loss = self.model(
-            block[:, :-1].contiguous(), block[:, 1:].contiguous(), loss_reduction="sum"
-        )
-        return float(loss)
+def nanochat(row: Row, bos: int, options: argparse.Namespace) -> Any:
+    """As deep and wide as ours, in heads of its own size."""
+    width = ours(row.depth).d_model
+    n_head = max(1, width // 128)
+    shape = {"n_layer": row.depth, "n_head": n_head, "n_kv_head": n_head, "n_embd": width}
+    shape |= {"sequence_len": CONTEXT, "vocab_size": VOCABULARY}
+    return Nanochat(options.nanochat, shape, lr=row.lr, seed=row.seed)
 
 
 SIDES: dict[str, Callable[..., Any]] = {
     "hearth": Hearth,
-    "nanogpt": NanoGPT,
-    "nanochat": Nanochat,
+    "nanogpt": nanogpt,
+    "nanochat": nanochat,
 }
 
 
@@ -364,12 +272,6 @@ def step_seconds(row: Row, options: argparse.Namespace) -> float:
         side.step(block, n, 1000)
         taken.append(time.process_time() - start)
     return statistics.median(taken[SKIPPED:])
-
-
-def training_seconds(taken: list[float]) -> float:
-    """Time of all steps, the first ones, which compile, counted as the median of the others."""
-    timed = taken[SKIPPED:] or taken
-    return sum(timed) + SKIPPED * statistics.median(timed)
 
 
 # --------------------------------------------------------------------------------------------- plan

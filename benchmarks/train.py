@@ -24,8 +24,6 @@ processor's own clock counts them, so that a busy machine does not.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
 import json
 import math
 import os
@@ -39,11 +37,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from racing import SKIPPED, Nanochat, NanoGPT, training_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, ROW, ROWS = 4096, 1024, 2  # entries, tokens of a row, rows of a step
-# rows read by an evaluation, evaluations a run, steps not timed
-HELD_OUT_ROWS, EVALUATIONS, SKIPPED = 32, 6, 3
+# rows read by an evaluation, evaluations a run
+HELD_OUT_ROWS, EVALUATIONS = 32, 6
 RATES = {"hearth": (1.2e-2, 2.4e-2, 4.8e-2), "nanogpt": (1e-3, 2e-3), "nanochat": (0.2, 0.4, 0.8)}
 
 
@@ -196,101 +195,22 @@ class Hearth:
         return float(self.model.loss(hidden, batch.targets, batch.weights))
 
 
-class NanoGPT:
-    """nanoGPT: its model and AdamW groups, compiled; warm-up, then a cosine to a tenth, as its
-    train.py has it.
-    """
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        import torch
-
-        spec = importlib.util.spec_from_file_location(
-            "nanogpt_model", Path(options.nanogpt) / "model.py"
-        )
-        theirs = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(theirs)
-        torch.manual_seed(options.seed)
-        shape = {"n_layer": 2, "n_head": 3, "n_embd": 276, "dropout": 0.0, "bias": False}
-        with contextlib.redirect_stdout(sys.stderr):
-            self.model = theirs.GPT(
-                theirs.GPTConfig(block_size=options.row, vocab_size=VOCABULARY, **shape)
-            )
-            self.optimizer = self.model.configure_optimizers(0.1, options.lr, (0.9, 0.95), "cpu")
-        self.compiled, self.lr = torch.compile(self.model), options.lr
-
-    def step(self, block: Any, n: int, n_steps: int) -> None:
-        import torch
-
-        warm = max(1, n_steps // 50)
-        share = (n - warm) / max(1, n_steps - warm)
-        factor = (n + 1) / warm if n < warm else 0.1 + 0.45 * (1 + math.cos(math.pi * share))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * factor
-        _, loss = self.compiled(block[:, :-1].contiguous(), block[:, 1:].contiguous())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def nats(self, block: Any) -> float:
-        _, loss = self.model(block[:, :-1].contiguous(), block[:, 1:].contiguous())
-        return float(loss) * block[:, 1:].numel()
+def nanogpt(options: argparse.Namespace) -> Any:
+    shape = {"n_layer": 2, "n_head": 3, "n_embd": 276}
+    shape |= {"block_size": options.row, "vocab_size": VOCABULARY}
+    return NanoGPT(options.nanogpt, shape, lr=options.lr, seed=options.seed)
 
 
-class Nanochat:
-    """nanochat: its model, compiled, and its own Muon and AdamW; every layer whole, which its
-    attention does fastest on a CPU; warm-up, plateau, linear fall and momentum as its base_train.py
-    has them. --lr scales all its rates.
-    """
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        import torch
-
-        sys.path.insert(0, options.nanochat)
-        from nanochat.gpt import GPT, GPTConfig
-
-        torch.manual_seed(options.seed)
-        shape = {"n_layer": 2, "n_head": 3, "n_kv_head": 3, "n_embd": 192, "window_pattern": "L"}
-        with contextlib.redirect_stdout(sys.stderr):
-            self.model = GPT(GPTConfig(sequence_len=options.row, vocab_size=VOCABULARY, **shape))
-            self.model.init_weights()
-            rates = {
-                "unembedding_lr": 0.008,
-                "embedding_lr": 0.3,
-                "matrix_lr": 0.02,
-                "scalar_lr": 0.5,
-            }
-            rates = {name: rate * options.lr for name, rate in rates.items()}
-            self.optimizer = self.model.setup_optimizer(**rates)
-        self.compiled = torch.compile(self.model, dynamic=False)
-
-    def step(self, block: Any, n: int, n_steps: int) -> None:
-        warm, fall = max(1, n_steps // 50), round(0.65 * n_steps)
-        left = min(1.0, (n_steps - n) / fall)
-        factor = min((n + 1) / warm, left + (1 - left) * 0.05)
-        climb = min(1.0, n / min(400, max(1, n_steps // 4)))
-        momentum = (
-            0.97 * left + 0.90 * (1 - left) if left < 1 else 0.85 * (1 - climb) + 0.97 * climb
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-            if group["kind"] == "muon":
-                group["momentum"] = momentum
-        self.compiled(block[:, :-1].contiguous(), block[:, 1:].contiguous()).backward()
-        self.optimizer.step()
-        self.model.zero_grad(set_to_none=True)
-
-    def nats(self, block: Any) -> float:
-        loss = self.model(
-            block[:, :-1].contiguous(), block[:, 1:].contiguous(), loss_reduction="sum"
-        )
-        return float(loss)
+def nanochat(options: argparse.Namespace) -> Any:
+    shape = {"n_layer": 2, "n_head": 3, "n_kv_head": 3, "n_embd": 192}
+    shape |= {"sequence_len": options.row, "vocab_size": VOCABULARY}
+    return Nanochat(options.nanochat, shape, lr=options.lr, seed=options.seed)
 
 
 SIDES: dict[str, Callable[[argparse.Namespace], Any]] = {
     "hearth": Hearth,
-    "nanogpt": NanoGPT,
-    "nanochat": Nanochat,
+    "nanogpt": nanogpt,
+    "nanochat": nanochat,
 }
 
 
@@ -365,12 +285,6 @@ def step_seconds(options: argparse.Namespace, clock: Callable[[], float]) -> flo
         side.step(block, n, 1000)
         taken.append(clock() - start)
     return statistics.median(taken[SKIPPED:])
-
-
-def training_seconds(taken: list[float]) -> float:
-    """Time of all steps, the first ones, which compile, counted as the median of the others."""
-    timed = taken[SKIPPED:] or taken
-    return sum(timed) + SKIPPED * statistics.median(timed)
 
 
 def run_apart(options: argparse.Namespace, **changes: Any) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def render(
         ids += turn.ids
         loss += turn.loss
     if answer and messages[-1].get("role") == "tool":
-        return Rendered(ids[:-1], loss[:-1])  # the turn goes on
+        return Rendered(ids[:-1], loss[:-1])  # the turn continues
     if answer:
         ids.append(tokenizer.assistant)
         loss.append(False)
