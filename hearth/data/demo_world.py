@@ -6,8 +6,8 @@ tokens, models or files.
 
 What is held out is decided by a digest, for ever:
     facts
-        of the wordings a fact can be asked in, one is kept back; the fact itself is stated and asked
-        in others
+        of the wordings a fact can be asked in, one is kept back; the fact itself is stated and
+        asked in others
     arithmetic,
         one pair of numbers in ten, whatever the operation, order and wording
     comparison
