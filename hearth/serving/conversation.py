@@ -283,7 +283,8 @@ class Chat:
         held = ""
         for kind, text in pieces:
             if kind != "content":
-                yield "content", held
+                if held:
+                    yield "content", held
                 held = ""
                 yield kind, text
                 continue

@@ -103,6 +103,11 @@ def test_a_call_is_answered_and_stays_in_the_conversation(
     assert caller.engine.held[: len(prompt)] == prompt
 
 
+def test_nothing_comes_between_a_call_and_its_result(caller: Chat) -> None:
+    kinds = [kind for kind, _ in caller.ask("12+7?")]
+    assert kinds[kinds.index("call") + 1] == "result"
+
+
 def test_a_conversation_with_calls_is_saved_and_taken_up(caller: Chat, checkpoints: Path) -> None:
     say(caller, "12+7?")
     other = new_chat(checkpoints / "sft2")
