@@ -43,7 +43,8 @@ PATIENCE = 120  # seconds that an answer may take
 COLUMNS, LINES = 78, 30  # of the terminal
 IN_TERMINAL = (
     *("Who owns the hammer?", "What is 47 + 25?"),
-    *("/think on", "Which is larger, 38 or 83?", "/think off", "Spell apple."),
+    *("/think on", "Which is larger, 38 or 83?", "/think off", "How do you spell lantern?"),
+    "What is 1234 + 4321?",
 )
 PAGE_SIZE = {"width": 760, "height": 560}
 
