@@ -506,7 +506,8 @@ FINE_TUNING_LR = 0.25  # of pretraining's
 def shaped(model: ModelConfig, depth: int) -> ModelConfig:
     """The presets' shape at another depth: `depth` blocks, the head's among them, 40 channels of
     width a block, heads of 64, a key/value head for about three, an MLP four times as wide (8/3
-    where gated), a vocabulary of about 32 entries a channel; context and kind stay.
+    where gated), a vocabulary of about 32 entries a channel, value embeddings on every other block
+    where there are any; context and kind stay.
     """
     width = 64 * max(2, round(depth * 40 / 64))
     n_head = width // 64
@@ -521,6 +522,7 @@ def shaped(model: ModelConfig, depth: int) -> ModelConfig:
         n_head=n_head,
         n_kv_head=max(fits),
         d_ff=64 * math.ceil(width / 24) if model.gated_mlp else 4 * width,
+        n_value_embeddings=depth // 2 if model.n_value_embeddings else 0,
         hrm=hrm,
     )
 
@@ -591,6 +593,7 @@ def made(kind: str, rows: int, weight: float = 1.0) -> ChatSource:
 
 
 CARD = Config(
+    model=ModelConfig(n_value_embeddings=9),
     data=DataConfig(sources=(FINEWEB, WEB_MATH)),
     mid=SFTConfig(
         sources=(
