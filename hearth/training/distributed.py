@@ -142,18 +142,20 @@ def joined() -> dist.Store:
         f"Start the same command on every machine, each with its own --node-rank, and see that "
         f"{place} can be reached from all of them."
     )
+    n, store = n_ranks(), None
     try:
-        store, *_ = next(dist.rendezvous("env://", rank(), n_ranks(), timeout=JOINING))
+        store, *_ = next(dist.rendezvous("env://", rank(), n, timeout=JOINING))
         store.set(f"host/{rank()}", socket.gethostname())
-        store.wait([f"host/{r}" for r in range(n_ranks())], JOINING)
+        store.wait([f"host/{r}" for r in range(n)], JOINING)
     except RuntimeError as error:
-        try:
-            missing = [r for r in range(n_ranks()) if not store.check([f"host/{r}"])]
-        except (RuntimeError, UnboundLocalError):
-            missing = [0]
-        said = f"rank {', '.join(map(str, missing))} of {n_ranks()} did not come"
+        missing = "one of the others" if rank() == 0 else "rank 0"
+        if store is not None:
+            with suppress(RuntimeError):
+                late = (str(r) for r in range(n) if not store.check([f"host/{r}"]))
+                missing = f"rank {', '.join(late)}"
         minutes = JOINING.total_seconds() / 60
-        raise UserError(f"After {minutes:.0f} minutes {said}. {remedy}") from error
+        said = f"Of {n} processes {missing} did not come within {minutes:.0f} minutes."
+        raise UserError(f"{said} {remedy}") from error
     return store
 
 
@@ -196,8 +198,10 @@ class Watch(threading.Thread):
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, KeyboardInterrupt):
             text = "stopped"
-        with suppress(RuntimeError):  # the store dies with the first process
+        with suppress(RuntimeError):
             self.store.compare_set("failed", "", self._of(self.rank, f"ended: {text[:1000]}"))
+            # the store may die with this process
+            self.store.wait(self._keys("heard"), timedelta(seconds=4 * BEAT))
 
     def reason(self, error: str) -> str:
         """What to say where another process could not be reached: which one, and why it ended."""
@@ -216,7 +220,14 @@ class Watch(threading.Thread):
 
     def _failure(self) -> str | None:
         """What a process said that failed."""
-        return self.store.get("failed").decode() if self.store.check(["failed"]) else None
+        if not self.store.check(["failed"]):
+            return None
+        said = self.store.get("failed").decode()
+        self.store.set(f"heard/{self.rank}", "")
+        return said
+
+    def _keys(self, name: str) -> list[str]:
+        return [f"{name}/{r}" for r in range(self.n_ranks)]
 
     def _silence(self, seconds: float) -> str | None:
         """What to say of a process that has shown no life for longer than that."""
@@ -379,7 +390,8 @@ def bring_together(named: Iterable[tuple[str, Tensor]]) -> None:
             dist.broadcast(firsts, src=0)
         size = firsts.square().mean().sqrt().clamp_min(1e-12)
         (apart,) = largest([float((weight - firsts).abs().max() / size)], weight.device)
-        worst, where = max((worst, where), (apart, name))
+        if not apart <= worst:  # also where it is NaN
+            worst, where = apart, name
         weight.copy_(firsts)
     if not worst <= APART:
         raise UserError(

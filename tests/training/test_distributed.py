@@ -132,7 +132,7 @@ def test_a_process_that_is_killed_ends_all_and_its_rank_is_named(
     wait_for_a_step(ranks, tmp_path / "said.0")
     os.kill(ranks[killed].pid, signal.SIGKILL)
     for rank in ranks:
-        rank.join(60)
+        rank.join(240)
     said = (tmp_path / f"said.{1 - killed}").read_text()
     assert ranks[1 - killed].exitcode == 2, said
     assert f"error: Rank {killed} of 2" in said
@@ -180,7 +180,7 @@ def test_a_signal_to_one_process_stops_all_and_saves_once(
     wait_for_a_step(ranks, said)
     os.kill(ranks[1].pid, signal.SIGTERM)
     for rank in ranks:
-        rank.join(60)
+        rank.join(240)
     assert [rank.exitcode for rank in ranks] == [143, 143], said.read_text()
     assert (
         "Continue with: uv run torchrun --nproc-per-node 2 pretrain.py --preset demo"
@@ -201,7 +201,7 @@ def in_two(work: Callable[..., None], folder: Path, *given: object) -> list[int]
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(60)
+        rank.join(240)
         rank.kill()
     return [rank.exitcode for rank in ranks]
 
@@ -294,7 +294,7 @@ def test_gradients_are_summed_while_the_last_micro_batch_runs(
             assert not during  # goes back several times
         else:
             n_large = sum(p.numel() >= 600 for p in model.parameters())
-            assert during[0] == n_large > 20  # all of them, before it had ended
+            assert during[-1] == n_large > 20  # all of them, before it had ended
 
 
 def hold_other_weights(rank: int, folder: Path, apart: float) -> None:
@@ -396,7 +396,10 @@ def test_a_process_that_never_comes_is_named(tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    with pytest.raises(UserError, match="rank 1 of 2 did not come"), distributed.group("cpu"):
+    with (
+        pytest.raises(UserError, match="Of 2 processes one of the others did not come"),
+        distributed.group("cpu"),
+    ):
         pass
 
 
@@ -431,7 +434,7 @@ def test_a_process_without_an_energy_counter_keeps_no_other_waiting(tmp_path: Pa
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(60)
+        rank.join(240)
     waiting = [rank.is_alive() for rank in ranks]
     for rank in ranks:
         rank.kill()
