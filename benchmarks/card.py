@@ -7,7 +7,8 @@ table. A row that fails says why and keeps none of the others.
     uv run benchmarks/card.py --part check
         every test that needs a card
     uv run benchmarks/card.py --part speed
-        tokens per second and MFU, plain and with the HRM head
+        tokens per second and MFU, plain and with the HRM head; --nanogpt PATH and
+        --nanochat PATH put those beside it
     uv run benchmarks/card.py --part memory
         estimated against measured
     uv run benchmarks/card.py --part train --text FOLDER
@@ -15,7 +16,7 @@ table. A row that fails says why and keeps none of the others.
     uv run benchmarks/card.py --part decode
         tokens per second at batch 1 to 256, with CUDA graphs and without
 
-No part takes longer than nine minutes on a card. Rivals run in `benchmarks/train.py`. Needs torch,
+No part takes longer than nine minutes on a card. Needs torch,
 numpy, tokenizers, tqdm, safetensors and pyarrow alone; `check` pytest too.
 """
 
@@ -41,6 +42,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from racing import Nanochat, NanoGPT
 from train import micro_step_rates
 
 from config import FINE_TUNING, PRESETS, Config, ModelConfig, UserError, settled
@@ -118,15 +120,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=float, help="of train: of the whole run; the preset's")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="of train: where it is")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of a call")
+    parser.add_argument("--nanogpt", help="of speed: a clone of nanoGPT")
+    parser.add_argument("--nanochat", help="of speed: a clone of nanochat")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, in seconds: does it run")
     parser.add_argument("--script", help=argparse.SUPPRESS)  # of train: its own processes
     parser.add_argument("words", nargs="*", help="of train, after --: settings of the run")
     return parser.parse_args(argv)
 
 
-def attempts(
-    rows: list[tuple[Found, Callable[[], Found]]], options: argparse.Namespace
-) -> Iterator[Found]:
+Attempt = tuple[Found, Callable[[], Found]]  # what is known of a row, and what finds the rest
+
+
+def attempts(rows: list[Attempt], options: argparse.Namespace) -> Iterator[Found]:
     """Each row with what its function finds, or with why it did not; none begins after the time."""
     for known, look in rows:
         if time.monotonic() > options.deadline:
@@ -178,27 +183,82 @@ def test_files(place: Path) -> list[Path]:
 
 
 def speed(device: torch.device, sizes: Sizes, options: argparse.Namespace) -> Iterator[Found]:
-    """Forward and backward of a micro-batch: the preset's model, and as many plain blocks."""
+    """Forward and backward of a micro-batch: as many plain blocks as the preset has, rivals as deep
+    and as wide where their paths are given, the preset's model.
+    """
     head = sizes.config.model
     plain = replace(head, n_layer=n_block_passes(head), hrm=None)
     bars = MFU_BARS["RTX" in hardware.describe(device)]
     roomy = hardware.memory_limit(device) > 40 * GIB
-    n_tokens = sizes.micro_batch_tokens * (4 if roomy else 1)
+    n_tokens, ours = sizes.micro_batch_tokens * (4 if roomy else 1), {}
 
     def rate_of(shape: ModelConfig, context: int) -> Found:
         config = replace(shape, context=context)
         rate = statistics.median(micro_step_rates(config, n_tokens, sizes.repeats))
         with torch.device("meta"):
             flops = Model(config).flops_per_token(context)
+        ours.setdefault(context, rate)
         peak = hardware.peak_flops(device, compute_dtype(device))
         return {"tokens/s": rate, "MFU": rate * flops / peak}
 
-    rows = [
-        ({"model": name, "context": context, "bar": bar}, partial(rate_of, shape, context))
-        for (name, shape), bar in zip((("plain", plain), ("HRM head", head)), bars, strict=True)
-        for context in sizes.contexts
+    def rate_of_rival(name: str, path: str, context: int) -> Found:
+        rates = rival_rates(name, path, plain, context, n_tokens, sizes.repeats, device)
+        rate = statistics.median(rates)
+        return {"tokens/s": rate, "hearth / it": ours[context] / rate}
+
+    def of_us(name: str, shape: ModelConfig, bar: float) -> list[Attempt]:
+        known = {"model": name, "bar": bar}
+        return [(known | {"context": c}, partial(rate_of, shape, c)) for c in sizes.contexts]
+
+    rivals = ((name, getattr(options, name), bar) for name, bar in RIVALS.items())
+    rows = of_us("plain", plain, bars[0])
+    rows += [
+        ({"model": name, "bar": bar, "context": c}, partial(rate_of_rival, name, path, c))
+        for name, path, bar in rivals
+        if path
+        for c in sizes.contexts
     ]
-    yield from attempts(rows, options)
+    yield from attempts([*rows, *of_us("HRM head", head, bars[1])], options)
+
+
+# a rival → how many times its tokens per second the plain model must train
+RIVALS = {"nanogpt": 1.3, "nanochat": 1.0}
+
+
+def rival_rates(
+    name: str,
+    path: str,
+    shape: ModelConfig,
+    context: int,
+    n_tokens: int,
+    repeats: int,
+    device: torch.device,
+) -> Iterator[float]:
+    """Tokens a second of forward and backward of a rival's model, compiled, in bfloat16 as its own
+    training has it on a card.
+    """
+    fields = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.d_model}
+    fields["vocab_size"] = shape.vocab_size
+    if name == "nanogpt":
+        side = NanoGPT(path, fields | {"block_size": context}, lr=1e-3, seed=0)
+    else:
+        fields |= {"n_kv_head": shape.n_head, "sequence_len": context}
+        side = Nanochat(path, fields, lr=1.0, seed=0)
+    side.model.to(device)
+    rng = torch.Generator().manual_seed(0)
+    n_rows = max(1, n_tokens // context)
+    ids = torch.randint(0, shape.vocab_size, (n_rows, context + 1), generator=rng).to(device)
+    casts = name == "nanogpt" and device.type == "cuda"  # nanochat casts by itself
+    for n in range(repeats + 2):
+        begin = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=casts):
+            loss = side.compiled(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+        loss = loss[1] if isinstance(loss, tuple) else loss
+        loss.backward()
+        float(loss)  # waits for the card
+        side.model.zero_grad(set_to_none=True)
+        if n >= 2:
+            yield n_rows * context / (time.perf_counter() - begin)
 
 
 def memory(device: torch.device, sizes: Sizes, options: argparse.Namespace) -> Iterator[Found]:
@@ -272,7 +332,7 @@ def run_stage(options: argparse.Namespace) -> None:
         config = replace(config, data=replace(config.data, text_files=(str(options.text),)))
         loop = replace(config.pretrain, eval_every_steps=250, sample_every_steps=1000)
         if options.tokens:
-            loop = replace(loop, tokens=int(options.tokens))
+            loop = replace(loop, tokens=int(options.tokens), steps=None)
         config = replace(config, pretrain=loop, report=replace(config.report, draw=False))
     # no conversations: they would be fetched
     none = {name: replace(getattr(config, name), epochs=0.0, files=()) for name in FINE_TUNING}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import stages
+import torch
 
 from config import UserError
 
@@ -79,6 +80,43 @@ def test_speed_is_measured_plain_and_with_the_head(tmp_path: Path) -> None:
         (model, context) for model in ("plain", "HRM head") for context in card.TINY.contexts
     ]
     assert all(row["MFU"] > 0 and row["tokens/s"] > 0 for row in rows)
+
+
+# as much of nanoGPT's model.py as a race wants
+NANOGPT = """
+import torch
+
+
+class GPTConfig:
+    def __init__(self, **fields):
+        vars(self).update(fields)
+
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert config.n_layer > 1 and config.block_size in (128, 256)
+        self.table = torch.nn.Parameter(torch.randn(config.vocab_size, config.n_embd))
+
+    def configure_optimizers(self, *given):
+        return None
+
+    def forward(self, ids, targets):
+        logits = self.table[ids] @ self.table.T
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+
+def test_rivals_are_timed_beside_the_plain_model(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "model.py").write_text(NANOGPT)
+    monkeypatch.setattr(torch, "compile", lambda model, **how: model)
+    rows = measured("speed", tmp_path, "--nanogpt", str(tmp_path))
+    rates = {(row["model"], row["context"]): row["tokens/s"] for row in rows}
+    for context in card.TINY.contexts:
+        (row,) = (r for r in rows if (r["model"], r["context"]) == ("nanogpt", context))
+        assert row["bar"] == 1.3
+        ratio = rates["plain", context] / rates["nanogpt", context]
+        assert row["hearth / it"] == pytest.approx(ratio)
 
 
 def test_memory_is_measured_beside_its_estimate(tmp_path: Path) -> None:
