@@ -168,6 +168,7 @@ class Watch(threading.Thread):
         super().__init__(name="watch", daemon=True)
         self.store, self.rank, self.n_ranks = store, rank(), n_ranks()
         self._over = threading.Event()
+        self._said: str | None = None  # by the first process that failed
         self._counts = [-1] * self.n_ranks  # signs of life
         self._heard = [time.monotonic()] * self.n_ranks  # when the last one came
 
@@ -219,12 +220,11 @@ class Watch(threading.Thread):
         return f"A process could not be reached ({' '.join(error.split())[:200]}). {REMEDY}"
 
     def _failure(self) -> str | None:
-        """What a process said that failed."""
-        if not self.store.check(["failed"]):
-            return None
-        said = self.store.get("failed").decode()
-        self.store.set(f"heard/{self.rank}", "")
-        return said
+        """What a process said that failed, also after the store that held it is gone."""
+        if self._said is None and self.store.check(["failed"]):
+            self._said = self.store.get("failed").decode()
+            self.store.set(f"heard/{self.rank}", "")
+        return self._said
 
     def _keys(self, name: str) -> list[str]:
         return [f"{name}/{r}" for r in range(self.n_ranks)]
