@@ -193,7 +193,7 @@ class OptimConfig:
     embedding_lr_ratio: float = 3.0  # learning rate of the embedding, relative to lr
     weight_decay: float = 0.1  # of matrices only, decoupled, multiplied by the learning rate
     momentum: float = 0.95  # of Muon
-    momentum_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of Muon: less memory
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"  # of Muon; half the memory
     momentum_warmup_steps: int = 200  # Muon's momentum climbs from 0.85 over this many steps
     beta1: float = 0.8  # of AdamW
     beta2: float = 0.95  # of AdamW

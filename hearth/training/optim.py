@@ -108,14 +108,14 @@ class Muon(torch.optim.Optimizer):
                 continue
             gradient = torch.stack([p.grad for p in params])  # (K, m, n)
             state = self.state[group["params"][0]]
-            before = restored(state) if state else torch.zeros_like(gradient)
+            before = state.get("momentum_buffer")
+            before = torch.zeros_like(gradient) if before is None else before.float()
             momentum = before.lerp(gradient, 1 - group["momentum"])
-            del before
-            new = stored(momentum, self.dtype)
+            new = {"momentum_buffer": momentum.to(self.dtype)}
             if "second_moment" in state:
                 new["second_moment"] = state["second_moment"].clone()
             direction = orthogonalise(gradient.lerp_(momentum, group["momentum"]))  # Nesterov
-            del momentum, gradient
+            del before, momentum, gradient
             direction = normalize_rows(direction, new)
             m, n = direction.shape[-2:]
             size = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(m, n))
@@ -126,35 +126,6 @@ class Muon(torch.optim.Optimizer):
             state.update(new)
             for param, factor, update in zip(params, kept, updates, strict=True):
                 param.mul_(factor).add_(update, alpha=-size)
-
-
-BLOCK = 128  # neighbours that share a scale in 8 bits
-
-
-def stored(momentum: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Float32 momentum (K, m, n) as it is kept between two steps; in 8 bits whole numbers of up to
-    127 times a scale a block (arXiv 2110.02861, section 2, with even steps).
-    """
-    if dtype != torch.int8:
-        return {"momentum_buffer": momentum.to(dtype)}
-    blocks = momentum.view(len(momentum), -1, block_size(momentum[0]))
-    scale = blocks.abs().amax(dim=-1, keepdim=True).div_(127)
-    numbers = (blocks / scale.clamp_min(1e-30)).round_().to(torch.int8)
-    return {"momentum_buffer": numbers.view_as(momentum), "momentum_scale": scale.squeeze(-1)}
-
-
-def restored(state: dict[str, Tensor]) -> Tensor:
-    """The float32 momentum (K, m, n) that `stored` made of."""
-    momentum, scale = state["momentum_buffer"].float(), state.get("momentum_scale")
-    if scale is not None:
-        blocks = momentum.view(*scale.shape, -1)
-        blocks.mul_(scale[..., None])  # in place: it may be the state itself that is float32
-    return momentum
-
-
-def block_size(matrix: Tensor) -> int:
-    """Elements that share a scale: as many as `BLOCK` where they come out even, else a row."""
-    return BLOCK if matrix.numel() % BLOCK == 0 else matrix.shape[-1]
 
 
 def normalize_rows(direction: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -170,14 +141,12 @@ def normalize_rows(direction: Tensor, state: dict[str, Tensor]) -> Tensor:
     )
 
 
-def kept(part: torch.optim.Optimizer) -> set[str]:
-    """What a rule keeps of a parameter, or of a group of equal matrices."""
-    if isinstance(part, Muon):
-        in_8_bits = {"momentum_scale"} if part.dtype == torch.int8 else set()
-        return {"momentum_buffer", "second_moment"} | in_8_bits
-    if isinstance(part, torch.optim.AdamW):
-        return {"step", "exp_avg", "exp_avg_sq"}
-    return {"z", "exp_avg_sq"}  # AdamWScheduleFree
+# what each rule keeps of a parameter, or of a group of equal matrices
+KEPT = {
+    "Muon": {"momentum_buffer", "second_moment"},
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "AdamWScheduleFree": {"z", "exp_avg_sq"},
+}
 
 
 class Optimizers:
@@ -224,7 +193,7 @@ class Optimizers:
         for part in self.parts:
             groups = part.param_groups
             for p, state in list(part.state.items()):
-                if set(state) != kept(part):
+                if set(state) != KEPT[type(part).__name__]:
                     del part.state[p]  # half made
             try:
                 for group in groups:
@@ -257,7 +226,7 @@ class Optimizers:
         kinds = [{name: type(v) for name, v in group.items()} for group in self._groups()]
         for part, saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(saved)
-            if isinstance(part, Muon):  # torch makes it float32
+            if isinstance(part, Muon):  # torch has made it float32
                 for state in part.state.values():
                     if "momentum_buffer" in state:
                         state["momentum_buffer"] = state["momentum_buffer"].to(part.dtype)
@@ -276,11 +245,13 @@ class Optimizers:
 
     def state_bytes(self) -> int:
         """Memory of the whole state in bytes, whether or not it is there yet: Muon keeps one number
-        of each weight, in its own dtype (in 8 bits a float32 scale a block besides), and a float32
-        of each row or column, AdamW and its schedule-free form two float32 of each weight.
+        of each weight, in its own dtype, and a float32 of each row or column, AdamW and its
+        schedule-free form two float32 of each weight.
         """
         sizes = (
-            muon_state_bytes(part, p) if isinstance(part, Muon) else 8 * p.numel()
+            part.dtype.itemsize * p.numel() + 4 * max(p.shape)
+            if isinstance(part, Muon)
+            else 8 * p.numel()
             for part in self.parts
             for group in part.param_groups
             for p in group["params"]
@@ -308,26 +279,19 @@ class Optimizers:
                     p.copy_(before)
 
 
-def muon_state_bytes(part: Muon, p: Tensor) -> int:
-    scales = 4 * p.numel() // block_size(p) if part.dtype == torch.int8 else 0
-    return part.dtype.itemsize * p.numel() + scales + 4 * max(p.shape)
-
-
 def check_state(part: torch.optim.Optimizer) -> None:
     """Raises `ValueError` where the state that was loaded is not one of this optimizer."""
     for group in part.param_groups:
         for p in group["params"]:
             state = part.state.get(p, {})
-            if state and set(state) != kept(part):
+            if state and set(state) != KEPT[type(part).__name__]:
                 raise ValueError(f"holds {sorted(state)} of a parameter")
             shape = (len(group["params"]), *p.shape) if isinstance(part, Muon) else p.shape
             rows = {(*shape[:-1], 1), (*shape[:-2], 1, *shape[-1:])}  # of `normalize_rows`
             for name, value in state.items():
-                blocks = (shape[0], math.prod(shape[1:]) // block_size(p)) if shape else ()
                 fits = tuple(value.shape) in {
                     "step": {()},
                     "second_moment": rows,
-                    "momentum_scale": {blocks},
                 }.get(name, {tuple(shape)})
                 if not (fits and value.isfinite().all()):
                     raise ValueError(f"{name} of a parameter {tuple(p.shape)} does not fit it")

@@ -219,12 +219,11 @@ def test_schedule_climbs_holds_and_falls_to_the_floor() -> None:
     assert learning_rate_factor(100, 100, loop) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("kept_in", ["bfloat16", "int8"])
-def test_momentum_of_fewer_bits_steps_nearly_alike_and_comes_back_bit_for_bit(
-    kept_in: str, tiny: ModelConfig
+def test_momentum_in_bfloat16_steps_nearly_alike_and_comes_back_bit_for_bit(
+    tiny: ModelConfig,
 ) -> None:
     found = {}
-    for dtype in ("float32", kept_in):
+    for dtype in ("float32", "bfloat16"):
         model, rng = build_model(tiny, seed=0), torch.Generator().manual_seed(0)
         config = OptimConfig(momentum_dtype=dtype)
         optimizers = build_optimizers(model, config, 0.01)
@@ -233,46 +232,18 @@ def test_momentum_of_fewer_bits_steps_nearly_alike_and_comes_back_bit_for_bit(
                 state = deepcopy(optimizers.state_dict())
                 optimizers = build_optimizers(model, config, 0.01)
                 optimizers.load_state_dict(state)
+                loaded = optimizers.parts[0].state.values()
+                assert {str(s["momentum_buffer"].dtype) for s in loaded} == {f"torch.{dtype}"}
             for p in model.parameters():
                 p.grad = torch.randn(p.shape, generator=rng)
             optimizers.step()
             found[dtype, step] = [p.detach().clone() for p in model.parameters()]
         found[dtype] = optimizers.parts[0].state.values()
-        kinds = {s["momentum_buffer"].dtype for s in found[dtype]}
-        assert kinds == {getattr(torch, dtype)}
+        if dtype == "bfloat16":
+            assert {s["momentum_buffer"].dtype for s in found[dtype]} == {torch.bfloat16}
     moved = [b - a for a, b in zip(found["float32", 0], found["float32", 5], strict=True)]
-    for a, b, far in zip(found["float32", 5], found[kept_in, 5], moved, strict=True):
+    for a, b, far in zip(found["float32", 5], found["bfloat16", 5], moved, strict=True):
         assert (a - b).norm() < 0.05 * far.norm()
-
-
-def test_momentum_in_8_bits_is_off_by_at_most_half_a_step_of_its_blocks_scale() -> None:
-    rng = torch.Generator().manual_seed(0)
-    for shape in ((3, 64, 96), (2, 5, 7)):
-        momentum = torch.randn(shape, generator=rng) * 10 ** torch.randn(
-            (shape[0], shape[1], 1), generator=rng
-        )
-        momentum[0, 0] = 0
-        state = optim.stored(momentum, torch.int8)
-        scale = state["momentum_scale"]
-        off = (optim.restored(state) - momentum).view(*scale.shape, -1).abs().amax(dim=-1)
-        assert (off <= 0.501 * scale).all()
-        assert torch.equal(scale, momentum.view(*scale.shape, -1).abs().amax(dim=-1) / 127)
-    assert state["momentum_scale"].shape == (2, 5)  # rows, where blocks of 128 do not come out even
-
-
-def test_a_state_of_another_momentum_is_refused(tiny: ModelConfig) -> None:
-    model = build_model(tiny, seed=0)
-    saved = {}
-    for dtype in ("float32", "int8"):
-        optimizers = build_optimizers(model, OptimConfig(momentum_dtype=dtype), 0.01)
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        optimizers.step()
-        saved[dtype] = deepcopy(optimizers.state_dict())
-    for dtype, other in (("float32", "int8"), ("int8", "float32")):
-        optimizers = build_optimizers(model, OptimConfig(momentum_dtype=dtype), 0.01)
-        with pytest.raises(ValueError, match="holds"):
-            optimizers.load_state_dict(saved[other])
 
 
 def test_large_groups_of_equal_matrices_are_updated_in_parts(monkeypatch) -> None:
