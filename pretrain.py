@@ -9,7 +9,7 @@ In: runs/<preset>/tokens/ and tokenizer/. Out: runs/<preset>/base/step-*/, metri
     uv run pretrain.py --preset 12gb --plan --card "RTX 4070"
         the same for a card that is elsewhere, estimated
     uv run torchrun --nproc-per-node 2 pretrain.py --preset 16gb
-        on two cards
+        on two cards; README.md, "Several cards", says how on two machines
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from hearth.training.planning import (
     table,
     time_update,
 )
-from model import Model, PackedSequences, build_model
+from model import Model, build_model
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def main(config: Config, options: Options) -> None:
     if options.plan:
         show_plan_of_card(config, options.card) if options.card else show_plan(config)
         return
-    with run.working_on(config, makes=("base",), redo=options.redo) as work:
+    working = run.working_on(config, makes=("base",), redo=options.redo)
+    with distributed.group(config.device), working as work:
         tokenizer, train, held_out = open_data(config, work)
         work.begin("base", {f"tokens of {s.folder.name}": s.fingerprint for s in train})
         folder = config.run_dir / "base"
@@ -276,7 +277,7 @@ def evaluate_head(
         shards, context=context, max_tokens=context, micro_tokens=context, bos=tokenizer.bos
     )
     batch = next(rows).to(model.device)
-    attn_ctx = PackedSequences(batch.starts, batch.row_length, model.device)
+    attn_ctx = attention.packed(model, batch.starts, batch.row_length)
     return probe_head(model, batch.ids, batch.targets, batch.weights, attn_ctx)
 
 

@@ -65,7 +65,8 @@ def main(config: Config, options: Options) -> None:
         return
     environments = rewards.chosen(config.rl)
     start = run.find_checkpoint(options.from_, config) if options.from_ else None
-    with run.working_on(config, makes=["rl"], redo=options.redo, creates=start is not None) as work:
+    working = run.working_on(config, makes=["rl"], redo=options.redo, creates=start is not None)
+    with distributed.group(config.device), working as work:
         practise(config, environments, start or last_fine_tuning(config, work), work)
     log.say(f"Next: {run.command(config, 'chat_inference.py')}")
 
@@ -93,7 +94,8 @@ def practise(
     rollouts = Rollouts(model, tokenizer, environments, config.rl, seed=config.seed, teach=teach)
     exam = Exam(config, environments, rollouts, folder)
     if log.is_first():
-        exam.sit("before", start)
+        with distributed.alone():
+            exam.sit("before", start)
     if (newest := run.newest(folder)) is not None:
         rollouts.load_state(checkpoint.read_state(newest)["rollouts"])
     announce(start, environments, rollouts)
@@ -114,9 +116,10 @@ def practise(
             looks_before=True,
         )
     if log.is_first():
-        exam.keep_best()
-        exam.sit("after", run.newest(folder))
-        refresh(config)
+        with distributed.alone():
+            exam.keep_best()
+            exam.sit("after", run.newest(folder))
+            refresh(config)
 
 
 def last_fine_tuning(config: Config, work: run.Run) -> Path:

@@ -17,6 +17,8 @@ table on the console, runs/<run>/report/score.json, and the run's report redrawn
         runs side by side, with a page of both
     uv run score.py --preset 16gb --lm-eval arc_easy hellaswag
         any task of lm-eval (uv sync --extra lm-eval)
+    uv run torchrun --nproc-per-node 2 score.py --preset 16gb
+        on two cards
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from hearth import cli, hardware, log, run
 from hearth.evaluation import battery, chat_tasks, scores, tasks
 from hearth.evaluation.scores import NAMES, Bench, Score, ScoreBook
 from hearth.reporting import report
-from hearth.training import checkpoint
+from hearth.training import checkpoint, distributed
 from hearth.training.checkpoint import Loaded
 
 
@@ -59,10 +61,20 @@ SCRIPT = cli.Script(__doc__, Options(), ("device", "report"))
 
 def main(config: Config, options: Options) -> None:
     """Score every checkpoint asked for, print them side by side, keep them, draw the report."""
+    with distributed.group(config.device):
+        score_all(config, options)
+
+
+def score_all(config: Config, options: Options) -> None:
+    """The same, of several processes in each of them: they share the items of a task, the first one
+    alone keeps and draws.
+    """
     wanted = options.compare or options.checkpoint
     folders = [run.find_checkpoint(name, config) for name in wanted or (None,)]
     columns = [score_checkpoint(folder, config, options) for folder in folders]
     print_table(folders, columns)
+    if not log.is_first():
+        return
     runs = list(dict.fromkeys(run_folder(folder, config) for folder in folders))
     for folder in runs:
         page = report.write(of_run(folder, config)) if config.report.draw else None

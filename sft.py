@@ -7,6 +7,8 @@ A stage without conversations is left out. All stages have the same settings.
     uv run sft.py --preset 16gb                all stages, one after the other
     uv run sft.py --preset 16gb --stage mid    one of them
     uv run sft.py --name mine --stage sft1 --from 16gb --sft1.files chats.jsonl
+    uv run torchrun --nproc-per-node 2 sft.py --preset 16gb
+        on two cards
 """
 
 from __future__ import annotations
@@ -67,15 +69,13 @@ SCRIPT = cli.Script(__doc__, Options(), READS, keywords=("from",))
 
 def main(config: Config, options: Options) -> None:
     """Train the stages asked for, each from the one before it."""
-    if distributed.n_ranks() > 1:
-        said = f"sft.py trains in one process, but torchrun started {distributed.n_ranks()}"
-        raise UserError(f"{said}. Use `{run.command(config, 'sft.py')}`.")
     start = run.find_checkpoint(options.from_, config) if options.from_ else None
     if start is not None:  # the model is that of the checkpoint, whatever the preset says
         config = replace(config, model=checkpoint.load_for_inference(start).config.model)
     there = run.fine_tuning(config)
     makes, creates = tuple(FINE_TUNING), start is not None
-    with run.working_on(config, makes=makes, redo=options.redo, creates=creates) as work:
+    working = run.working_on(config, makes=makes, redo=options.redo, creates=creates)
+    with distributed.group(config.device), working as work:
         for stage in (options.stage,) if options.stage else makes:
             if stage in there:
                 train_stage(config, stage, start, work)
@@ -95,21 +95,13 @@ def say_left_out(stage: str) -> None:
 def train_stage(config: Config, name: str, start: Path | None, work: run.Run) -> None:
     """One stage of fine-tuning; continue if its folder holds a checkpoint."""
     loop: SFTConfig = getattr(settled(config), name)
-    folder = config.run_dir / name
-    start = start or stage_before(config, name, work)
     sets = config.sets(name)
-    with work.stage(name):
-        texts = write_texts(config, sets, loop, remake=work.begun(name) is None)
-    used = {"weights": checksum(start / WEIGHTS), **texts}
-    work.begin(name, used, starts_from=str(start))
-    if checkpoint.is_finished(folder):
-        log.say(f"{run.STAGES[name].title.lower()}: done, {run.newest(folder)}")
+    start, folders = distributed.from_first(lambda: prepare(config, name, start, work))
+    if not folders:
         return
     device = hardware.pick_device(config.device)
     before = checkpoint.load_for_inference(start)
     tokenizer = before.tokenizer
-    with work.stage(name):
-        folders = [write_chat_tokens(config, source, loop, tokenizer, name) for source in sets]
     train, held_out = (
         [TokenShards(f, split, run.command(config, "sft.py")) for f in folders] for split in SPLITS
     )
@@ -141,9 +133,30 @@ def train_stage(config: Config, name: str, start: Path | None, work: run.Run) ->
         tokenizer,
         evaluate=evaluate,
         sample=sample,
-        command=run.command(config, "sft.py"),
+        command=distributed.command(run.command(config, "sft.py")),
         files={"tokenizer/chat_template.jinja": CHAT_TEMPLATE},
     )
+
+
+def prepare(
+    config: Config, name: str, start: Path | None, work: run.Run
+) -> tuple[Path, list[Path]]:
+    """The checkpoint that a stage starts from, and the folders of its chat tokens, made where they
+    are not there yet; none where the stage is done.
+    """
+    loop: SFTConfig = getattr(settled(config), name)
+    folder, sets = config.run_dir / name, config.sets(name)
+    start = start or stage_before(config, name, work)
+    with work.stage(name):
+        texts = write_texts(config, sets, loop, remake=work.begun(name) is None)
+    used = {"weights": checksum(start / WEIGHTS), **texts}
+    work.begin(name, used, starts_from=str(start))
+    if checkpoint.is_finished(folder):
+        log.say(f"{run.STAGES[name].title.lower()}: done, {run.newest(folder)}")
+        return start, []
+    tokenizer = Tokenizer.load(start / "tokenizer")
+    with work.stage(name):
+        return start, [write_chat_tokens(config, s, loop, tokenizer, name) for s in sets]
 
 
 def stage_before(config: Config, stage: str, work: run.Run) -> Path:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 
 from config import Config, TextSource, UserError
 from hearth import cli, log, run
@@ -29,7 +28,7 @@ from hearth.data.shard_folder import SPLITS, content_fingerprint, inputs_of_toke
 from hearth.data.token_shards import TokenShardWriter
 from hearth.data.tokenizer import FILE, Tokenizer
 from hearth.reporting.report import refresh
-from hearth.storage import write_text, writing
+from hearth.storage import machine_memory, write_text, writing
 
 BATCH_CHARS = 1 << 20  # text encoded in one call
 REPORT_BYTES = 2_000_000  # held-out text of each corpus that the report measures
@@ -196,7 +195,7 @@ def free_memory(group: Path = Path("/sys/fs/cgroup")) -> float:
     """Bytes of memory that this process may still take, by the system and by the limit of its
     control group.
     """
-    free = float(psutil.virtual_memory().available)
+    free = float(machine_memory()[1])
     try:
         limit, used = (
             float((group / name).read_text()) for name in ("memory.max", "memory.current")

@@ -16,12 +16,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 
 from config import UserError
 from hearth import log
-from hearth.storage import disk_free
+from hearth.storage import disk_free, machine_memory
 
 
 class Card(NamedTuple):
@@ -52,29 +51,44 @@ CARDS = {
     "RTX 5090": geforce(21760, 2.407, 32, 575),
     "RTX 5080": geforce(10752, 2.617, 16, 360),
     "RTX 5070 Ti": geforce(8960, 2.452, 16, 300),
+    "RTX 5070": geforce(6144, 2.512, 12, 250),
     "RTX 5060 Ti 16GB": geforce(4608, 2.572, 16, 180),
     "RTX 5060 Ti": geforce(4608, 2.572, 8, 180),
     "RTX 5060": geforce(3840, 2.497, 8, 145),
+    "RTX 5050": geforce(2560, 2.572, 8, 130),
     "RTX 4090": geforce(16384, 2.520, 24, 450),
     "RTX 4080 Super": geforce(10240, 2.550, 16, 320),
     "RTX 4080": geforce(9728, 2.505, 16, 320),
+    "RTX 4070 Ti Super": geforce(8448, 2.610, 16, 285),
     "RTX 4070 Ti": geforce(7680, 2.610, 12, 285),
+    "RTX 4070 Super": geforce(7168, 2.475, 12, 220),
     "RTX 4070": geforce(5888, 2.475, 12, 200),
     "RTX 4060 Ti 16GB": geforce(4352, 2.535, 16, 165),
     "RTX 4060 Ti": geforce(4352, 2.535, 8, 160),
     "RTX 4060": geforce(3072, 2.460, 8, 115),
     "RTX 3090 Ti": geforce(10752, 1.860, 24, 450),
     "RTX 3090": geforce(10496, 1.695, 24, 350),
+    "RTX 3080 Ti": geforce(10240, 1.665, 12, 350),
+    "RTX 3080 12GB": geforce(8960, 1.710, 12, 350),
     "RTX 3080": geforce(8704, 1.710, 10, 320),
     "RTX 3070 Ti": geforce(6144, 1.770, 8, 290),
     "RTX 3070": geforce(5888, 1.725, 8, 220),
     "RTX 3060 Ti": geforce(4864, 1.665, 8, 200),
     "RTX 3060": geforce(3584, 1.777, 12, 170),
+    "RTX 3050": geforce(2560, 1.777, 8, 130),
+    "RTX 5090 Laptop": geforce(10496, 2.160, 24, 150),
+    "RTX 5080 Laptop": geforce(7680, 2.287, 16, 150),
+    "RTX 5070 Ti Laptop": geforce(5888, 2.220, 12, 115),
+    "RTX 5070 Laptop": geforce(4608, 2.347, 8, 100),
+    "RTX 5060 Laptop": geforce(3328, 2.497, 8, 100),
     "RTX 4090 Laptop": geforce(9728, 2.040, 16, 150),
     "RTX 4080 Laptop": geforce(7424, 2.280, 12, 150),
     "RTX 4070 Laptop": geforce(4608, 2.175, 8, 115),
     "RTX 4060 Laptop": geforce(3072, 2.370, 8, 115),
+    "RTX 4050 Laptop": geforce(2560, 2.370, 6, 115),
+    "RTX 3080 Ti Laptop": geforce(7424, 1.590, 16, 150),
     "RTX 3080 Laptop": geforce(6144, 1.710, 16, 150),
+    "RTX 3070 Ti Laptop": geforce(5888, 1.485, 8, 125),
     "RTX 3070 Laptop": geforce(5120, 1.620, 8, 125),
     "RTX 3060 Laptop": geforce(3840, 1.703, 6, 115),
 }
@@ -245,7 +259,7 @@ def memory_limit(device: torch.device) -> int:
         return torch.mps.recommended_max_memory()
     if device.type != "cuda":
         # not what is free just now: that differs from start to start
-        return psutil.virtual_memory().total
+        return machine_memory()[0]
     free, total = torch.cuda.mem_get_info(device)
     allowed = torch.cuda.get_per_process_memory_fraction(device) * total
     return int(min(free + torch.cuda.memory_reserved(device), allowed))
@@ -282,6 +296,8 @@ def memory_in_use(device: torch.device) -> float:
         return torch.mps.driver_allocated_memory() / 1e9
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    import psutil
+
     return psutil.Process().memory_info().rss / 1e9
 
 
@@ -392,6 +408,10 @@ def check_disk(folder: Path, n_bytes: int) -> None:
 
 def on_battery() -> bool:
     """Whether this is a laptop that runs on its battery."""
+    if not importlib.util.find_spec("psutil"):
+        return False
+    import psutil
+
     sensors = getattr(psutil, "sensors_battery", None)
     battery = sensors() if sensors else None
     return battery is not None and battery.power_plugged is False

@@ -455,7 +455,10 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()} ")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)  # a later start on several machines must not take it for its own
 
 
 def _lock(file: Any) -> None:
@@ -493,4 +496,7 @@ def _wait_for_first(folder: Path, minutes: float = 5.0) -> None:
             if (folder / LOCK).read_text(encoding="utf-8").endswith(f" {_start()}"):
                 return
         time.sleep(0.05)
-    raise UserError(f"The first process has not begun to work on {folder}.")
+    raise UserError(
+        f"The first process has not begun to work on {folder}. Processes on several machines need "
+        "one run folder that all of them see, such as a shared one (NFS, SMB) given by --runs."
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -226,6 +227,20 @@ def sync_file(path: Path) -> None:
     """
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def machine_memory() -> tuple[int, int]:
+    """Bytes of the machine's memory, and those of them that are free or given back when asked for;
+    as Linux says it where psutil is not here, as on a machine lent for an hour.
+    """
+    if importlib.util.find_spec("psutil"):
+        import psutil
+
+        memory = psutil.virtual_memory()
+        return memory.total, memory.available
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    kib = {name: int(rest.split()[0]) for name, rest in (line.split(":", 1) for line in lines)}
+    return 1024 * kib["MemTotal"], 1024 * kib["MemAvailable"]
 
 
 def disk_free(folder: Path) -> int:

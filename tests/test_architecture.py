@@ -21,7 +21,16 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "demo_world",
         *("shard_folder", "token_shards", "text_shards", "sources", "ingest"),
     ),
-    "decoding": ("calculator", "tools", "matrices", "kv_cache", "slots", "engine", "scheduler"),
+    "decoding": (
+        "calculator",
+        "tools",
+        "matrices",
+        "kv_cache",
+        "graphs",
+        "slots",
+        "engine",
+        "scheduler",
+    ),
     "training": (
         *("batches", "distributed", "optim", "eight_bit", "attention", "gradients", "held_out"),
         *("planning", "sizing", "checkpoint", "loop", "rewards", "rollouts"),

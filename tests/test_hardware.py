@@ -136,6 +136,11 @@ def test_cores_and_clock_give_the_published_peaks(card: str, tflops: float) -> N
         ("NVIDIA A100 80GB PCIe", "A100"),
         ("rtx 3060 ti", "RTX 3060 Ti"),
         ("RTX 4060 Ti 16GB", "RTX 4060 Ti 16GB"),
+        ("RTX 3080 12GB", "RTX 3080 12GB"),
+        ("NVIDIA GeForce RTX 4070 SUPER", "RTX 4070 Super"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070 Ti Super"),
+        ("NVIDIA GeForce RTX 5070 Ti Laptop GPU", "RTX 5070 Ti Laptop"),
+        ("NVIDIA GeForce RTX 5070", "RTX 5070"),
     ],
 )
 def test_a_card_is_known_by_its_whole_name(name: str, card: str) -> None:
@@ -149,10 +154,10 @@ def test_a_card_is_known_by_its_whole_name(name: str, card: str) -> None:
         "NVIDIA GH200",
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
         "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
-        "RTX 3080 12GB",
+        "RTX 3060 8GB",
         "NVIDIA H100 PCIe",
         "NVIDIA GeForce RTX 4090 D",
-        "NVIDIA GeForce RTX 3070 Ti Laptop GPU",
+        "NVIDIA GeForce RTX 3050 Ti Laptop GPU",
     ],
 )
 def test_a_variant_is_not_taken_for_the_card_it_is_named_after(name: str) -> None:

@@ -243,12 +243,3 @@ def test_probes_count_stopping_looping_and_reasoning(
         "loops": pytest.approx(1 / 3),
         "reasons": pytest.approx(2 / 3),
     }
-
-
-def test_several_processes_are_refused_with_the_command_for_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"torchrun started 2\. Use `uv run sft.py --preset demo`"):
-        sft.main(PRESETS["demo"], sft.Options())

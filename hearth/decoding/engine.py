@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hearth import log
 from hearth.data.chat_format import last_call, result_ids
 from hearth.data.tokenizer import Tokenizer
+from hearth.decoding.graphs import Record, Recorded, cuda_graph
 from hearth.decoding.kv_cache import KVCache, decode, decode_early_exit, for_decoding
 from hearth.decoding.matrices import BlockKernel, Matrix
 from hearth.decoding.tools import Function, Tools
@@ -105,6 +107,8 @@ class Engine:
     exit_kl_threshold: leave the cycles once the prediction moves by less than this, in nats (KL
     divergence); None runs them all.
     tokenizer: reads the calls of tools; needed where there are any.
+    record: how a pass over one more column is recorded, to be replayed; None is as a CUDA graph on
+    a card, and not elsewhere. A device that cannot do it is said in the log, and does without.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class Engine:
         exit_kl_threshold: float | None = None,
         max_rows: int = 64,
         chunk_tokens: int = 512,
+        record: Record | None = None,
     ) -> None:
         self.model = model if weights is None else compress(model, weights)
         self.tokenizer = tokenizer
@@ -126,6 +131,8 @@ class Engine:
         self.context = model.config.context
         self.cache: KVCache | None = None  # of the stream
         self.held: list[int] = []  # the ids in it
+        self.record = record or (cuda_graph if model.device.type == "cuda" else None)
+        self._recorded: Recorded | None = None  # of the cache in use
 
     # --------------------------------------------------------------------------------- many at once
 
@@ -177,6 +184,7 @@ class Engine:
         for part in range(0, n_answers, self.max_rows):
             together = [rows[i] for i in order[part : part + self.max_rows]]
             self._finish([row for row in together if not row.finish], rules, logprobs=logprobs)
+            self._recorded = None  # and with it the cache's memory
         return [Completion(row.answer, row.forced, row.logprobs) for row in rows]
 
     def row(self, prompt: Ids, seed: int, rules: Rules, longest: int | None) -> _Row:
@@ -288,6 +296,10 @@ class Engine:
 
         `mark` lets the cache come back to the beginning of the last chunk.
         """
+        if len(ids[0]) == 1 and cache.length and self.exit_kl_threshold is None:
+            logits = self._replayed([row[0] for row in ids], cache)
+            if logits is not None:
+                return logits, [self.n_cycles] * len(ids)
         chunks = torch.tensor(ids, device=self.model.device).split(
             max(1, self.chunk_tokens // len(ids)), dim=1
         )
@@ -305,6 +317,22 @@ class Engine:
                 return logits, cycles.tolist()
             hidden = decode(self.model, chunk, cache, self.h_cycles)
         return self.model.logits(hidden[:, -1]), [self.n_cycles] * len(ids)
+
+    def _replayed(self, ids: list[int], cache: KVCache) -> Tensor | None:
+        """Logits (B, V) after one id of each row, by a recorded pass; None where none is recorded
+        on this device.
+        """
+        if self.record is None:
+            return None
+        try:
+            if self._recorded is None or not self._recorded.fits(cache):
+                self._recorded = None  # its memory first
+                self._recorded = Recorded(self.model, cache, self.h_cycles, self.record)
+        except RuntimeError as error:
+            self.record = None
+            log.say(f"decoding    without CUDA graphs: {' '.join(str(error).split())[:160]}")
+            return None
+        return self._recorded.next(torch.tensor(ids, device=self.model.device))
 
     @property
     def n_cycles(self) -> int:

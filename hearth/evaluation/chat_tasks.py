@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from config import REASONING_PROMPT, UserError
@@ -21,6 +22,7 @@ from hearth.decoding.engine import Engine
 from hearth.decoding.tools import Tools
 from hearth.evaluation import tasks
 from hearth.evaluation.scores import Bench, Score, mean_score
+from hearth.training import distributed
 from hearth.training.checkpoint import Loaded
 
 
@@ -66,8 +68,15 @@ def converse(
     loaded: Loaded, conversations: Sequence[Sequence[Message]], max_tokens: int, title: str = ""
 ) -> list[Reply]:
     """The likeliest next turn of each conversation; reasoning is expected where its system prompt
-    asks for it.
+    asks for it. Several processes share them out.
     """
+    said = partial(_converse, loaded, max_tokens=max_tokens, title=title)
+    return distributed.shared_out(conversations, said)
+
+
+def _converse(
+    loaded: Loaded, conversations: Sequence[Sequence[Message]], *, max_tokens: int, title: str
+) -> list[Reply]:
     tokenizer, context = loaded.tokenizer, loaded.model.config.context
     engine = Engine(loaded.model, tokenizer=tokenizer)
     room = context - min(max_tokens, context // 4)

@@ -22,9 +22,9 @@ from hearth.data.token_shards import TokenShards
 from hearth.evaluation import tasks
 from hearth.reporting.report import read_json, read_scores, score_text
 from hearth.storage import write_json
+from hearth.training import attention, distributed
 from hearth.training.batches import Batch, validation_batches
 from hearth.training.checkpoint import Loaded
-from model import PackedSequences
 
 NAMES = 46  # width of the column of names
 
@@ -80,8 +80,11 @@ class Bench:
 
     def items(self, file: str) -> list[tasks.Item]:
         """The items of a task's file, fetched where it must be. A network that is not there is
-        tried once.
+        tried once. Of several processes the first one reads for all.
         """
+        return distributed.from_first(lambda: self._items(file))
+
+    def _items(self, file: str) -> list[tasks.Item]:
         if self.files is None and self.offline and not (self.store / file).is_file():
             raise self.offline
         try:
@@ -115,8 +118,9 @@ class ScoreBook:
         kept = [r for r in self.book["scores"] if not self._is_here(r, source=source)]
         facts = {**self.place, "source": source, "limit": self.limit}
         self.book["scores"] = kept + [{**facts, **asdict(score)} for score in scores]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, self.book)
+        if log.is_first():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.book)
 
     def known(self, source: str) -> list[Score] | None:
         """The scores of a task as they were noted of this very checkpoint at this limit, None where
@@ -164,14 +168,15 @@ def bits_per_byte(
     if limit is not None and limit < shards.n_documents:
         max_tokens = min(max_tokens, int(shards.ends[limit - 1]))
     micro_tokens = loop.micro_batch_tokens or 4 * context
+    reads = {"context": context, "max_tokens": max_tokens, "micro_tokens": micro_tokens}
+    batches = list(validation_batches(shards, bos=bos, **reads))
+    losses = distributed.shared_out(batches, lambda mine: [token_losses(loaded, b) for b in mine])
     found, last = [], 0  # (nats, bytes, document) of the tokens of each batch
-    for batch in validation_batches(
-        shards, context=context, max_tokens=max_tokens, micro_tokens=micro_tokens, bos=bos
-    ):
+    for batch, nats in zip(batches, losses, strict=True):
         counted = batch.weights.numpy() > 0
         document = last + np.cumsum(batch.ids.numpy() == bos)[counted]
         n_bytes = loaded.tokenizer.token_bytes[batch.targets.numpy()[counted]]
-        found.append((token_losses(loaded, batch)[counted], n_bytes, document))
+        found.append((nats[counted], n_bytes, document))
         last = int(document[-1])
     *amounts, places = map(np.concatenate, zip(*found, strict=True))
     sums, sizes = (np.bincount(places, amount)[places.min() :] for amount in amounts)
@@ -186,7 +191,7 @@ def token_losses(loaded: Loaded, batch: Batch) -> np.ndarray:
     """The cross-entropy of every target, in nats."""
     model = loaded.model
     batch = batch.to(model.device)
-    hidden = model(batch.ids, PackedSequences(batch.starts, batch.row_length, model.device))
+    hidden = model(batch.ids, attention.packed(model, batch.starts, batch.row_length))
     size = max(1, tasks.LOGITS_PER_PASS // model.config.vocab_size)
     parts = zip(hidden.split(size), batch.targets.split(size), strict=True)
     losses = [F.cross_entropy(model.logits(h), t, reduction="none") for h, t in parts]
@@ -202,8 +207,8 @@ def task_score(task: tasks.Task, bench: Bench) -> Score:
     asked = tasks.prompts(
         task, bench.items(task.file), tokenizer, model.config.context, bench.limit
     )
-    batch_tokens = 131_072 if model.device.type == "cuda" else 4096
-    found = tasks.outcomes(model, asked, batch_tokens=batch_tokens, title=task.name)
+    looks = {"batch_tokens": 131_072 if model.device.type == "cuda" else 4096, "title": task.name}
+    found = distributed.shared_out(asked, lambda mine: tasks.outcomes(model, mine, **looks))
     value, error = tasks.accuracy(found)
     cut = sum(prompt.cut for prompt in asked)
     stderr, n = finite(error), len(found)

@@ -35,7 +35,8 @@ from config import UserError
 from hearth import log
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.kv_cache import KVCache, decode
-from model import Model, PackedSequences
+from hearth.training import attention
+from model import Model
 
 Item = dict[str, Any]
 
@@ -448,9 +449,8 @@ def side_by_side(model: Model, rows: Sequence[list[int]]) -> Tensor:
     """
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-    return model(
-        ids.flatten(), PackedSequences(torch.zeros_like(ids, dtype=torch.bool).flatten(), width)
-    ).view(*ids.shape, -1)
+    starts = torch.zeros_like(ids, dtype=torch.bool).flatten()
+    return model(ids.flatten(), attention.packed(model, starts, width)).view(*ids.shape, -1)
 
 
 def after_shared(

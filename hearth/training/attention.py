@@ -1,6 +1,8 @@
 """Attention over packed sequences on a card: what there is, and the trial that picks one.
 
-In: a model on its device. Out: an entry in `model.DOORS`, and a line in the log that names it.
+In: a model on its device, the layout of its tokens. Out: that layout as blocks take it, an entry in
+`model.DOORS`, and a line in the log that names it. All passes over packed sequences come through
+here, so each of them attends through what was picked.
 Knows nothing of batches, optimizers or the loop. `attend_in_blocks` in `model.py` is the reference.
 """
 
@@ -123,6 +125,16 @@ KINDS: dict[str, Callable[[], Attention]] = {
 }
 
 
+def packed(model: Model, starts: Tensor, row_length: int) -> PackedSequences:
+    """Packed segments on the model's device, their attention picked, once on a card: `starts` (N,)
+    marks the first token of each.
+    """
+    device = model.device
+    if device.type == "cuda" and (device.type, model.dtype) not in DOORS:
+        pick(model)
+    return PackedSequences(starts, row_length, device)
+
+
 def pick(model: Model) -> str:
     """Let training and evaluation of models like this one use the first kind of attention that
     works here; its name, also said in the log with why others do not.
@@ -134,7 +146,8 @@ def pick(model: Model) -> str:
     for name in names:
         try:
             door = KINDS[name]()
-            require_right(door, model)
+            with torch.inference_mode(False), torch.enable_grad():
+                require_right(door, model)
         except ModuleNotFoundError:
             continue  # an extra that is not installed
         except Exception as error:  # a driver, a compiler, a kernel: each with errors of its own
@@ -162,8 +175,8 @@ def require_right(door: Attention, model: Model) -> None:
     rounded = [torch.randn(shape, generator=rng).to(model.dtype) for shape in shapes]
     exact, given = [x.float() for x in rounded], [x.to(model.device) for x in rounded]
     for window in {c.window and min(c.window, 100), None}:
-        packed = PackedSequences(starts, 256, model.device)
-        found = with_gradients(door, given, packed, window)
+        there = PackedSequences(starts, 256, model.device)
+        found = with_gradients(door, given, there, window)
         wanted = with_gradients(attend_in_blocks, exact, PackedSequences(starts, 256), window)
         far = max(map(off, found, wanted))
         if not far < (1e-3 if model.dtype == torch.float32 else 4e-2):

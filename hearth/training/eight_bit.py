@@ -77,13 +77,7 @@ def linear_that_pays(
 
     Raises UserError with what stands against it: the card, the sizes, or the seconds of both.
     """
-    if device.type == "cuda":
-        needed, name = ((8, 9), "Ada (RTX 40)") if kind == "float8" else ((8, 0), "Ampere (RTX 30)")
-        if torch.cuda.get_device_capability(device) < needed:
-            raise UserError(
-                f"--eight_bit {kind} needs a card from {name} on; this is "
-                f"{hardware.describe(device)}."
-            )
+    require_able(kind, device)
     sizes = (
         config.d_model,
         config.d_ff,
@@ -97,18 +91,47 @@ def linear_that_pays(
         )
     product = linear(kind)
     n_tokens = 8192 if device.type == "cuda" else 128
-    plain, ours = (
-        mlp_seconds(f, config, n_tokens, device, dtype, compiled) for f in (F.linear, product)
-    )
+    plain = mlp_seconds(F.linear, config, n_tokens, device, dtype, compiled)
+    try:
+        ours = mlp_seconds(product, config, n_tokens, device, dtype, compiled)
+    except Exception as error:  # a kernel, a compiler, a driver: each with errors of its own
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--eight_bit {kind} does not work on {hardware.describe(device)}: {said}. {LEAVE}"
+        ) from error
     if plain < WORTH * ours:
         raise UserError(
             f"--eight_bit {kind} does not pay here: an MLP over {n_tokens} tokens takes "
             f"{1e3 * ours:.2f} ms "
             f"forward and backward with it, {1e3 * plain:.2f} ms without "
-            f"({hardware.describe(device)}). "
-            "Leave --eight_bit away."
+            f"({hardware.describe(device)}). {LEAVE}"
         )
     return product
+
+
+LEAVE = "Leave --eight_bit away."
+
+
+def require_able(kind: Kind, device: torch.device) -> None:
+    """Raises UserError where the device has no unit that multiplies this kind, with what it is and
+    what it could take instead.
+    """
+    found, amd = hardware.describe(device), torch.version.hip is not None
+    if device.type == "mps":
+        raise UserError(
+            f"--eight_bit {kind} is for NVIDIA's cards; this is {found}, whose chip multiplies no "
+            f"8 bits in torch. {LEAVE}"
+        )
+    if device.type != "cuda" or amd:
+        return  # the trial decides
+    capability = torch.cuda.get_device_capability(device)
+    needed, name = ((8, 9), "Ada (RTX 40)") if kind == "float8" else ((8, 0), "Ampere (RTX 30)")
+    if capability < needed:
+        other = "Take --eight_bit int8, or leave it away." if capability >= (8, 0) else LEAVE
+        raise UserError(
+            f"--eight_bit {kind} needs a card from {name} on, compute capability "
+            f"{needed[0]}.{needed[1]}; this is {found}, {capability[0]}.{capability[1]}. {other}"
+        )
 
 
 def mlp_seconds(

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from hearth.training import attention
 from hearth.training.batches import Batch
-from model import AttentionContext, Model, PackedSequences
+from model import AttentionContext, Model
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def evaluate_loss(model: Model, batches: Iterable[Batch]) -> tuple[float, int]:
     total, count = 0.0, 0
     for batch in batches:
         batch = batch.to(model.device)
-        packed = PackedSequences(batch.starts, batch.row_length, model.device)
+        packed = attention.packed(model, batch.starts, batch.row_length)
         total += float(model.loss(model(batch.ids, packed), batch.targets, batch.weights))
         count += int(batch.weights.sum())
     return total, count

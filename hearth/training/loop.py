@@ -11,7 +11,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from hearth.reporting.trackers import open_trackers
 from hearth.run import STAGES, newest
 from hearth.training import attention, checkpoint, distributed
 from hearth.training.batches import Batch, Batches, LoadedAhead
-from hearth.training.gradients import accumulate
+from hearth.training.gradients import accumulate, in_order_of_backward
 from hearth.training.optim import Optimizers, build_optimizers
 from hearth.training.planning import GIB, in_words, make_plan, measure, more_of
 from model import Model
@@ -197,13 +197,13 @@ def fit(job: Job, progress: Progress) -> Progress:
     """Train to the last step. A signal (Ctrl-C, SIGTERM, a closed terminal) finishes the step,
     saves and leaves with exit code 128 and the signal's number, as a shell would say it.
 
-    Of several processes (`distributed`) the first one alone logs, saves and evaluates.
+    Of several processes, inside `distributed.group`, the first one alone logs, saves and evaluates.
     """
     device = job.model.device
     # rollouts come from the weights of their own step: none can be made ahead
     live = getattr(job.batches, "live", False)
     ahead = nullcontext(job.batches) if live else LoadedAhead(job.batches, device)
-    with distributed.group(device), StopSignal() as stop, ahead as batches:
+    with StopSignal() as stop, ahead as batches:
         return train(replace(job, batches=batches), progress, stop)
 
 
@@ -211,6 +211,7 @@ def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
     """The loop itself."""
     model, loop, steps = job.model, job.loop, job.batches.n_steps
     preflight(job)
+    require_alike(job, progress)
     attention.pick(model)
     micro_tokens = fit_micro_batch(job)
     hardware.reset_peak_memory(model.device)  # of the trials
@@ -224,7 +225,8 @@ def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
     clock, power = Clock(loop.save_every_minutes), Power(model.device)
     bar = log.progress(steps, "step", job.folder.name, progress.step)
     if log.is_first() and misses_evaluation(job, progress.step, run_log):
-        report(job, progress.step, run_log)
+        with distributed.alone():
+            report(job, progress.step, run_log)
     while progress.step < steps:
         started, stage = time.perf_counter(), job.batches.stage(progress.step)
         if progress.step and stage != job.batches.stage(progress.step - 1):
@@ -241,10 +243,13 @@ def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
         if progress.step % loop.log_every_steps == 0 or last or progress.step == 1:
             log.say(log.step_line(progress.step, steps, figures))
         evaluating = progress.step % loop.eval_every_steps == 0 or last
-        stopping = int(distributed.largest(stop.number, model.device))
-        if log.is_first() and (evaluating or stopping or clock.save_is_due()):
+        asked = distributed.largest([stop.number, clock.save_is_due()], model.device)
+        stopping = int(asked[0])
+        if evaluating or any(asked):
             clock.saved()
-            job.save(state_of(progress, steps))
+            distributed.bring_together(model.named_parameters())
+            if log.is_first():
+                job.save(state_of(progress, steps))
         if stopping and not last:
             bar.close()
             log.say(
@@ -253,9 +258,20 @@ def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
             )
             raise SystemExit(128 + stopping)
         if log.is_first():
-            look_back(job, progress, run_log, evaluating=evaluating)
+            with distributed.alone():
+                look_back(job, progress, run_log, evaluating=evaluating)
     bar.close()
     return progress
+
+
+def require_alike(job: Job, progress: Progress) -> None:
+    """Raises UserError where the processes of one run do not start alike."""
+    facts = {"the step to start from": progress.step, "the number of steps": job.batches.n_steps}
+    facts |= {
+        name: getattr(job.loop, name) for name in ("lr", "tokens_per_step", "eval_every_steps")
+    }
+    distributed.require_alike(facts)
+    distributed.bring_together(job.model.named_parameters())
 
 
 def misses_evaluation(job: Job, step: int, run_log: log.RunLog) -> bool:
@@ -307,13 +323,10 @@ def train_step(job: Job, progress: Progress, micro_tokens: int) -> tuple[dict[st
     model, loop, step, steps = job.model, job.loop, progress.step, job.batches.n_steps
     batch = job.batches.batch(step)
     factor = job.optimizers.schedule(step, steps, loop)
-    mine = share_of(batch)
-    loss, micro_tokens = accumulate_within_memory(job, mine, micro_tokens)
     if distributed.n_ranks() > 1:
-        weight = float(mine.weights.sum()) / max(1.0, float(batch.weights.sum()))
-        weight = 1.0 if batch.normaliser else weight
-        distributed.sum_gradients(model.parameters(), weight)
-        loss = distributed.total(weight * loss, model.device)
+        loss, micro_tokens = accumulate_together(job, batch, micro_tokens)
+    else:
+        loss, micro_tokens = accumulate_within_memory(job, batch, micro_tokens)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), job.optimizers.config.clip))
     if not batch.weights.any():
         pass  # nothing to learn from: an update would be momentum alone
@@ -335,8 +348,19 @@ def train_step(job: Job, progress: Progress, micro_tokens: int) -> tuple[dict[st
     return figures, micro_tokens
 
 
+def accumulate_together(job: Job, batch: Batch, micro_tokens: int) -> tuple[float, int]:
+    """`accumulate_within_memory` of this process' share of a step, and the sum of all of them."""
+    mine = share_of(batch)
+    weight = float(mine.weights.sum()) / max(1.0, float(batch.weights.sum()))
+    weight = 1.0 if batch.normaliser else weight
+    gradients = distributed.GradientSum(in_order_of_backward(job.model), weight)
+    loss, micro_tokens = accumulate_within_memory(job, mine, micro_tokens, gradients.begun)
+    gradients.finish()
+    return distributed.total(weight * loss, job.model.device), micro_tokens
+
+
 def share_of(batch: Batch) -> Batch:
-    """The rows of a step's batch that this process takes: all of them where it is alone."""
+    """The rows of a step's batch that this process takes."""
     rows = distributed.rows_of_rank(len(batch.ids) // batch.row_length)
     return batch.part(slice(rows.start * batch.row_length, rows.stop * batch.row_length))
 
@@ -344,14 +368,19 @@ def share_of(batch: Batch) -> Batch:
 SMALLER = "Take a smaller preset, or lower --model.context, --model.n_layer or --model.d_model."
 
 
-def accumulate_within_memory(job: Job, batch: Batch, micro_tokens: int) -> tuple[float, int]:
+def accumulate_within_memory(
+    job: Job,
+    batch: Batch,
+    micro_tokens: int,
+    last: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> tuple[float, int]:
     """`accumulate`; when memory runs out, the same batch again in micro-batches of half the size,
     and when there is but one row in them, with more of its activations recomputed.
     """
     model = job.model
     while True:
         try:
-            return accumulate(model, batch, micro_tokens), micro_tokens
+            return accumulate(model, batch, micro_tokens, last=last), micro_tokens
         except RuntimeError as error:
             if not hardware.is_out_of_memory(error):
                 raise

@@ -226,6 +226,10 @@ class Optimizers:
         kinds = [{name: type(v) for name, v in group.items()} for group in self._groups()]
         for part, saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(saved)
+            if isinstance(part, Muon):  # torch has made it float32
+                for state in part.state.values():
+                    if "momentum_buffer" in state:
+                        state["momentum_buffer"] = state["momentum_buffer"].to(part.dtype)
             check_state(part)
         if kinds != [{name: type(v) for name, v in group.items()} for group in self._groups()]:
             raise ValueError("settings of another kind")

@@ -26,10 +26,10 @@ from hearth.data.chat_format import Answer, parse_answer, render
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Completion, Engine, Sampling
 from hearth.decoding.tools import Tools
-from hearth.training import distributed
+from hearth.training import attention, distributed
 from hearth.training.batches import Batch, pack_rows
 from hearth.training.rewards import Environment, Problem
-from model import Model, PackedSequences
+from model import Model
 
 MOST_DRAWN = 3  # times `prompts_per_step`, after which a step makes do with what it has
 FEWEST = 0.25  # of `prompts_per_step`: with fewer groups to learn from no update is made
@@ -349,6 +349,6 @@ class Rollouts:
 def training_logprobs(model: Model, batch: Batch) -> torch.Tensor:
     """Log-probability (N,) of each target, as the training pass sees it."""
     moved = batch.to(model.device)
-    packed = PackedSequences(moved.starts, moved.row_length, model.device)
+    packed = attention.packed(model, moved.starts, moved.row_length)
     logprobs = model.logits(model(moved.ids, packed)).log_softmax(dim=-1)
     return logprobs.gather(1, moved.targets[:, None]).squeeze(1).cpu()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import shutil
 import sys
 from collections.abc import Callable
 from functools import wraps
 from inspect import signature
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -16,7 +18,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
 from config import ModelConfig, UserError
-from hearth.training import attention
+from hearth.evaluation import scores, tasks
+from hearth.training import attention, gradients, held_out, rollouts
+from hearth.training.batches import Batch
+from hearth.training.checkpoint import Loaded
 from model import DOORS, Model, PackedSequences, attend_in_blocks, build_model
 
 WINDOWS = [None, 1, 6, 40, 130, 1000]
@@ -184,13 +189,19 @@ def test_compiled_flex_attention_is_attention_in_blocks_and_compiles_once_a_size
 @pytest.fixture
 def pretend_card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """`pick` for a tiny model as on a card that has only the kinds that are given."""
+    model_on = on_pretended_card(monkeypatch)
+    return lambda tiny, **kinds: attention.pick(model_on(tiny, **kinds))
 
-    def pick(tiny: ModelConfig, **kinds: Callable[[], object]) -> str:
+
+def on_pretended_card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Model]:
+    """A tiny model as on a card that has only the kinds of attention that are given."""
+
+    def model_on(tiny: ModelConfig, **kinds: Callable[[], object]) -> Model:
         model = build_model(tiny, seed=0)
         model.dtype = torch.float32
         monkeypatch.setattr(attention, "KINDS", kinds)
         monkeypatch.setattr(Model, "device", property(lambda model: PretendCard()))
-        return attention.pick(model)
+        return model
 
     class PretendCard:
         """The CPU, which says that it is a card."""
@@ -212,7 +223,7 @@ def pretend_card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     monkeypatch.setattr(attention.hardware, "free_memory", lambda device: None)
     monkeypatch.setattr(attention.hardware, "describe", lambda device: "a pretended card")
     monkeypatch.setattr("hearth.training.attention.DOORS", {})
-    return pick
+    return model_on
 
 
 def blocks() -> Callable[..., torch.Tensor]:
@@ -312,6 +323,42 @@ def test_a_model_trains_through_what_was_picked(tiny: ModelConfig, monkeypatch) 
     model.dtype = torch.float32
     model(torch.zeros(32, dtype=torch.long), PackedSequences(torch.arange(32) == 0, 32))
     assert calls == [block.window for block in model.block_passes()]
+
+
+# what makes a pass over packed sequences, in training, evaluation, scoring and practice
+PASSES: dict[str, Callable[[Model, Batch], object]] = {
+    "training": lambda model, batch: gradients.backward(model, batch, 1.0),
+    "held-out loss": lambda model, batch: held_out.evaluate_loss(model, [batch]),
+    "bits per byte": lambda model, batch: scores.token_losses(Loaded(model, None, None, {}), batch),
+    "tasks": lambda model, batch: tasks.outcomes(model, [tasks.Prompt([[1, 2, 3]], [2])]),
+    "practice": rollouts.training_logprobs,
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_whatever_makes_a_pass_first_has_attention_picked_once(
+    name: str, tiny: ModelConfig, monkeypatch, capsys
+) -> None:
+    """Also where gradients are off, which the trial takes."""
+    model = on_pretended_card(monkeypatch)(tiny, broken=refuses, mine=blocks)
+    monkeypatch.setattr(Batch, "to", lambda batch, device: batch)
+    real = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *a, device=None, **k: real(*a, **k))
+    ids = torch.arange(33) % tiny.vocab_size
+    batch = Batch(ids[:-1], ids[1:], torch.ones(32), torch.arange(32) == 0, 32)
+    for _ in range(2):
+        PASSES[name](model, batch)
+    assert list(attention.DOORS) == [("cuda", torch.float32)]
+    assert capsys.readouterr().out.count("attention   mine; broken does not work here") == 1
+
+
+def test_all_passes_over_packed_sequences_come_through_the_one_that_picks() -> None:
+    root = Path(attention.__file__).parents[2]
+    for path in (*root.glob("*.py"), *root.glob("hearth/**/*.py")):
+        if path.name not in ("model.py", "attention.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                made = isinstance(node, ast.Call) and ast.unparse(node.func)
+                assert made != "PackedSequences", f"{path.name}:{node.lineno}"
 
 
 # ------------------------------------------------------------------------------------- on a card

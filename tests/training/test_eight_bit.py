@@ -87,6 +87,47 @@ def test_widths_that_no_card_multiplies_in_8_bits_are_named(tiny: ModelConfig) -
         )
 
 
+@pytest.mark.parametrize(
+    ("kind", "capability", "said"),
+    [
+        (
+            "float8",
+            (8, 6),
+            r"Ada \(RTX 40\) on, .* 8.9; this is some card, 8.6. Take --eight_bit int8",
+        ),
+        ("float8", (7, 5), "some card, 7.5. Leave --eight_bit away"),
+        ("int8", (7, 5), r"Ampere \(RTX 30\) on, .* 8.0; this is some card, 7.5. Leave"),
+    ],
+)
+def test_a_card_that_cannot_is_named_with_what_it_could_take(
+    kind: str, capability: tuple[int, int], said: str, tiny: ModelConfig, monkeypatch
+) -> None:
+    monkeypatch.setattr(eight_bit.hardware, "describe", lambda device: "some card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(UserError, match=said):
+        linear_that_pays(kind, tiny, torch.device("cuda"), torch.bfloat16, True)
+
+
+def test_apples_chip_is_named(tiny: ModelConfig, monkeypatch) -> None:
+    monkeypatch.setattr(eight_bit.hardware, "describe", lambda device: "Apple GPU")
+    with pytest.raises(UserError, match=r"this is Apple GPU.*Leave --eight_bit away"):
+        linear_that_pays("int8", tiny, torch.device("mps"), torch.float32, False)
+
+
+def test_a_product_that_fails_in_the_trial_is_an_error_with_its_reason(
+    tiny: ModelConfig, monkeypatch
+) -> None:
+    """As on an AMD card whose library has no such kernel."""
+
+    def fail(x: Tensor, weight: Tensor) -> Tensor:
+        raise RuntimeError("no kernel image is available")
+
+    config = replace(tiny, d_model=32, n_head=2, n_kv_head=1, d_ff=64)
+    monkeypatch.setattr(eight_bit, "linear", lambda kind: fail)
+    with pytest.raises(UserError, match=r"does not work on CPU.*no kernel image.*Leave"):
+        linear_that_pays("int8", config, CPU, torch.float32, False)
+
+
 def test_a_missing_torchao_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.float8.config", None)
     with pytest.raises(UserError, match="uv run --extra eight-bit"):

@@ -232,6 +232,8 @@ def test_momentum_in_bfloat16_steps_nearly_alike_and_comes_back_bit_for_bit(
                 state = deepcopy(optimizers.state_dict())
                 optimizers = build_optimizers(model, config, 0.01)
                 optimizers.load_state_dict(state)
+                loaded = optimizers.parts[0].state.values()
+                assert {str(s["momentum_buffer"].dtype) for s in loaded} == {f"torch.{dtype}"}
             for p in model.parameters():
                 p.grad = torch.randn(p.shape, generator=rng)
             optimizers.step()
