@@ -46,7 +46,7 @@ from config import PRESETS, ModelConfig
 from hearth import hardware
 from hearth.cli import run_script
 from hearth.decoding.engine import Engine, compress
-from hearth.decoding.matrices import Matrix, compiled_kernels
+from hearth.decoding.matrices import STORES, Matrix, compiled_kernels
 from hearth.training import checkpoint
 from model import Model, PackedSequences, build_model
 
@@ -151,7 +151,6 @@ class Bench:
         self.clock = time.thread_time if options.clock == "cpu" else time.perf_counter
         self.model = build_model(self.config, seed=0)
         self.model.dtype = torch.float32
-        self.stores = ("float32", "bfloat16", "int8")
         self.results: list[dict[str, Any]] = []
         self.rng = torch.Generator().manual_seed(0)
 
@@ -191,7 +190,7 @@ class Bench:
 
     def speed(self) -> None:
         """Tokens a second at batch 1 after the prompt, beside the other programs and the memory."""
-        engines = {store: Engine(self.model, weights=store) for store in self.stores}
+        engines = {store: Engine(self.model, weights=store) for store in STORES}
         prompt = self.ids(self.options.prompt)
         measures: dict[str, Callable[[], float]] = {"memory": self.read_bandwidth}
         for store, engine in engines.items():
@@ -302,7 +301,7 @@ class Bench:
 
     def batch(self) -> None:
         """Tokens a second of sixteen rows together against one."""
-        for store in ("float32", "bfloat16", "int8"):
+        for store in STORES:
             engine, prompts = Engine(self.model, weights=store), [self.ids(32) for _ in range(16)]
 
             def speed(
@@ -427,7 +426,7 @@ def report_quality(folder: str, text_file: str) -> None:
     rows = torch.tensor(ids[: n_rows * row + 1])
     n_bytes = len(loaded.tokenizer.decode_bytes(rows[1:].tolist()))
     reference = 0.0
-    for store in ("float32", "bfloat16", "int8"):
+    for store in STORES:
         model, nats = compress(loaded.model, store), 0.0
         for start in range(0, n_rows * row, row):
             hidden = model(rows[start : start + row], PackedSequences(torch.arange(row) == 0, row))

@@ -1,4 +1,4 @@
-"""Matrices stored in 16 or 8 bits, and their product with a few rows: what decoding spends its time
+"""Matrices stored in 16 to 4 bits, and their product with a few rows: what decoding spends its time
 on.
 
 In: float32 weights (n, d). Out: a `Matrix`: called with x (N, d) it gives (N, n); indexed with ids
@@ -18,14 +18,18 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-STORES = ("float32", "bfloat16", "int8")  # in the order of `enum store` of cpu_kernels.c
+Store = Literal["float32", "bfloat16", "int8", "int4"]
+STORES = get_args(Store)  # in the order of `enum store` of cpu_kernels.c
 FEW_ROWS = 48  # up to here unpacking the weights along the way beats unpacking them first
+BLOCK, GROUP = 128, 32  # columns of int4 in 32 words; that share a scale: as in cpu_kernels.c
+SHIFTS = torch.arange(0, 16, 4, dtype=torch.int16)[:, None]  # of a word's columns
 SAME_ROWS = 8  # up to here a float32 product is ours too: its rows do not depend on one another
 
 
@@ -66,7 +70,8 @@ class _Seats(ctypes.Structure):
 
 
 class Matrix:
-    """A weight matrix (n, d) for inference, stored as `store` says; int8 has one scale a row.
+    """A weight matrix (n, d) for inference, stored as `store` says; int8 has one scale a row, int4
+    a scale and a lowest value for each 32 columns.
 
     The numbers it stands for are those of `float()`. On a CPU it takes and gives float32, on a card
     x's dtype.
@@ -80,9 +85,11 @@ class Matrix:
         if store == "int8":
             self.scale = weight.float().abs().amax(dim=1).clamp(min=1e-30) / 127  # (n,)
             self.weight = (weight.float() / self.scale[:, None]).round().to(torch.int8)
+        elif store == "int4":
+            self.weight, self.scale = in_groups(weight.float())
         else:
             self.weight = weight.to(getattr(torch, store)).contiguous()
-        self.n, self.d = weight.shape
+        self.store, (self.n, self.d) = store, weight.shape
         self.device = weight.device
         self.kernels = compiled_kernels() if weight.device.type == "cpu" else None
         scale = None if self.scale is None else self.scale.data_ptr()
@@ -97,6 +104,8 @@ class Matrix:
             return self._times_few(x.contiguous(), N)
         if self.weight.dtype == x.dtype:
             return F.linear(x, self.weight)
+        if self.store == "int4":
+            return F.linear(x, self.float().to(x.dtype))
         if self.kernels is None and x.device.type == "cpu" and N <= 4:
             narrow = x.to(torch.bfloat16)
             if self.scale is None:
@@ -115,15 +124,52 @@ class Matrix:
 
     def __getitem__(self, ids: Tensor) -> Tensor:
         """Rows (N, d) in float32, for ids (N,)."""
+        if self.store == "int4":
+            return out_of_groups(self.weight[ids], self.scale[ids])[:, : self.d]
         rows = self.weight[ids].float()
         return rows if self.scale is None else rows * self.scale[ids][:, None]
 
     def float(self) -> Tensor:
         """The whole matrix (n, d) in float32."""
+        if self.store == "int4" and self.kernels is not None:
+            whole = torch.empty(self.n, self.d)
+            self.kernels.unpack_matrix(whole.data_ptr(), self._address)
+            return whole
         return self[torch.arange(self.n, device=self.device)]
 
     def n_bytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in (self.weight, self.scale) if x is not None)
+
+
+def in_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight (n, d) in 4 bits: words (n, ·) as cpu_kernels.c reads them, and bfloat16 scales
+    and lowest values (n, 2, groups). Of several ranges that a group could be cut into 16 steps of,
+    it takes the one with the least squared error.
+    """
+    groups = F.pad(weight, (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, GROUP))
+    low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
+    best = torch.full_like(low, torch.inf)
+    bits, scales = torch.zeros_like(groups), torch.zeros(*low.shape[:2], 2, device=weight.device)
+    for inset in torch.linspace(0, 0.1, 9).tolist():
+        range_ = (high - low) * (1 - 2 * inset)
+        least = (low + (high - low) * inset).bfloat16().float()
+        scale = (range_ / 15).bfloat16().float().clamp(min=1e-30)
+        cut = ((groups - least) / scale).round().clamp(0, 15)
+        error = (cut * scale + least - groups).square().sum(dim=-1, keepdim=True)
+        better = error < best
+        best = error.where(better, best)
+        bits = cut.where(better, bits)
+        scales = torch.cat([scale, least], dim=-1).where(better, scales)
+    shifted = bits.to(torch.int32).unflatten(1, (-1, 4)) << SHIFTS.to(bits.device)
+    return shifted.sum(dim=2).to(torch.int16).flatten(1), scales.transpose(1, 2).bfloat16().contiguous()
+
+
+def out_of_groups(weight: Tensor, scale: Tensor) -> Tensor:
+    """The numbers (n, padded d) in float32 that words and scales of `in_groups` stand for."""
+    bits = weight.unflatten(1, (-1, 1, GROUP)) >> SHIFTS.to(weight.device) & 15
+    bits = bits.flatten(1, 2)  # (n, groups, 32)
+    by, least = scale.float()[..., None].unbind(1)
+    return (bits * by + least).flatten(1)
 
 
 class BlockKernel:
@@ -202,6 +248,8 @@ def compiled_kernels() -> ctypes.CDLL | None:
                 ctypes.POINTER(_Seats),
                 size,
             ]
+            kernels.unpack_matrix.argtypes = [pointer] * 2
+            kernels.unpack_matrix.restype = None
             kernels.times_rows.restype = kernels.run_block.restype = None
             return kernels
     return None
