@@ -161,7 +161,9 @@ def in_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
         bits = cut.where(better, bits)
         scales = torch.cat([scale, least], dim=-1).where(better, scales)
     shifted = bits.to(torch.int32).unflatten(1, (-1, 4)) << SHIFTS.to(bits.device)
-    return shifted.sum(dim=2).to(torch.int16).flatten(1), scales.transpose(1, 2).bfloat16().contiguous()
+    return shifted.sum(dim=2).to(torch.int16).flatten(1), scales.transpose(
+        1, 2
+    ).bfloat16().contiguous()
 
 
 def out_of_groups(weight: Tensor, scale: Tensor) -> Tensor:
