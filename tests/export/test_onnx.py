@@ -90,7 +90,7 @@ def test_the_folder_is_laid_out_as_transformers_js_reads_it(files: Files) -> Non
     assert {opset.domain for opset in model.opset_import} == {""}  # no runtime's own operators
 
 
-# ----------------------------------------------------------------------------------- what it computes
+# --------------------------------------------------------------------------------- what it computes
 
 
 @pytest.mark.parametrize("length", [1, 2, 33, 500])
@@ -123,7 +123,7 @@ def test_greedy_tokens_with_the_cache_are_ours(files: Files, session: Session) -
         assert said == engine.generate([prompt], max_tokens=64)[0]
 
 
-# --------------------------------------------------------------------------------------- in a browser
+# ------------------------------------------------------------------------------------- in a browser
 
 
 @pytest.fixture(scope="module")
