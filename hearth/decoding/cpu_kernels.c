@@ -20,14 +20,19 @@
 #define KEYS 64       /* keys scored at a time */
 #define TRIO 3        /* query heads that share a stay of keys and values in registers */
 #define SHARE 256     /* columns of a share of attention */
-#define BLOCK 128     /* columns of INT4 stored in 32 words */
+#define BLOCK 128     /* columns of INT4 stored in 32 words of 16 bits */
 #define GROUP 32      /* columns of INT4 that share a scale */
 #define LOWEST -1e30f /* less than any score; no infinity, so that the compiler may assume there is none */
+
+/* The bits of the g-th column in a word of INT4: where they stand, but those of the last shifted down, so that all are
+   positive 16-bit numbers. */
+#define BITS(word, g) ((word) >> ((g) < 3 ? 0 : 12) & (uint16_t)((g) < 3 ? 15 << 4 * (g) : 65535))
 
 enum store { FLOAT32, BFLOAT16, INT8, INT4 };
 
 /* Of INT4, a row is a whole number of blocks of 128 columns, 32 words each: word i holds columns i, i + 32, i + 64 and
-   i + 96, four bits each from the lowest on. An entry is these bits times its group's scale plus its lowest value. */
+   i + 96, four bits each from the lowest on. An entry is its bits, as BITS gives them, times its group's scale plus its lowest
+   value. */
 typedef struct {
   const void *w;
   const void *scale; /* of INT8, float32 (n); of INT4, bfloat16 (n, 2, groups): the scales, the lowest values */
@@ -131,9 +136,8 @@ static void unpack_int4(float *restrict to, const matrix *m, int64_t first, int6
     for (int64_t g = 0; g * GROUP < d; g++) {
       float by = from_bf16(scale[g]), least = from_bf16(low[g]);
       const uint16_t *from = w + g * GROUP / BLOCK * GROUP;
-      int shift = g % (BLOCK / GROUP) * 4;
       int64_t here = d - g * GROUP < GROUP ? d - g * GROUP : GROUP;
-      for (int64_t k = 0; k < here; k++) to[g * GROUP + k] = (float)(from[k] >> shift & 15) * by + least;
+      for (int64_t k = 0; k < here; k++) to[g * GROUP + k] = (float)BITS(from[k], g % (BLOCK / GROUP)) * by + least;
     }
   }
 }
@@ -195,18 +199,18 @@ static inline wide_ints add_pairs(wide_ints a, wide_ints b) {
 
 /* A row w of INT4 with its scales, times x (d), d a whole number of blocks. */
 static float int4_times(const uint16_t *restrict w, const float *restrict scale, const int16_t *restrict x, int64_t d) {
-  wide total[2] = {0};
+  wide total[BLOCK / GROUP] = {0};
   for (; d > 0; d -= BLOCK, w += GROUP, x += BLOCK, scale += BLOCK / GROUP) {
     __builtin_prefetch((const char *)w + AHEAD);
     for (int i = 0; i < GROUP; i += 2 * LANES) {
       wide_halves bits = *(const wide_halves *)(w + i);
       for (int g = 0; g < BLOCK / GROUP; g++) {
-        wide_ints sums = add_pairs((wide_ints)(bits >> 4 * g & 15), *(const wide_ints *)(x + g * GROUP + i));
-        total[g % 2] += __builtin_convertvector(sums, wide) * scale[g];
+        wide_ints sums = add_pairs((wide_ints)BITS(bits, g), *(const wide_ints *)(x + g * GROUP + i));
+        total[g] += __builtin_convertvector(sums, wide) * scale[g];
       }
     }
   }
-  return sum_of(total[0] + total[1]);
+  return sum_of(total[0] + total[1] + (total[2] + total[3]));
 }
 
 /* `times_row` of INT4. What the lowest values of a row add needs the sums of x's groups alone. */

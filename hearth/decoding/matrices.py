@@ -30,6 +30,7 @@ STORES = get_args(Store)  # in the order of `enum store` of cpu_kernels.c
 FEW_ROWS = 48  # up to here unpacking the weights along the way beats unpacking them first
 BLOCK, GROUP = 128, 32  # columns of int4 in 32 words; that share a scale: as in cpu_kernels.c
 SHIFTS = torch.arange(0, 16, 4, dtype=torch.int16)[:, None]  # of a word's columns
+PLACES = torch.tensor([1, 16, 256, 1])  # what their bits count as, by BITS of cpu_kernels.c
 SAME_ROWS = 8  # up to here a float32 product is ours too: its rows do not depend on one another
 
 
@@ -160,16 +161,16 @@ def in_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
         best = error.where(better, best)
         bits = cut.where(better, bits)
         scales = torch.cat([scale, least], dim=-1).where(better, scales)
-    shifted = bits.to(torch.int32).unflatten(1, (-1, 4)) << SHIFTS.to(bits.device)
-    return shifted.sum(dim=2).to(torch.int16).flatten(1), scales.transpose(
-        1, 2
-    ).bfloat16().contiguous()
+    words = (bits.int().unflatten(1, (-1, 4)) << SHIFTS.to(bits.device)).sum(dim=2)
+    scales = scales.mT.contiguous()  # (n, 2, groups)
+    scales[:, 0] /= PLACES.to(scales.device).repeat(scales.shape[2] // 4)
+    return words.to(torch.int16).flatten(1), scales.bfloat16()
 
 
 def out_of_groups(weight: Tensor, scale: Tensor) -> Tensor:
     """The numbers (n, padded d) in float32 that words and scales of `in_groups` stand for."""
     bits = weight.unflatten(1, (-1, 1, GROUP)) >> SHIFTS.to(weight.device) & 15
-    bits = bits.flatten(1, 2)  # (n, groups, 32)
+    bits = (bits * PLACES[:, None].to(weight.device)).flatten(1, 2)  # (n, groups, 32)
     by, least = scale.float()[..., None].unbind(1)
     return (bits * by + least).flatten(1)
 
