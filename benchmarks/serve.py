@@ -8,28 +8,37 @@ the 16gb preset's shape, stored in bfloat16; tokens are drawn at temperature 1.
     uv run benchmarks/serve.py                        every figure, some minutes
     uv run benchmarks/serve.py --only clients first   some of them
     uv run benchmarks/serve.py --model tiny           to try this program
+    uv run benchmarks/serve.py --only rival --llama PATH
+        beside llama.cpp's server, whose program lies at PATH; both serve one model of the
+        portable shape, as large, in 16 bits
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
+import math
 import os
 import random
 import re
+import socket
 import statistics
 import string
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+from urllib.request import urlopen
 
 import psutil
 import torch
@@ -37,16 +46,17 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import PRESETS, Config
+from config import PORTABLE, PRESETS, Config
 from hearth import hardware
 from hearth.cli import run_script, to_json
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Engine, Sampling
+from hearth.export import gguf
 from hearth.training import checkpoint
 from model import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("clients", "first", "second", "start", "memory")
+PARTS = ("clients", "first", "second", "start", "memory", "rival")
 BARS = {  # (bar, at most?)
     "8 clients against one, tokens/s": (3.0, False),
     "one client through HTTP against the engine alone, tokens/s": (0.95, False),
@@ -54,6 +64,8 @@ BARS = {  # (bar, at most?)
     "first token of a second turn after 2,000, against reading all": (0.15, True),
     "start until the first answer, demo, after imports, s": (5.0, True),
     "memory after 500 requests against after 50": (1.02, True),
+    "1 client against llama.cpp's server, tokens/s": (1.0, False),
+    "8 clients against llama.cpp's server, tokens/s": (1.0, False),
 }
 
 
@@ -62,6 +74,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--llama", help="llama.cpp's llama-server, built here")
+    parser.add_argument("--threads", type=int, default=2, help="of llama.cpp's server")
     parser.add_argument("--model", choices=("16gb", "tiny"), default="16gb")
     parser.add_argument("--rounds", type=int, default=5, help="the median counts")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
@@ -72,8 +86,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder))
         for name in options.only:
+            if name == "rival" and not options.llama:
+                print("llama.cpp's server: not measured, give --llama PATH")
+                continue
             getattr(bench, name)()
-    print("llama.cpp's server: not measured here")
     if options.json:
         Path(options.json).write_text(json.dumps(bench.results, indent=1))
 
@@ -103,17 +119,12 @@ def write_checkpoint(runs: Path, config: Config) -> Path:
     return place
 
 
-class Server:
-    """`serve_chat.py` as a process."""
+class Client:
+    """What asks a server that runs as a process."""
 
-    def __init__(self, runs: Path, preset: str, *words: str) -> None:
-        command = [sys.executable, str(ROOT / "serve_chat.py"), "--preset", preset]
-        command += ["--runs", str(runs), "--port", "0", "--device", "cpu", *words]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        found = re.search(r"localhost:(\d+)", self.process.stdout.readline())
-        if found is None:
-            raise SystemExit("the server did not start")
-        self.port = int(found[1])
+    process: subprocess.Popen[str]
+    port: int
+    more: Mapping[str, Any] = MappingProxyType({})  # what its requests say besides
 
     def ask(self, prompt: list[int], n_tokens: int, seed: int = 0) -> Asked:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
@@ -124,16 +135,58 @@ class Server:
             "top_p": 1,
             "seed": seed,
         }
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body |= {"stream": True, "stream_options": {"include_usage": True}} | dict(self.more)
         began = time.perf_counter()
         connection.request(
             "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
         )
         return Asked(connection, began)
 
+    def together(self, prompts: list[list[int]], n_tokens: int) -> float:
+        """Tokens per second of whole answers, asked for at once."""
+        began = time.perf_counter()
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            asked = [
+                pool.submit(lambda p=prompt, s=seed: self.ask(p, n_tokens, s).finish())
+                for seed, prompt in enumerate(prompts)
+            ]
+        return sum(one.result().n_tokens for one in asked) / (time.perf_counter() - began)
+
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait()
+
+
+class Server(Client):
+    """`serve_chat.py`."""
+
+    def __init__(self, runs: Path, preset: str, *words: str) -> None:
+        command = [sys.executable, str(ROOT / "serve_chat.py"), "--preset", preset]
+        command += ["--runs", str(runs), "--port", "0", "--device", "cpu", *words]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        found = re.search(r"localhost:(\d+)", self.process.stdout.readline())
+        if found is None:
+            raise SystemExit("the server did not start")
+        self.port = int(found[1])
+
+
+class LlamaServer(Client):
+    """llama.cpp's own server, with room for eight answers at once."""
+
+    more = MappingProxyType({"ignore_eos": True, "cache_prompt": False, "top_k": 0, "min_p": 0})
+
+    def __init__(self, program: str, model: Path, threads: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [program, "-m", str(model), "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["-np", "8", "-c", "8192", "-t", str(threads), "--log-disable"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, text=True)
+        for _ in range(240):
+            with contextlib.suppress(OSError), urlopen(f"http://127.0.0.1:{self.port}/health"):
+                return
+            time.sleep(0.5)
+        raise SystemExit("llama.cpp's server did not start")
 
 
 class Asked:
@@ -154,9 +207,9 @@ class Asked:
 
     def finish(self) -> Asked:
         for chunk in self.chunks():
-            if chunk["usage"]:
+            if chunk.get("usage"):
                 self.n_tokens = chunk["usage"]["completion_tokens"]
-            elif chunk["choices"][0]["text"]:
+            if chunk["choices"] and chunk["choices"][0]["text"]:
                 self.last = time.perf_counter()
                 self.first = self.first or self.last
         return self
@@ -217,13 +270,7 @@ class Bench:
         with self.server() as server:
 
             def together(clients: int) -> float:
-                began = time.perf_counter()
-                with ThreadPoolExecutor(clients) as pool:
-                    asked = pool.map(
-                        lambda seed: server.ask(self.ids(16), n, seed).finish(), range(clients)
-                    )
-                    said = sum(one.n_tokens for one in asked)
-                return said / (time.perf_counter() - began)
+                return server.together([self.ids(16) for _ in range(clients)], n)
 
             alone()
             engine_rate, one, eight = self.rounds(alone, lambda: together(1), lambda: together(8))
@@ -309,6 +356,34 @@ class Bench:
             after_500 = work(450)
         name = "memory after 500 requests against after 50"
         self.note(name, after_500 / after_50, f"{after_500 / 1e6:.0f} MB, {after_50 / 1e6:.0f} MB")
+
+    def rival(self) -> None:
+        """Whole answers of one and of eight clients, beside llama.cpp's server: one model, ours
+        with weights in bfloat16, theirs in F16.
+        """
+        depth = self.config.model.n_layer + 4
+        shape = replace(self.config.model, shape="portable", n_layer=depth, **PORTABLE)
+        shape = replace(shape, d_ff=64 * math.ceil(shape.d_model / 24))
+        runs = self.runs / "portable"
+        place = write_checkpoint(runs, replace(self.config, model=shape))
+        gguf.write(place, checkpoint.load_for_inference(place), runs / "exported")
+        model = runs / "exported" / "model-F16.gguf"
+        ours = Server(runs, "16gb", "--weights", "bfloat16")
+        theirs = LlamaServer(self.options.llama, model, self.options.threads)
+        try:
+            for server in (ours, theirs):
+                server.ask(self.ids(20), 4).finish()
+            for clients in (1, 8):
+                prompts = [self.ids(16) for _ in range(clients)]
+                here, there = self.rounds(
+                    partial(ours.together, prompts, self.options.tokens),
+                    partial(theirs.together, prompts, self.options.tokens),
+                )
+                name = f"{clients} client{'s' * (clients > 1)} against llama.cpp's server, tokens/s"
+                self.note(name, here / there, f"{here:.1f} against {there:.1f}")
+        finally:
+            ours.stop()
+            theirs.stop()
 
 
 if __name__ == "__main__":

@@ -42,6 +42,9 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, every in (("top_p", 1), ("min_p", 0)):  # what excludes nothing need not sort
+            if getattr(self, name) == every:
+                object.__setattr__(self, name, None)
         found = []
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             found.append(f"temperature is {self.temperature}, must be at least 0")

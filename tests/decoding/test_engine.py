@@ -513,6 +513,12 @@ def test_probabilities_follow_their_definition(temperature, top_k, top_p, min_p)
     torch.testing.assert_close(spread, expected, atol=1e-5, rtol=1e-3)
 
 
+def test_what_excludes_no_token_is_as_if_it_were_not_said() -> None:
+    """And costs as little: a vocabulary is not sorted for it."""
+    assert Sampling(1.0, top_p=1.0, min_p=0.0) == Sampling(1.0)
+    assert Sampling(1.0, top_p=1, min_p=0).top_p is None
+
+
 def test_dice_pick_tokens_by_their_probability() -> None:
     p = torch.tensor([[0.5, 0.0, 0.25, 0.25]]).expand(4001, 4)
     rng = torch.linspace(0, 1 - 1e-12, 4001, dtype=torch.float64)

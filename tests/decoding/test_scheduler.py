@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from config import HRMConfig, ModelConfig
+from config import HRMConfig, ModelConfig, UserError
 from hearth.decoding import scheduler as module
 from hearth.decoding.engine import Budget, Engine, Rules, Sampling
 from hearth.decoding.matrices import compiled_kernels
@@ -394,6 +394,25 @@ def test_models_share_one_thread_and_are_loaded_when_asked_for(model: Model, thr
         )
     assert sorted(loaded) == [("a", "engine"), ("b", "engine")]
     assert engines.under_way == 0
+
+
+def test_what_is_loaded_at_once_is_loaded_in_the_one_thread_and_its_fault_reaches_the_caller(
+    model: Model, thread
+) -> None:
+    loaded = []
+
+    def load(name: str) -> Scheduler:
+        loaded.append((name, threading.current_thread().name))
+        return Scheduler(Engine(model))
+
+    assert list(thread(load, preload="a").schedulers) == ["a"]
+    assert loaded == [("a", "engine")]
+
+    def fail(name: str) -> Scheduler:
+        raise UserError(f"{name} is damaged")
+
+    with pytest.raises(UserError, match="a is damaged"):
+        EngineThread(fail, preload="a")
 
 
 def test_no_more_than_the_limit_are_taken_and_all_or_none(thread) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import chat_server
 import httpx
 import openai
+import psutil
 import pytest
 import torch
 from chat_server import ScriptedEngines, real_engines, serve, write_checkpoint
@@ -887,21 +888,25 @@ def test_a_client_that_hangs_up_frees_its_row(
     assert all(seat.job is None for seat in rows)
 
 
+@pytest.mark.parametrize("seconds", [1, pytest.param(60, marks=pytest.mark.slow)])
 def test_eight_clients_of_whom_one_in_four_hangs_up_leave_nothing_behind(
-    engines: EngineThread, url: str
+    engines: EngineThread, url: str, seconds: float
 ) -> None:
-    threads_before = threading.active_count()
+    threads_before, files_before = threading.active_count(), psutil.Process().num_fds()
+    until = time.monotonic() + seconds
 
-    def talk(client: int) -> None:
-        rng = random.Random(client)
+    def talk(client: int) -> int:
+        """Ask and read until the time is up; how many times that was."""
+        rng, asked = random.Random(client), 0
         with httpx.Client(timeout=60) as talker:
-            for turn in range(6):
+            while asked < 4 or time.monotonic() < until:
                 body = {
                     "messages": [{"role": "user", "content": "the cat " * rng.randint(1, 40)}],
                     "stream": True,
-                    "seed": turn,
+                    "seed": asked,
                     "max_tokens": rng.randint(1, 40),
                 }
+                asked += 1
                 with talker.stream("POST", f"{url}/v1/chat/completions", json=body) as reply:
                     assert reply.status_code == 200
                     lines = []
@@ -911,14 +916,16 @@ def test_eight_clients_of_whom_one_in_four_hangs_up_leave_nothing_behind(
                             break
                     else:
                         assert lines[-2:] == ["data: [DONE]", ""]
+        return asked
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(talk, range(8)))
+        assert sum(pool.map(talk, range(8))) > 8 * seconds
     settle(engines)
     scheduler = engines.schedulers["demo-sft2"]
     assert not scheduler.busy
     assert all(seat.job is None and seat.row is None for seat in scheduler.seats)
     assert threading.active_count() <= threads_before
+    assert psutil.Process().num_fds() <= files_before + 2
     assert (
         chat(url, seed=1, temperature=1)["choices"] == chat(url, seed=1, temperature=1)["choices"]
     )
