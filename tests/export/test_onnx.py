@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import exported
-import numpy as np
 import pytest
 import torch
-from exported import our_logits
+from exported import OnnxSession, our_logits
 
 from config import ChatConfig
 from hearth.data.chat_format import render, stop_ids
@@ -29,7 +28,7 @@ from hearth.export import onnx
 from hearth.training.checkpoint import Loaded
 
 library = pytest.importorskip("onnx", reason="onnx is not installed")
-onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 Files = tuple[Loaded, Path]
 
 
@@ -44,33 +43,9 @@ def files(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Fil
     return loaded, place / "out"
 
 
-class Session:
-    """The file in onnxruntime, for rows of equal length with padding on the left."""
-
-    def __init__(self, files: Files) -> None:
-        self.config = files[0].config.model
-        self.net = onnxruntime.InferenceSession(files[1] / "model" / "onnx" / "model.onnx")
-        self.names = [output.name for output in self.net.get_outputs()]
-
-    def empty(self, rows: int) -> dict[str, np.ndarray]:
-        shape = (rows, self.config.n_kv_head, 0, self.config.head_dim)
-        names = [name for name in self.names if name != "logits"]
-        return {name: np.zeros(shape, np.float32) for name in names}
-
-    def __call__(
-        self, ids: np.ndarray, real: np.ndarray, cache: dict[str, np.ndarray]
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Logits (B, T, V) of new ids (B, T), and the cache with them; `real` (B, P + T)."""
-        places = np.maximum(real.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
-        past = {name.replace("present", "past_key_values"): x for name, x in cache.items()}
-        given = {"input_ids": ids, "attention_mask": real, "position_ids": places, **past}
-        found = dict(zip(self.names, self.net.run(None, given), strict=True))
-        return found.pop("logits"), found
-
-
 @pytest.fixture(scope="module")
-def session(files: Files) -> Session:
-    return Session(files)
+def session(files: Files) -> OnnxSession:
+    return OnnxSession(files[1] / "model" / "onnx" / "model.onnx", files[0].config.model)
 
 
 def some_ids(n: int, seed: int = 0) -> list[int]:
@@ -94,33 +69,26 @@ def test_the_folder_is_laid_out_as_transformers_js_reads_it(files: Files) -> Non
 
 
 @pytest.mark.parametrize("length", [1, 2, 33, 500])
-def test_logits_are_ours(files: Files, session: Session, length: int) -> None:
+def test_logits_are_ours(files: Files, session: OnnxSession, length: int) -> None:
     ids = some_ids(length)
-    found, _ = session(np.array([ids]), np.ones((1, length), np.int64), session.empty(1))
-    ours = our_logits(files[0], ids).numpy()
-    assert np.linalg.norm(found[0] - ours) <= 1e-4 * np.linalg.norm(ours)
+    found, _ = session(torch.tensor([ids]), torch.ones(1, length, dtype=torch.int64))
+    ours = our_logits(files[0], ids)
+    assert (found[0] - ours).norm() <= 1e-4 * ours.norm()
 
 
-def test_padding_on_the_left_changes_nothing(files: Files, session: Session) -> None:
+def test_padding_on_the_left_changes_nothing(files: Files, session: OnnxSession) -> None:
     prompts = [some_ids(n, seed=n) for n in (3, 40, 17)]
-    ids, real = (x.numpy() for x in exported.padded(prompts))
-    found, _ = session(ids, real, session.empty(3))
+    found, _ = session(*exported.padded(prompts))
     for row, prompt in zip(found, prompts, strict=True):
-        ours = our_logits(files[0], prompt).numpy()
-        assert np.linalg.norm(row[-len(prompt) :] - ours) <= 1e-4 * np.linalg.norm(ours)
+        ours = our_logits(files[0], prompt)
+        assert (row[-len(prompt) :] - ours).norm() <= 1e-4 * ours.norm()
 
 
-def test_greedy_tokens_with_the_cache_are_ours(files: Files, session: Session) -> None:
+def test_greedy_tokens_with_the_cache_are_ours(files: Files, session: OnnxSession) -> None:
     engine = Engine(files[0].model)
     for seed in range(5):
-        prompt, said = some_ids(20 + seed, seed), []
-        new, cache = prompt, session.empty(1)
-        while len(said) < 64:
-            real = np.ones((1, len(prompt) + len(said)), np.int64)
-            logits, cache = session(np.array([new]), real, cache)
-            new = [int(logits[0, -1].argmax())]
-            said += new
-        assert said == engine.generate([prompt], max_tokens=64)[0]
+        prompt = some_ids(20 + seed, seed)
+        assert session.greedy(prompt, 64) == engine.generate([prompt], max_tokens=64)[0]
 
 
 # ------------------------------------------------------------------------------------- in a browser
