@@ -3,7 +3,7 @@
    A token needs every weight once, so its speed is that of the memory; these products come close to it.
    Plain C: the compiler makes vector code for the processor at hand. Compiled and called by cpu_kernels.py.
 
-   w (n, d) is stored in float32, in bfloat16, in int8 with a scale a row, or in int4 with two numbers a group of 32
+   w (n, d) is stored in float32, in bfloat16, in int8 with a scale a row, or in int4 with a scale a group of 32
    columns; all activations are float32. */
 
 #include <math.h>
@@ -24,18 +24,18 @@
 #define GROUP 32      /* columns of INT4 that share a scale */
 #define LOWEST -1e30f /* less than any score; no infinity, so that the compiler may assume there is none */
 
-/* The bits of the g-th column in a word of INT4: where they stand, but those of the last shifted down, so that all are
-   positive 16-bit numbers. */
+/* The bits of the g-th column in a word of INT4, where they stand, but those of the last shifted down: all are positive
+   16-bit numbers. And what counts as zero there. */
 #define BITS(word, g) ((word) >> ((g) < 3 ? 0 : 12) & (uint16_t)((g) < 3 ? 15 << 4 * (g) : 65535))
+#define ZERO(g) ((g) < 3 ? 8 << 4 * (g) : 8)
 
 enum store { FLOAT32, BFLOAT16, INT8, INT4 };
 
 /* Of INT4, a row is a whole number of blocks of 128 columns, 32 words each: word i holds columns i, i + 32, i + 64 and
-   i + 96, four bits each from the lowest on. An entry is its bits, as BITS gives them, times its group's scale plus its lowest
-   value. */
+   i + 96, four bits each from the lowest on. An entry is its bits, as BITS gives them, less ZERO, times its group's scale. */
 typedef struct {
   const void *w;
-  const void *scale; /* of INT8, float32 (n); of INT4, bfloat16 (n, 2, groups): the scales, the lowest values */
+  const void *scale; /* of INT8, float32 (n); of INT4, bfloat16 (n, groups) */
   int64_t store, n, d;
 } matrix;
 
@@ -132,12 +132,11 @@ static void unpack_int4(float *restrict to, const matrix *m, int64_t first, int6
   int64_t d = m->d, groups = padded(d) / GROUP;
   for (int64_t r = first; r < first + n; r++, to += d) {
     const uint16_t *w = (const uint16_t *)m->w + r * padded(d) / 4;
-    const uint16_t *scale = (const uint16_t *)m->scale + r * 2 * groups, *low = scale + groups;
     for (int64_t g = 0; g * GROUP < d; g++) {
-      float by = from_bf16(scale[g]), least = from_bf16(low[g]);
+      float by = from_bf16(((const uint16_t *)m->scale)[r * groups + g]);
       const uint16_t *from = w + g * GROUP / BLOCK * GROUP;
-      int64_t here = d - g * GROUP < GROUP ? d - g * GROUP : GROUP;
-      for (int64_t k = 0; k < here; k++) to[g * GROUP + k] = (float)BITS(from[k], g % (BLOCK / GROUP)) * by + least;
+      int64_t here = d - g * GROUP < GROUP ? d - g * GROUP : GROUP, place = g % (BLOCK / GROUP);
+      for (int64_t k = 0; k < here; k++) to[g * GROUP + k] = (float)(BITS(from[k], place) - ZERO(place)) * by;
     }
   }
 }
@@ -213,19 +212,21 @@ static float int4_times(const uint16_t *restrict w, const float *restrict scale,
   return sum_of(total[0] + total[1] + (total[2] + total[3]));
 }
 
-/* `times_row` of INT4. What the lowest values of a row add needs the sums of x's groups alone. */
+/* `times_row` of INT4. What ZERO takes off needs the sums of x's groups alone. */
 static void int4_times_row(float *restrict y, const matrix *m, const float *restrict x, const float *add) {
   int64_t d = padded(m->d), groups = d / GROUP;
   int16_t *rounded = calloc(d, sizeof(int16_t));
   float unit = round_row(rounded, x, m->d), *sums = calloc(groups, sizeof(float));
-  for (int64_t i = 0; i < d; i++) sums[i / GROUP] += rounded[i];
+  for (int64_t i = 0; i < d; i++) sums[i / GROUP] += rounded[i] * ZERO(i / GROUP % (BLOCK / GROUP));
 #pragma omp parallel for schedule(static) if (m->n * d >= SHARED)
   for (int64_t r = 0; r < m->n; r++) {
-    const uint16_t *scale = (const uint16_t *)m->scale + r * 2 * groups, *low = scale + groups;
-    float scales[groups], product = 0;
-    for (int64_t g = 0; g < groups; g++) scales[g] = from_bf16(scale[g]), product += from_bf16(low[g]) * sums[g];
-    product += int4_times((const uint16_t *)m->w + r * d / 4, scales, rounded, d);
-    y[r] = product * unit + (add ? add[r] : 0);
+    float scales[groups], zeros = 0;
+    for (int64_t g = 0; g < groups; g++) {
+      scales[g] = from_bf16(((const uint16_t *)m->scale)[r * groups + g]);
+      zeros += scales[g] * sums[g];
+    }
+    float product = int4_times((const uint16_t *)m->w + r * d / 4, scales, rounded, d);
+    y[r] = (product - zeros) * unit + (add ? add[r] : 0);
   }
   free(rounded);
   free(sums);

@@ -30,7 +30,7 @@ STORES = get_args(Store)  # in the order of `enum store` of cpu_kernels.c
 FEW_ROWS = 48  # up to here unpacking the weights along the way beats unpacking them first
 BLOCK, GROUP = 128, 32  # columns of int4 in 32 words; that share a scale: as in cpu_kernels.c
 SHIFTS = torch.arange(0, 16, 4, dtype=torch.int16)[:, None]  # of a word's columns
-PLACES = torch.tensor([1, 16, 256, 1])  # what their bits count as, by BITS of cpu_kernels.c
+PLACES = torch.tensor([[1], [16], [256], [1]])  # what their bits count as, by BITS of cpu_kernels.c
 SAME_ROWS = 8  # up to here a float32 product is ours too: its rows do not depend on one another
 
 
@@ -72,7 +72,7 @@ class _Seats(ctypes.Structure):
 
 class Matrix:
     """A weight matrix (n, d) for inference, stored as `store` says; int8 has one scale a row, int4
-    a scale and a lowest value for each 32 columns.
+    one for each 32 columns.
 
     The numbers it stands for are those of `float()`. On a CPU it takes and gives float32, on a card
     x's dtype.
@@ -144,35 +144,22 @@ class Matrix:
 
 def in_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The weight (n, d) in 4 bits: words (n, ·) as cpu_kernels.c reads them, and bfloat16 scales
-    and lowest values (n, 2, groups). Of several ranges that a group could be cut into 16 steps of,
-    it takes the one with the least squared error.
+    (n, groups). What is largest in a group, of either sign, becomes -8 times its scale.
     """
     groups = F.pad(weight, (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, GROUP))
-    low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
-    best = torch.full_like(low, torch.inf)
-    bits, scales = torch.zeros_like(groups), torch.zeros(*low.shape[:2], 2, device=weight.device)
-    for inset in torch.linspace(0, 0.1, 9).tolist():
-        range_ = (high - low) * (1 - 2 * inset)
-        least = (low + (high - low) * inset).bfloat16().float()
-        scale = (range_ / 15).bfloat16().float().clamp(min=1e-30)
-        cut = ((groups - least) / scale).round().clamp(0, 15)
-        error = (cut * scale + least - groups).square().sum(dim=-1, keepdim=True)
-        better = error < best
-        best = error.where(better, best)
-        bits = cut.where(better, bits)
-        scales = torch.cat([scale, least], dim=-1).where(better, scales)
-    words = (bits.int().unflatten(1, (-1, 4)) << SHIFTS.to(bits.device)).sum(dim=2)
-    scales = scales.mT.contiguous()  # (n, 2, groups)
-    scales[:, 0] /= PLACES.to(scales.device).repeat(scales.shape[2] // 4)
-    return words.to(torch.int16).flatten(1), scales.bfloat16()
+    largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))
+    scale = (largest / -8).bfloat16().float()
+    cut = (groups / scale.where(scale != 0, 1)).round().clamp(-8, 7) + 8
+    words = (cut.int().unflatten(1, (-1, 4)) << SHIFTS.to(cut.device)).sum(dim=2)
+    scale = scale.unflatten(1, (-1, 4)) / PLACES.to(scale.device)
+    return words.to(torch.int16).flatten(1), scale.bfloat16().flatten(1)
 
 
 def out_of_groups(weight: Tensor, scale: Tensor) -> Tensor:
     """The numbers (n, padded d) in float32 that words and scales of `in_groups` stand for."""
-    bits = weight.unflatten(1, (-1, 1, GROUP)) >> SHIFTS.to(weight.device) & 15
-    bits = (bits * PLACES[:, None].to(weight.device)).flatten(1, 2)  # (n, groups, 32)
-    by, least = scale.float()[..., None].unbind(1)
-    return (bits * by + least).flatten(1)
+    bits = (weight.unflatten(1, (-1, 1, GROUP)) >> SHIFTS.to(weight.device) & 15) - 8
+    by = scale.float().unflatten(1, (-1, 4, 1)) * PLACES.to(scale.device)  # (n, ·, 4, 1)
+    return (bits * by).flatten(1)
 
 
 class BlockKernel:

@@ -80,7 +80,7 @@ def test_product_is_that_of_the_stored_numbers(
 
 @pytest.mark.parametrize(
     ("store", "error", "n_bytes"),
-    [("float32", 0, 4), ("bfloat16", 2**-9, 2), ("int8", 0.01, 1 + 1 / 64), ("int4", 0.1, 5 / 8)],
+    [("float32", 0, 4), ("bfloat16", 2**-9, 2), ("int8", 0.01, 1 + 1 / 64), ("int4", 0.11, 9 / 16)],
 )
 def test_stored_numbers_are_close_to_the_weights(store: str, error: float, n_bytes: float) -> None:
     weight = random(64, 256) * torch.logspace(-3, 3, 64)[:, None]  # rows of very different size
@@ -91,7 +91,7 @@ def test_stored_numbers_are_close_to_the_weights(store: str, error: float, n_byt
 
 
 def test_each_32_columns_have_a_scale_of_their_own_in_4_bits() -> None:
-    weight = random(16, 8, 32) * torch.logspace(-3, 3, 8)[:, None] + torch.arange(8.0)[:, None]
+    weight = random(16, 8, 32) * torch.logspace(-3, 3, 8)[:, None]
     error = Matrix(weight.flatten(1), "int4").float().view_as(weight) - weight
     assert (error.norm(dim=2) <= 0.15 * weight.norm(dim=2)).all()
 
