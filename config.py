@@ -137,7 +137,7 @@ class ModelConfig:
     window: int | None = 1024  # attention reach of a short layer, in tokens; None is all
     pattern: str = "SSSL"  # short (S) and long (L) layers, repeated; the last is always long
     rope_base: float = 10_000.0  # base of the rotary frequencies
-    n_value_embeddings: int = 0  # trunk layers that learn a value per token, every other one first
+    n_value_embeddings: int = 0  # blocks that learn a value per token, every other one first
     token_shift: bool = True  # mix into each token's embedding a learnt share of the one before
     exclusive_attention: bool = True  # take from attention's output what lies along the own value
     hrm: HRMConfig | None = field(default_factory=HRMConfig)  # None is the plain dense model
@@ -148,13 +148,18 @@ class ModelConfig:
         return self.d_model // self.n_head
 
     @property
+    def n_blocks(self) -> int:
+        """Blocks of the trunk and of the head, however often the head's are called."""
+        hrm = self.hrm
+        return self.n_layer + (hrm.h_layer + hrm.l_layer * bool(hrm.l_cycles) if hrm else 0)
+
+    @property
     def n_weights(self) -> int:
         """Weights of the products a token passes, the tied output among them; no tables."""
         D, hrm = self.d_model, self.hrm
         block = D * (2 * self.n_head + 2 * self.n_kv_head) * self.head_dim
         block += D * self.d_ff * (3 if self.gated_mlp else 2)
-        in_head = hrm.h_layer + hrm.l_layer * bool(hrm.l_cycles) if hrm else 0
-        return (self.n_layer + in_head) * block + (self.vocab_size + D * bool(hrm)) * D
+        return self.n_blocks * block + (self.vocab_size + D * bool(hrm)) * D
 
     def problems(self) -> list[str]:
         if min(self.n_head, self.n_kv_head, self.d_model, self.vocab_size) < 1:
@@ -170,8 +175,8 @@ class ModelConfig:
             found.append(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
         if not self.pattern or set(self.pattern) - set("SL"):
             found.append(f"pattern is {self.pattern!r}, must be made of S (short) and L (long)")
-        if not 0 <= self.n_value_embeddings <= self.n_layer:
-            found.append(f"n_value_embeddings must lie between 0 and n_layer {self.n_layer}")
+        if not 0 <= self.n_value_embeddings <= self.n_blocks:
+            found.append(f"n_value_embeddings must lie between 0 and the {self.n_blocks} blocks")
         if self.shape == "portable":
             unlike = [f"{n} {v}" for n, v in PORTABLE.items() if getattr(self, n) != v]
             found += [f"shape portable needs model.{setting}" for setting in unlike]
@@ -501,7 +506,8 @@ FINE_TUNING_LR = 0.25  # of pretraining's
 def shaped(model: ModelConfig, depth: int) -> ModelConfig:
     """The presets' shape at another depth: `depth` blocks, the head's among them, 40 channels of
     width a block, heads of 64, a key/value head for about three, an MLP four times as wide (8/3
-    where gated), a vocabulary of about 32 entries a channel; context and kind stay.
+    where gated), a vocabulary of about 32 entries a channel, value embeddings on every other block
+    where there are any; context and kind stay.
     """
     width = 64 * max(2, round(depth * 40 / 64))
     n_head = width // 64
@@ -516,6 +522,7 @@ def shaped(model: ModelConfig, depth: int) -> ModelConfig:
         n_head=n_head,
         n_kv_head=max(fits),
         d_ff=64 * math.ceil(width / 24) if model.gated_mlp else 4 * width,
+        n_value_embeddings=depth // 2 if model.n_value_embeddings else 0,
         hrm=hrm,
     )
 
@@ -586,6 +593,7 @@ def made(kind: str, rows: int, weight: float = 1.0) -> ChatSource:
 
 
 CARD = Config(
+    model=ModelConfig(n_value_embeddings=9),
     data=DataConfig(sources=(FINEWEB, WEB_MATH)),
     mid=SFTConfig(
         sources=(

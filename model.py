@@ -8,7 +8,7 @@ Knows no optimizer, file, tokenizer or chat format.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -50,6 +50,8 @@ class Model(nn.Module):
         )
         self.value_embeddings = nn.ParameterList(tables)
         self.value_gates = nn.Parameter(torch.empty(n, G, GATE_CHANNELS)) if n else None
+        last = config.n_blocks - 1
+        self.value_places = [*range(last, -1, -2), *range(last - 1, -1, -2)][:n]  # of the tables
         self.dtype = torch.float32  # of the activations; the weights stay float32
         # of keys and values while decoding; None is `dtype`
         self.cache_dtype: torch.dtype | None = None
@@ -77,18 +79,39 @@ class Model(nn.Module):
         x = self.run_trunk(ids, attn_ctx)
         yield x
         if self.head is not None:
-            recomputed = self.activation_checkpointing.head
-            yield from self.head.cycles(x, attn_ctx, h_cycles=h_cycles, recomputed=recomputed)
+            yield from self.run_head(x, ids, attn_ctx, h_cycles=h_cycles)
 
     def run_trunk(self, ids: Tensor, attn_ctx: AttentionContext) -> Tensor:
         """Hidden states (N, D) before the head, for ids (N,)."""
         attn_ctx.begin(self.config, self.dtype)
         x = self.embed(ids, attn_ctx)
-        values = self.token_values(ids)
         for place, block in enumerate(self.trunk):
             recomputed = place < self.activation_checkpointing.blocks
-            x = call(block, x, attn_ctx, values.get(place), recomputed=recomputed)
+            x = call(block, x, attn_ctx, self.token_value(place, ids), recomputed=recomputed)
         return x
+
+    def run_head(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        attn_ctx: AttentionContext,
+        *,
+        h_cycles: int | None = None,
+        detach: bool = False,
+    ) -> Iterator[Tensor]:
+        """What `HRMHead.cycles` yields for the trunk's output x (N, D) of ids (N,)."""
+
+        def values(place: int) -> TokenValue | None:
+            return self.token_value(len(self.trunk) + place, ids)
+
+        return self.head.cycles(
+            x,
+            values,
+            attn_ctx,
+            h_cycles=h_cycles,
+            detach=detach,
+            recomputed=self.activation_checkpointing.head,
+        )
 
     def embed(self, ids: Tensor, attn_ctx: AttentionContext) -> Tensor:
         """Normed embeddings (N, D), each with a share a channel of the one before in its document,
@@ -107,18 +130,19 @@ class Model(nn.Module):
             return x
         return x + self.shift.to(self.dtype) * attn_ctx.before(x, ids, normed)
 
-    def token_values(self, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """A value a token (N, G·E) and its gate (G, channels) for the last trunk block and every
-        other one before it; for those between them too, where there are more tables.
+    def token_value(self, place: int, ids: Tensor) -> TokenValue | None:
+        """A value a token (N, G·E) and its gate (G, channels) for the block at `place`, the trunk's
+        and then the head's, if it has them: the last one does and every other one before it, and
+        where there are more tables those between them.
 
         Value embeddings, from the modded-nanogpt speed runs (after ResFormer, arXiv 2410.17897):
         they add to what a model can remember of each token without adding a product.
         """
-        places = [*range(len(self.trunk) - 1, -1, -2), *range(len(self.trunk) - 2, -1, -2)]
-        return {
-            places[i]: (look_up(ids, table).to(self.dtype), self.value_gates[i])
-            for i, table in enumerate(self.value_embeddings)
-        }
+        if place not in self.value_places:
+            return None
+        table = self.value_places.index(place)
+        of_token = look_up(ids, self.value_embeddings[table]).to(self.dtype)
+        return of_token, self.value_gates[table]
 
     def output(self, hidden: Tensor) -> Tensor:
         """What the embedding is multiplied with: (…, D) normed, times a gain a channel over √D."""
@@ -230,18 +254,20 @@ class HRMHead(nn.Module):
     def cycles(
         self,
         x: Tensor,
+        values: Callable[[int], TokenValue | None],
         attn_ctx: AttentionContext,
         *,
         h_cycles: int | None = None,
         detach: bool = False,
         recomputed: bool = False,
     ) -> Iterator[Tensor]:
-        """Yield y (N, D) after each H cycle, for the trunk's output x (N, D).
+        """Yield y (N, D) after each H cycle, for the trunk's output x (N, D); `values` gives each
+        block's, L's and then H's, as `Model.token_value`.
 
         `detach` cuts the states' graph after each cycle; `recomputed` calls keep no activations for
-        the backward pass. Cycles beyond the trained number reuse the
-        last one's call embeddings.
+        the backward pass. Cycles beyond the trained number reuse the last one's call embeddings.
         """
+        n_fast = len(self.fast.blocks) if self.fast else 0
         gain = self.gains.to(x.dtype)
         call_embedding = self.call_embedding.to(x.dtype)
         e = rms_norm(x)
@@ -252,9 +278,11 @@ class HRMHead(nn.Module):
             embedding = call_embedding[min(h, len(call_embedding) - 1)]
             for step in range(self.hrm.l_cycles):
                 mixed = gain[0] * z_fast + gain[1] * z_slow + gain[2] * e + embedding[step]
-                z_fast = call(self.fast, mixed, attn_ctx, recomputed=recomputed)
+                own = [values(place) for place in range(n_fast)]
+                z_fast = call(self.fast, mixed, attn_ctx, own, recomputed=recomputed)
             mixed = gain[-2] * z_slow + gain[-1] * (z_fast if self.fast else e) + embedding[-1]
-            z_slow = call(self.slow, mixed, attn_ctx, recomputed=recomputed)
+            own = [values(n_fast + place) for place in range(len(self.slow.blocks))]
+            z_slow = call(self.slow, mixed, attn_ctx, own, recomputed=recomputed)
             yield e + project(z_slow, self.out)
             if detach:
                 z_slow, z_fast = z_slow.detach(), z_fast.detach()
@@ -274,15 +302,18 @@ class HRMModule(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(config, window) for window in windows)
 
-    def forward(self, z: Tensor, attn_ctx: AttentionContext) -> Tensor:
-        for block in self.blocks:
-            z = block(z, attn_ctx)
+    def forward(
+        self, z: Tensor, attn_ctx: AttentionContext, values: Sequence[TokenValue | None]
+    ) -> Tensor:
+        for block, value in zip(self.blocks, values, strict=True):
+            z = block(z, attn_ctx, value)
         return rms_norm(z)
 
 
 # ------------------------------------------------------------------------------------------- blocks
 
 
+TokenValue = tuple[Tensor, Tensor]  # see `Model.token_value`
 GATE_CHANNELS = 12  # of a block's input, which decide how far it opens for a token's value
 
 
@@ -315,7 +346,7 @@ class Block(nn.Module):
         self.down = nn.Parameter(torch.empty(D, config.d_ff))
 
     def forward(
-        self, x: Tensor, attn_ctx: AttentionContext, value: tuple[Tensor, Tensor] | None = None
+        self, x: Tensor, attn_ctx: AttentionContext, value: TokenValue | None = None
     ) -> Tensor:
         fused = self.compiled and torch.is_grad_enabled()
         before, after = compiled_parts() if fused else (Block.before, Block.after)
@@ -324,9 +355,9 @@ class Block(nn.Module):
         return after(self, x, y, v)
 
     def before(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], value: tuple[Tensor, Tensor] | None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], value: TokenValue | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q (N, H, E), k and v (N, G, E) of attention; `value` as in `Model.token_values`."""
+        """q (N, H, E), k and v (N, G, E) of attention; `value` as in `Model.token_value`."""
         H, G, E = self.n_head, self.n_kv_head, self.head_dim
         x = rms_norm(x)
         heads = self.project(x, self.q, self.k, self.v).view(-1, H + 2 * G, E)  # (N, H + 2G, E)

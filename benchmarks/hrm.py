@@ -410,7 +410,7 @@ def hidden_states(model: Model, batch: Batch, h_cycles: int | None = None) -> li
     """
     where, counts = PackedSequences(batch.starts, batch.row_length), batch.weights > 0
     x = model.run_trunk(batch.ids, where)
-    after = model.head.cycles(x, where, h_cycles=h_cycles) if model.head else ()
+    after = model.run_head(x, batch.ids, where, h_cycles=h_cycles) if model.head else ()
     return [y[counts] for y in (x, *after)]
 
 

@@ -204,7 +204,7 @@ def test_the_head_weighs_the_same_however_large_the_trunk_grows(tiny: ModelConfi
     model, ids, attn_ctx = awake(tiny), random_ids(16, tiny), one_segment(16)
     x = model.run_trunk(ids, attn_ctx)
     small, large = (
-        model.logits(list(model.head.cycles(scale * x, attn_ctx))[-1]) for scale in (1, 100)
+        model.logits(list(model.run_head(scale * x, ids, attn_ctx))[-1]) for scale in (1, 100)
     )
     torch.testing.assert_close(small, large, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(small, model.logits(x), atol=1e-2)

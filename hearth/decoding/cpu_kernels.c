@@ -532,10 +532,17 @@ typedef struct {
   int64_t H, G, E;
 } block;
 
+/* A value a token, (rows, G, E), that joins attention's by 2 * sigmoid of what gate (G, channels) makes of the normed
+   input's first channels; of is NULL where the block has none. */
+typedef struct {
+  const float *of, *gate;
+  int64_t channels;
+} token_value;
+
 /* y (rows, D): what the block makes of x (rows, D). The rows' keys and values join the cache at their seats. cos and
    sin (rows, E/2) turn the rows' positions. */
 void run_block(float *restrict y, const block *b, const float *restrict x, const float *restrict cos,
-               const float *restrict sin, const cache *c, const seats *at_seat, int64_t rows) {
+               const float *restrict sin, const token_value *value, const cache *c, const seats *at_seat, int64_t rows) {
   int64_t H = b->H, G = b->G, E = b->E, D = b->o.n, F = b->down.d, U = b->up.n, all = (H + 2 * G) * E;
   float *normed = malloc(sizeof(float) * rows * (D + all + H * E + U + F));
   float *heads = normed + rows * D, *attended = heads + rows * all, *up = attended + rows * H * E;
@@ -553,6 +560,11 @@ void run_block(float *restrict y, const block *b, const float *restrict x, const
         head[i] = unturned[i] * cosines[i] - unturned[i + E / 2] * sines[i];
         head[i + E / 2] = unturned[i + E / 2] * cosines[i] + unturned[i] * sines[i];
       }
+    }
+    for (int64_t g = 0; value->of && g < G; g++) {
+      float opened = 0, *own = heads + r * all + (H + G + g) * E;
+      for (int64_t i = 0; i < value->channels; i++) opened += normed[r * D + i] * value->gate[g * value->channels + i];
+      for (int64_t e = 0; e < E; e++) own[e] += 2 / (1 + exponential(-opened)) * value->of[(r * G + g) * E + e];
     }
     for (int64_t g = 0; g < G; g++) {
       int64_t column = (at_seat->end[r] - 1) % c->entries;

@@ -21,7 +21,7 @@ from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.kv_cache import KVCache, decode, decode_early_exit, for_decoding
 from hearth.decoding.matrices import BlockKernel, Matrix, Store
 from hearth.decoding.tools import Function, Tools
-from model import Block, Model
+from model import Block, Model, TokenValue
 
 # B rows, T positions of a chunk, V vocab_size
 
@@ -561,13 +561,11 @@ class FastBlock(torch.nn.Module):
             heads=self.heads,
         )
 
-    def forward(
-        self, x: Tensor, attn_ctx: Any, value: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        if value is not None or getattr(attn_ctx, "n_new", 0) != 1:
+    def forward(self, x: Tensor, attn_ctx: Any, value: TokenValue | None = None) -> Tensor:
+        if getattr(attn_ctx, "n_new", 0) != 1:
             return self.block(x, attn_ctx, value)
         keys, values = attn_ctx.slot(*self.heads[1:], self.window)
-        return self.kernel(x, attn_ctx.rotary, keys, values, attn_ctx.seats)
+        return self.kernel(x, attn_ctx.rotary, keys, values, attn_ctx.seats, value)
 
 
 # ----------------------------------------------------------------------------------------- sampling

@@ -55,6 +55,15 @@ class _Block(ctypes.Structure):
     )
 
 
+class _TokenValue(ctypes.Structure):
+    """`token_value` of cpu_kernels.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("of", "gate")),
+        ("channels", ctypes.c_int64),
+    )
+
+
 class _Cache(ctypes.Structure):
     """`cache` of cpu_kernels.c."""
 
@@ -192,22 +201,29 @@ class BlockKernel:
         keys: Tensor,
         values: Tensor,
         seats: tuple[Tensor, Tensor, Tensor],
+        value: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The block's output (B, D) for x (B, D). Keys and values (S, G, entries, E) are rings,
-        float32 or bfloat16. `seats` are the rows' slots, pads and ends (B,), int64: row r writes
-        column end[r] - 1 of its slot and attends to the columns from pad[r] on that the ring holds.
+        """The block's output (B, D) for x (B, D), and `value` as `Model.token_value` gives it. Keys
+        and values (S, G, entries, E) are rings, float32 or bfloat16. `seats` are the rows' slots,
+        pads and ends (B,), int64: row r writes column end[r] - 1 of its slot and attends to the
+        columns from pad[r] on that the ring holds.
         """
         x, y = x.contiguous(), torch.empty(x.shape)
         cache = _Cache(
             keys.data_ptr(), values.data_ptr(), int(keys.dtype == torch.bfloat16), keys.shape[2]
         )
         cos, sin = (t.data_ptr() for t in rotary)
+        of_token = _TokenValue()
+        if value is not None:
+            own, gate = (t.float().contiguous() for t in value)
+            of_token = _TokenValue(own.data_ptr(), gate.data_ptr(), gate.shape[1])
         self._run(
             y.data_ptr(),
             self._address,
             x.data_ptr(),
             cos,
             sin,
+            of_token,
             cache,
             _Seats(*(t.data_ptr() for t in seats)),
             x.shape[0],
@@ -234,6 +250,7 @@ def compiled_kernels() -> ctypes.CDLL | None:
             kernels.times_rows.argtypes = [pointer] * 4 + [size]
             kernels.run_block.argtypes = [
                 *[pointer] * 5,
+                ctypes.POINTER(_TokenValue),
                 ctypes.POINTER(_Cache),
                 ctypes.POINTER(_Seats),
                 size,

@@ -219,11 +219,11 @@ class HearthModel(HearthPreTrainedModel):
         columns = Columns(self.config, input_ids, attention_mask, position_ids, cache)
         columns.rotary = rotary_table(columns.positions, self.config, self.dtype)
         x = self.embed(input_ids, columns)
-        values = self.token_values(input_ids)
-        for place, block in enumerate(self.trunk):
-            x = block(x, columns, *values.get(place, ()))
+        n, values = len(self.trunk), self.token_values(input_ids)
+        for block, value in zip(self.trunk, values[:n], strict=True):
+            x = block(x, columns, *value)
         if self.head is not None:
-            x = self.head(x, columns)
+            x = self.head(x, columns, values[n:])
         columns.keep_ids(input_ids)
         gain = (self.output_gain / math.sqrt(self.config.hidden_size)).to(x.dtype)
         return rms_norm(x) * gain, cache
@@ -238,18 +238,17 @@ class HearthModel(HearthPreTrainedModel):
         first = columns.positions[..., None] == 0
         return x + self.shift * before.masked_fill(first, 0)
 
-    def token_values(self, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """A value a token (B, T, G·E) and its gate (G, channels) for the trunk blocks that have
-        one: the last and every other one before it, then those between.
+    def token_values(self, ids: Tensor) -> list[tuple[Tensor, ...]]:
+        """For each block, the trunk's and then the head's, a value a token (B, T, G·E) and its gate
+        (G, channels), or nothing: the last one has them and every other one before it, then those
+        between.
         """
-        places = [
-            *range(len(self.trunk) - 1, -1, -2),
-            *range(len(self.trunk) - 2, -1, -2),
-        ]
-        return {
-            places[i]: (table(ids), self.value_gates[i])
-            for i, table in enumerate(self.value_embeddings)
-        }
+        n = len(self.trunk) + (self.head.n_blocks if self.head is not None else 0)
+        found: list[tuple[Tensor, ...]] = [()] * n
+        places = [*range(n - 1, -1, -2), *range(n - 2, -1, -2)]
+        for i, table in enumerate(self.value_embeddings):
+            found[places[i]] = (table(ids), self.value_gates[i])
+        return found
 
 
 class HearthHead(nn.Module):
@@ -269,7 +268,12 @@ class HearthHead(nn.Module):
         )
         self.out = nn.Linear(D, D, bias=False)
 
-    def forward(self, x: Tensor, columns: Columns) -> Tensor:
+    @property
+    def n_blocks(self) -> int:
+        return len(self.slow.blocks) + (len(self.fast.blocks) if self.fast is not None else 0)
+
+    def forward(self, x: Tensor, columns: Columns, values: list[tuple[Tensor, ...]]) -> Tensor:
+        n_fast = self.n_blocks - len(self.slow.blocks)
         gain, e = self.gains, rms_norm(x)
         z_slow, z_fast = e, e if self.fast is None else self.fast_start.expand_as(e)
         for cycle in range(self.h_cycles):
@@ -278,8 +282,9 @@ class HearthHead(nn.Module):
             ]
             for embedding in l_embeddings:
                 mixed = gain[0] * z_fast + gain[1] * z_slow + gain[2] * e + embedding
-                z_fast = self.fast(mixed, columns)
-            z_slow = self.slow(gain[-2] * z_slow + gain[-1] * z_fast + h_embedding, columns)
+                z_fast = self.fast(mixed, columns, values[:n_fast])
+            mixed = gain[-2] * z_slow + gain[-1] * z_fast + h_embedding
+            z_slow = self.slow(mixed, columns, values[n_fast:])
         return e + self.out(z_slow)
 
 
@@ -290,9 +295,9 @@ class HearthModule(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(HearthBlock(config, letter) for letter in letters)
 
-    def forward(self, z: Tensor, columns: Columns) -> Tensor:
-        for block in self.blocks:
-            z = block(z, columns)
+    def forward(self, z: Tensor, columns: Columns, values: list[tuple[Tensor, ...]]) -> Tensor:
+        for block, value in zip(self.blocks, values, strict=True):
+            z = block(z, columns, *value)
         return rms_norm(z)
 
 

@@ -33,9 +33,7 @@ def backward_by_cycle(
     """
     x = model.run_trunk(micro.ids, packed)
     leaf = x.detach().requires_grad_()
-    recomputed = model.activation_checkpointing.head
-    states = model.head.cycles(leaf, packed, detach=True, recomputed=recomputed)
-    for y in states:
+    for y in model.run_head(leaf, micro.ids, packed, detach=True):
         loss = model.loss(y, micro.targets, weights)
         (loss / model.head.hrm.h_cycles).backward()
     x.backward(leaf.grad)

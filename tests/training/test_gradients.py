@@ -69,7 +69,9 @@ def test_bounded_deep_supervision_equals_one_joint_graph(tiny: ModelConfig, h_cy
     packed = PackedSequences(batch.starts, batch.row_length)
     x = model.run_trunk(batch.ids, packed)
     weights = batch.weights / batch.weights.sum()
-    cycles = model.head.cycles(x, packed, detach=h_cycles > 1)  # one cycle has nothing to cut
+    cycles = model.run_head(
+        x, batch.ids, packed, detach=h_cycles > 1
+    )  # one cycle has nothing to cut
     losses = [model.loss(y, batch.targets, weights) for y in cycles]
     (sum(losses) / len(losses)).backward()
     torch.testing.assert_close(got, [p.grad for p in model.parameters()], atol=1e-6, rtol=1e-4)
