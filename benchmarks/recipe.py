@@ -306,7 +306,7 @@ def plan(copies: list[str]) -> Iterator[Row]:
         yield Row("batch", depth=4, tokens=2**19, batch=batch)
     for seed in (0, 1):  # what the way to llama.cpp costs
         for change in ("", json.dumps({"portable": True})):
-            yield Row("portable", seconds=300.0, seed=seed, text="unseen", change=change)
+            yield Row("portable", seconds=240.0, seed=seed, text="unseen", change=change)
 
 
 def race(depth: int, seconds: float, seeds: tuple[int, ...]) -> Iterator[Row]:
