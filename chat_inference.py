@@ -15,12 +15,13 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from config import FINE_TUNING, PRESETS, Config, UserError
 from hearth import cli, hardware, run
+from hearth.decoding.engine import Weights
 from hearth.serving.commands import Terminal
 from hearth.serving.conversation import Chat
 from hearth.serving.terminal import lines_of, neutral, new_screen, show
@@ -35,8 +36,7 @@ class Options:
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     # a stage, a run, or the folder of a run, a stage or a checkpoint; None is the furthest stage
     checkpoint: str | None = None
-    # how they are stored; auto: bfloat16 if many
-    weights: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    weights: Weights = "auto"  # how they are stored; auto: bfloat16 if many
     # of the head; None: as trained
     cycles: Annotated[int | None, tyro.conf.arg(aliases=["--think_cycles"])] = None
     # leave the head's cycles once the prediction moves by less, in nats (KL)

@@ -16,13 +16,14 @@ import signal
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from config import Config, UserError
 from hearth import cli, hardware, run
 from hearth.data.tokenizer import Tokenizer
+from hearth.decoding.engine import Weights
 from hearth.decoding.scheduler import QUEUE, ROWS, EngineThread
 from hearth.serving.api import Safety, build_app, uvicorn_settings
 from hearth.serving.requests import Served
@@ -47,8 +48,7 @@ class Options:
     rows: int = ROWS  # answers that an engine makes at once
     # one checkpoint instead of all stages of the run: a stage, a run, or a folder of either
     checkpoint: str | None = None
-    # how they are stored; auto: bfloat16 if many
-    weights: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    weights: Weights = "auto"  # how they are stored; auto: bfloat16 if many
     cycles: int | None = None  # of the reasoning head; None is as trained
     # leave the head's cycles once the prediction moves by less, in nats (KL)
     early_exit: float | None = None

@@ -1,4 +1,4 @@
-"""Does an exported model say what ours says? In transformers, in lm-eval, in llama.cpp.
+"""Does an exported model say what ours says? In transformers, lm-eval, llama.cpp, onnxruntime.
 
 In: nothing; two small models are trained here for some minutes, one of our shape and one portable,
 so that their choices are as clear as a trained model's. Out: a row for each claim, with its bar.
@@ -33,7 +33,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from exported import awkward_strings, load, load_tokenizer, long_text, our_logits, padded  # noqa: E402
+from exported import (  # noqa: E402
+    OnnxSession,
+    awkward_strings,
+    load,
+    load_tokenizer,
+    long_text,
+    our_logits,
+    padded,
+)
 
 from config import PRESETS, Config, settled  # noqa: E402
 from hearth.cli import portable, run_script  # noqa: E402
@@ -42,7 +50,7 @@ from hearth.data.chat_format import parse_answer, render, stop_ids  # noqa: E402
 from hearth.data.layouts import conversation  # noqa: E402
 from hearth.data.tokenizer import Tokenizer  # noqa: E402
 from hearth.decoding.engine import Engine  # noqa: E402
-from hearth.export import gguf, huggingface  # noqa: E402
+from hearth.export import gguf, huggingface, onnx  # noqa: E402
 from hearth.training import checkpoint  # noqa: E402
 from hearth.training.checkpoint import Loaded  # noqa: E402
 from hearth.training.optim import build_optimizers  # noqa: E402
@@ -72,7 +80,7 @@ def main() -> None:
     words.add_argument("--threads", type=int, default=1)
     options = words.parse_args()
     torch.set_num_threads(options.threads)
-    names = ("torch", "transformers", "gguf", "llama-cpp-python", "lm-eval")
+    names = ("torch", "transformers", "gguf", "llama-cpp-python", "lm-eval", "onnxruntime")
     print(", ".join(f"{name} {installed(name) or 'missing'}" for name in names))
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries, about themselves
@@ -88,6 +96,8 @@ def main() -> None:
         if options.files and installed("lm-eval"):
             for exported in models:
                 in_lm_eval(exported, options.files)
+        if installed("onnx") and installed("onnxruntime"):
+            in_onnxruntime(models[1], Path(place))
         if installed("llama-cpp-python"):
             in_llama_cpp(models[1], Path(place))
             if options.speed:
@@ -245,6 +255,20 @@ def in_lm_eval(exported: Exported, files: Path) -> None:
         )
         claim = f"{exported.name}: lm-eval --model hf on {name}, the same choices"
         row(claim, f"{same} of {len(ours)}", "all", same == len(ours))
+
+
+def in_onnxruntime(exported: Exported, place: Path) -> None:
+    onnx.write(exported.checkpoint, exported.loaded, place / "onnx")
+    file = place / "onnx" / "model" / "onnx" / "model.onnx"
+    session, worst = OnnxSession(file, exported.loaded.config.model), 0.0
+    for prompt in prompts(exported, 50, 2000):
+        theirs, _ = session(torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.int64))
+        worst = max(worst, error(our_logits(exported.loaded, prompt), theirs[0]))
+    row("logits of onnxruntime, 50 prompts", f"{worst:.1e}", "≤ 1e-4", worst <= 1e-4)
+    asked = prompts(exported, 20, 200)
+    ours = Engine(exported.loaded.model).generate(asked, max_tokens=128)
+    same = sum(session.greedy(a, 128) == b for a, b in zip(asked, ours, strict=True))
+    row("128 greedy tokens of onnxruntime", f"{same} of 20 prompts", "all", same == 20)
 
 
 # ---------------------------------------------------------------------------------------- llama.cpp

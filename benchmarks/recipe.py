@@ -138,6 +138,7 @@ class Hearth:
 
     def __init__(self, row: Row, bos: int, options: argparse.Namespace) -> None:
         from config import HRMConfig, LoopConfig, OptimConfig
+        from hearth.cli import portable
         from hearth.training import gradients
         from hearth.training.batches import Batch
         from hearth.training.optim import build_optimizers
@@ -149,6 +150,8 @@ class Hearth:
             shape = replace(shape, hrm=HRMConfig(**shape.hrm))
         if change.get("plain"):
             shape = replace(shape, hrm=None, n_layer=row.depth)
+        if change.get("portable"):
+            shape = portable(shape)
         self.model = build_model(shape, seed=row.seed)
         self.model.compile_blocks()
         optim = OptimConfig(**{"momentum_warmup_steps": 100} | change.get("optim", {}))
@@ -301,6 +304,9 @@ def plan(copies: list[str]) -> Iterator[Row]:
             yield Row("law", depth=depth, tokens=2**power)
     for batch in (1024, 4096):
         yield Row("batch", depth=4, tokens=2**19, batch=batch)
+    for seed in (0, 1):  # what the way to llama.cpp costs
+        for change in ("", json.dumps({"portable": True})):
+            yield Row("portable", seconds=240.0, seed=seed, text="unseen", change=change)
 
 
 def race(depth: int, seconds: float, seeds: tuple[int, ...]) -> Iterator[Row]:

@@ -116,6 +116,44 @@ def trust(folder: Path) -> dict[str, bool]:
     return {"trust_remote_code": (folder / "modeling_hearth.py").exists()}
 
 
+class OnnxSession:
+    """An ONNX export in onnxruntime."""
+
+    def __init__(self, file: Path, config: ModelConfig) -> None:
+        import onnxruntime
+
+        self.config, wishes = config, onnxruntime.SessionOptions()
+        wishes.intra_op_num_threads = torch.get_num_threads()
+        self.net = onnxruntime.InferenceSession(file, wishes)
+        self.names = [output.name for output in self.net.get_outputs()]
+
+    def __call__(
+        self, ids: torch.Tensor, real: torch.Tensor, cache: dict[str, Any] | None = None
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Logits (B, T, V) of new ids (B, T), and the cache with them; `real` (B, P + T) is 0 where
+        a row has padding on its left.
+        """
+        places = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        given = {"input_ids": ids, "attention_mask": real, "position_ids": places}
+        given = {name: x.numpy() for name, x in given.items()}
+        if cache is None:
+            none = torch.empty(len(ids), self.config.n_kv_head, 0, self.config.head_dim).numpy()
+            cache = {name: none for name in self.names if name != "logits"}
+        given |= {name.replace("present", "past_key_values"): x for name, x in cache.items()}
+        found = dict(zip(self.names, self.net.run(None, given), strict=True))
+        return torch.from_numpy(found.pop("logits")), found
+
+    def greedy(self, prompt: list[int], n: int) -> list[int]:
+        said: list[int] = []
+        new, cache = prompt, None
+        while len(said) < n:
+            real = torch.ones(1, len(prompt) + len(said), dtype=torch.int64)
+            logits, cache = self(torch.tensor([new]), real, cache)
+            new = [int(logits[0, -1].argmax())]
+            said += new
+        return said
+
+
 SCRIPTS = (
     *("abcdefghijklmnopqrstuvwxyzäöüßé", "абвгдежзиклмнопрстуфхцчшщъыьэюя", "αβγδεζηθικλμνξο"),
     *(

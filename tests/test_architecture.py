@@ -36,7 +36,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("planning", "sizing", "checkpoint", "loop", "rewards", "rollouts"),
     ),
     "evaluation": ("pass_at_k", "tasks", "scores", "chat_tasks", "battery", "lm_eval_adapter"),
-    "export": ("modeling_hearth", "qwen3", "card", "huggingface", "gguf"),
+    "export": ("modeling_hearth", "qwen3", "card", "huggingface", "gguf", "onnx"),
     "serving": (
         *("marks", "terminal", "conversation", "commands"),
         *("requests", "answers", "workers", "api"),

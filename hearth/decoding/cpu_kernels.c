@@ -1,14 +1,18 @@
-/* Decoding on a CPU: matrices stored in 32, 16 or 8 bits times a few rows, and a whole block for a token of each row.
+/* Decoding on a CPU: matrices stored in 32 to 4 bits times a few rows, and a whole block for a token of each row.
 
    A token needs every weight once, so its speed is that of the memory; these products come close to it.
    Plain C: the compiler makes vector code for the processor at hand. Compiled and called by cpu_kernels.py.
 
-   w (n, d) is stored in float32, in bfloat16, or in int8 with a scale a row; all activations are float32. */
+   w (n, d) is stored in float32, in bfloat16, in int8 with a scale a row, or in int4 with a scale a group of 32
+   columns; all activations are float32. */
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #define AHEAD 1024    /* entries of a row that are fetched from memory ahead of the arithmetic */
 #define TILE_ROWS 12  /* rows of w that a core takes at a time */
@@ -16,13 +20,22 @@
 #define KEYS 64       /* keys scored at a time */
 #define TRIO 3        /* query heads that share a stay of keys and values in registers */
 #define SHARE 256     /* columns of a share of attention */
+#define BLOCK 128     /* columns of INT4 stored in 32 words of 16 bits */
+#define GROUP 32      /* columns of INT4 that share a scale */
 #define LOWEST -1e30f /* less than any score; no infinity, so that the compiler may assume there is none */
 
-enum store { FLOAT32, BFLOAT16, INT8 };
+/* The bits of the g-th column in a word of INT4, where they stand, but those of the last shifted down: all are positive
+   16-bit numbers. And what counts as zero there. */
+#define BITS(word, g) ((word) >> ((g) < 3 ? 0 : 12) & (uint16_t)((g) < 3 ? 15 << 4 * (g) : 65535))
+#define ZERO(g) ((g) < 3 ? 8 << 4 * (g) : 8)
 
+enum store { FLOAT32, BFLOAT16, INT8, INT4 };
+
+/* Of INT4, a row is a whole number of blocks of 128 columns, 32 words each: word i holds columns i, i + 32, i + 64 and
+   i + 96, four bits each from the lowest on. An entry is its bits, as BITS gives them, less ZERO, times its group's scale. */
 typedef struct {
   const void *w;
-  const float *scale; /* of INT8, (n) */
+  const void *scale; /* of INT8, float32 (n); of INT4, bfloat16 (n, groups) */
   int64_t store, n, d;
 } matrix;
 
@@ -84,6 +97,56 @@ static inline void unpack(float *restrict to, int64_t stride, const void *w, int
   }
 }
 
+#ifdef __AVX512F__
+#define LANES 16
+#define TILE_X 8    /* rows of x multiplied at a time */
+#define ROWS_BY_4 6 /* rows of w with 4 of them */
+#else
+#define LANES 8
+#define TILE_X 4
+#define ROWS_BY_4 3
+#endif
+
+typedef float wide __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t wide_words __attribute__((vector_size(4 * LANES)));
+typedef int32_t wide_ints __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+typedef uint16_t wide_halves __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+/* Spelled out, so that every caller adds in the same order. */
+static inline float sum_of(wide v) {
+  vec half[LANES / 8];
+  memcpy(half, &v, sizeof(v));
+  vec eight = half[0];
+  for (int i = 1; i < LANES / 8; i++) eight += half[i];
+  eight += SHUFFLE(eight, eight, 4, 5, 6, 7, 0, 1, 2, 3);
+  eight += SHUFFLE(eight, eight, 2, 3, 0, 1, 6, 7, 4, 5);
+  return eight[0] + eight[1];
+}
+
+/* Columns of INT4 in a row of w, the padding among them. */
+static inline int64_t padded(int64_t d) { return (d + BLOCK - 1) / BLOCK * BLOCK; }
+
+/* `n` rows of w in INT4, from row `first` on, as float32 rows (n, d). */
+static void unpack_int4(float *restrict to, const matrix *m, int64_t first, int64_t n) {
+  int64_t d = m->d, groups = padded(d) / GROUP;
+  for (int64_t r = first; r < first + n; r++, to += d) {
+    const uint16_t *w = (const uint16_t *)m->w + r * padded(d) / 4;
+    for (int64_t g = 0; g * GROUP < d; g++) {
+      float by = from_bf16(((const uint16_t *)m->scale)[r * groups + g]);
+      const uint16_t *from = w + g * GROUP / BLOCK * GROUP;
+      int64_t here = d - g * GROUP < GROUP ? d - g * GROUP : GROUP, place = g % (BLOCK / GROUP);
+      for (int64_t k = 0; k < here; k++) to[g * GROUP + k] = (float)(BITS(from[k], place) - ZERO(place)) * by;
+    }
+  }
+}
+
+/* The whole of w (n, d) in INT4 as float32. */
+void unpack_matrix(float *restrict to, const matrix *m) {
+#pragma omp parallel for schedule(static) if (m->n * m->d >= SHARED)
+  for (int64_t r = 0; r < m->n; r++) unpack_int4(to + r * m->d, m, r, 1);
+}
+
 /* -------------------------------------------------------------------------------------------- one row */
 
 static float bfloat16_times(const uint16_t *restrict w, const float *restrict x, int64_t d) {
@@ -122,14 +185,66 @@ static float round_row(int16_t *restrict to, const float *restrict x, int64_t d)
   return unit;
 }
 
-/* y (n) = w x for x (d) and w in 16 or 8 bits; `add` (n) is added unless it is NULL. */
+/* Products of 16-bit numbers, two neighbours in each place, added up. */
+static inline wide_ints add_pairs(wide_ints a, wide_ints b) {
+#if defined(__AVX512BW__)
+  return (wide_ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__) && LANES == 8
+  return (wide_ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+/* A row w of INT4 with its scales, times x (d), d a whole number of blocks. */
+static float int4_times(const uint16_t *restrict w, const float *restrict scale, const int16_t *restrict x, int64_t d) {
+  wide total[BLOCK / GROUP] = {0};
+  for (; d > 0; d -= BLOCK, w += GROUP, x += BLOCK, scale += BLOCK / GROUP) {
+    __builtin_prefetch((const char *)w + AHEAD);
+    for (int i = 0; i < GROUP; i += 2 * LANES) {
+      wide_halves bits = *(const wide_halves *)(w + i);
+      for (int g = 0; g < BLOCK / GROUP; g++) {
+        wide_ints sums = add_pairs((wide_ints)BITS(bits, g), *(const wide_ints *)(x + g * GROUP + i));
+        total[g] += __builtin_convertvector(sums, wide) * scale[g];
+      }
+    }
+  }
+  return sum_of(total[0] + total[1] + (total[2] + total[3]));
+}
+
+/* `times_row` of INT4. What ZERO takes off needs the sums of x's groups alone. */
+static void int4_times_row(float *restrict y, const matrix *m, const float *restrict x, const float *add) {
+  int64_t d = padded(m->d), groups = d / GROUP;
+  int16_t *rounded = calloc(d, sizeof(int16_t));
+  float unit = round_row(rounded, x, m->d), *sums = calloc(groups, sizeof(float));
+  for (int64_t i = 0; i < d; i++) sums[i / GROUP] += rounded[i] * ZERO(i / GROUP % (BLOCK / GROUP));
+#pragma omp parallel for schedule(static) if (m->n * d >= SHARED)
+  for (int64_t r = 0; r < m->n; r++) {
+    float scales[groups], zeros = 0;
+    for (int64_t g = 0; g < groups; g++) {
+      scales[g] = from_bf16(((const uint16_t *)m->scale)[r * groups + g]);
+      zeros += scales[g] * sums[g];
+    }
+    float product = int4_times((const uint16_t *)m->w + r * d / 4, scales, rounded, d);
+    y[r] = (product - zeros) * unit + (add ? add[r] : 0);
+  }
+  free(rounded);
+  free(sums);
+}
+
+/* y (n) = w x for x (d) and w in 16, 8 or 4 bits; `add` (n) is added unless it is NULL. */
 static void times_row(float *restrict y, const matrix *m, const float *restrict x, const float *add) {
+  if (m->store == INT4) {
+    int4_times_row(y, m, x, add);
+    return;
+  }
+  const float *scale = m->scale;
   int16_t *rounded = m->store == INT8 ? malloc(sizeof(int16_t) * m->d) : NULL;
   float unit = rounded ? round_row(rounded, x, m->d) : 1;
 #pragma omp parallel for schedule(static) if (m->n * m->d >= SHARED)
   for (int64_t r = 0; r < m->n; r++) {
     int64_t at = r * m->d;
-    float product = rounded ? int8_times((const int8_t *)m->w + at, rounded, m->d) * (m->scale[r] * unit)
+    float product = rounded ? int8_times((const int8_t *)m->w + at, rounded, m->d) * (scale[r] * unit)
                             : bfloat16_times((const uint16_t *)m->w + at, x, m->d);
     y[r] = add ? add[r] + product : product;
   }
@@ -140,22 +255,8 @@ static void times_row(float *restrict y, const matrix *m, const float *restrict 
 
    A product is summed along the columns, a vector at a time, always in the same order: what a row of x gives depends
    on no other row, to the bit. A vector of w that was loaded serves several rows of x, and one of x several of w: as
-   many as the registers hold sums of. Only a single row of x times w in 16 or 8 bits, where memory is what counts, goes
+   many as the registers hold sums of. Only a single row of x times w in 16 to 4 bits, where memory is what counts, goes
    its own way. */
-
-#ifdef __AVX512F__
-#define LANES 16
-#define TILE_X 8    /* rows of x multiplied at a time */
-#define ROWS_BY_4 6 /* rows of w with 4 of them */
-#else
-#define LANES 8
-#define TILE_X 4
-#define ROWS_BY_4 3
-#endif
-
-typedef float wide __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t wide_words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 /* Neighbouring entries of w from `at` on. */
 static inline __attribute__((always_inline)) wide load_wide(const void *w, int64_t at, const int store) {
@@ -165,17 +266,6 @@ static inline __attribute__((always_inline)) wide load_wide(const void *w, int64
 
 static inline float load_one(const void *w, int64_t at, int store) {
   return store == FLOAT32 ? ((const float *)w)[at] : from_bf16(((const uint16_t *)w)[at]);
-}
-
-/* Spelled out, so that every caller adds in the same order. */
-static inline float sum_of(wide v) {
-  vec half[LANES / 8];
-  memcpy(half, &v, sizeof(v));
-  vec eight = half[0];
-  for (int i = 1; i < LANES / 8; i++) eight += half[i];
-  eight += SHUFFLE(eight, eight, 4, 5, 6, 7, 0, 1, 2, 3);
-  eight += SHUFFLE(eight, eight, 2, 3, 0, 1, 6, 7, 4, 5);
-  return eight[0] + eight[1];
 }
 
 /* sums (R, J): `n_rows` = R rows of w (·, d), from entries `at` on, times `n_x` = J rows of x; both constants. */
@@ -204,21 +294,22 @@ static inline __attribute__((always_inline)) void dot_tile(float *sums, const vo
     }
 }
 
-/* y (rows, n) = x w for x (rows, d); `add` (rows, n) is added unless it is NULL. Rows of w in INT8 are
-   unpacked first, those in BFLOAT16 where short vectors meet so many rows of x that it pays. */
+/* y (rows, n) = x w for x (rows, d); `add` (rows, n) is added unless it is NULL. Rows of w in INT8 and
+   INT4 are unpacked first, those in BFLOAT16 where short vectors meet so many rows of x that it pays. */
 void times_rows(float *restrict y, const matrix *m, const float *restrict x, const float *add, int64_t rows) {
   if (rows == 1 && m->store != FLOAT32) {
     times_row(y, m, x, add);
     return;
   }
   int64_t n = m->n, d = m->d;
-  int first_unpack = m->store == INT8 || (m->store == BFLOAT16 && LANES == 8 && rows > 8);
+  int first_unpack = m->store >= INT8 || (m->store == BFLOAT16 && LANES == 8 && rows > 8);
 #pragma omp parallel for schedule(static) if (n * d * rows >= SHARED)
   for (int64_t first = 0; first < n; first += TILE_ROWS) {
     int64_t n_rows = n - first < TILE_ROWS ? n - first : TILE_ROWS, at[TILE_ROWS];
     float *unpacked = first_unpack ? malloc(sizeof(float) * n_rows * d) : NULL;
     const void *w = unpacked ? unpacked : m->w;
-    if (unpacked) unpack(unpacked, d, m->w, m->store, first * d, n_rows, d);
+    if (m->store == INT4) unpack_int4(unpacked, m, first, n_rows);
+    else if (unpacked) unpack(unpacked, d, m->w, m->store, first * d, n_rows, d);
     /* a tile may reach past the end: it repeats a row */
     for (int r = 0; r < TILE_ROWS; r++) at[r] = ((unpacked ? 0 : first) + (r < n_rows ? r : n_rows - 1)) * d;
     for (int64_t j = 0; j < rows; j += TILE_X) {
@@ -241,7 +332,8 @@ void times_rows(float *restrict y, const matrix *m, const float *restrict x, con
       for (int64_t i = 0; i < n_x && i < left; i++)
         for (int64_t r = 0; r < n_rows; r++) {
           int64_t out = (j + i) * n + first + r;
-          y[out] = sums[r * n_x + i] * (m->store == INT8 ? m->scale[first + r] : 1) + (add ? add[out] : 0);
+          float scale = m->store == INT8 ? ((const float *)m->scale)[first + r] : 1;
+          y[out] = sums[r * n_x + i] * scale + (add ? add[out] : 0);
         }
     }
     free(unpacked);

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from hearth.data.chat_format import last_call, result_ids
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.graphs import Record, Recorded, cuda_graph
 from hearth.decoding.kv_cache import KVCache, decode, decode_early_exit, for_decoding
-from hearth.decoding.matrices import BlockKernel, Matrix
+from hearth.decoding.matrices import BlockKernel, Matrix, Store
 from hearth.decoding.tools import Function, Tools
 from model import Block, Model, TokenValue
 
@@ -100,9 +100,8 @@ class Engine:
     """Answers prompts with `model`. `stream` keeps its cache, so a prompt that extends the last one
     prefills only what is new.
 
-    weights: how the engine's own copy stores them, float32, bfloat16 or int8, which makes each
-    token faster; None makes no copy and decodes with the model as it is, also while it is being
-    trained.
+    weights: how the engine's own copy stores them, a name of `STORES`, which makes each token
+    faster; None makes no copy and decodes with the model as it is, also while it is being trained.
     h_cycles: how often the reasoning head cycles; None is as the model was configured.
     exit_kl_threshold: leave the cycles once the prediction moves by less than this, in nats (KL
     divergence); None runs them all.
@@ -542,6 +541,7 @@ def _note_logprobs(logits: Tensor, rows: Sequence[_Row]) -> None:
             row.logprobs.append(0.0 if row.forced[-1] else logprob)
 
 
+Weights = Literal["auto", Store]  # how they are stored, and what `store_for` says
 SMALL = 20_000_000  # parameters up to which float32 is fast enough
 
 
@@ -551,10 +551,12 @@ def store_for(n_parameters: int) -> str:
 
 
 def compress(model: Model, store: str) -> Model:
-    """A copy of `model` for decoding, its matrices stored as float32, bfloat16 or int8; keys and
-    values as float32 only where the weights are.
+    """A copy of `model` for decoding, its matrices stored as float32, bfloat16, int8 or int4, where
+    the output's is int8; keys and values as float32 only where the weights are.
     """
     copy = for_decoding(model, lambda weight: Matrix(weight, store))
+    if store == "int4":
+        copy.embedding = Matrix(model.embedding, "int8")
     if model.device.type == "cpu":
         copy.dtype = torch.float32
         copy.cache_dtype = torch.float32 if store == "float32" else torch.bfloat16

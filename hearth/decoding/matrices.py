@@ -1,4 +1,4 @@
-"""Matrices stored in 16 or 8 bits, and their product with a few rows: what decoding spends its time
+"""Matrices stored in 16 to 4 bits, and their product with a few rows: what decoding spends its time
 on.
 
 In: float32 weights (n, d). Out: a `Matrix`: called with x (N, d) it gives (N, n); indexed with ids
@@ -18,14 +18,19 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-STORES = ("float32", "bfloat16", "int8")  # in the order of `enum store` of cpu_kernels.c
+Store = Literal["float32", "bfloat16", "int8", "int4"]
+STORES = get_args(Store)  # in the order of `enum store` of cpu_kernels.c
 FEW_ROWS = 48  # up to here unpacking the weights along the way beats unpacking them first
+BLOCK, GROUP = 128, 32  # columns of int4 in 32 words; that share a scale: as in cpu_kernels.c
+SHIFTS = torch.arange(0, 16, 4, dtype=torch.int16)[:, None]  # of a word's columns
+PLACES = torch.tensor([[1], [16], [256], [1]])  # what their bits count as, by BITS of cpu_kernels.c
 SAME_ROWS = 8  # up to here a float32 product is ours too: its rows do not depend on one another
 
 
@@ -75,7 +80,8 @@ class _Seats(ctypes.Structure):
 
 
 class Matrix:
-    """A weight matrix (n, d) for inference, stored as `store` says; int8 has one scale a row.
+    """A weight matrix (n, d) for inference, stored as `store` says; int8 has one scale a row, int4
+    one for each 32 columns.
 
     The numbers it stands for are those of `float()`. On a CPU it takes and gives float32, on a card
     x's dtype.
@@ -89,9 +95,11 @@ class Matrix:
         if store == "int8":
             self.scale = weight.float().abs().amax(dim=1).clamp(min=1e-30) / 127  # (n,)
             self.weight = (weight.float() / self.scale[:, None]).round().to(torch.int8)
+        elif store == "int4":
+            self.weight, self.scale = in_groups(weight.float())
         else:
             self.weight = weight.to(getattr(torch, store)).contiguous()
-        self.n, self.d = weight.shape
+        self.store, (self.n, self.d) = store, weight.shape
         self.device = weight.device
         self.kernels = compiled_kernels() if weight.device.type == "cpu" else None
         scale = None if self.scale is None else self.scale.data_ptr()
@@ -106,6 +114,8 @@ class Matrix:
             return self._times_few(x.contiguous(), N)
         if self.weight.dtype == x.dtype:
             return F.linear(x, self.weight)
+        if self.store == "int4":
+            return F.linear(x, self.float().to(x.dtype))
         if self.kernels is None and x.device.type == "cpu" and N <= 4:
             narrow = x.to(torch.bfloat16)
             if self.scale is None:
@@ -124,15 +134,41 @@ class Matrix:
 
     def __getitem__(self, ids: Tensor) -> Tensor:
         """Rows (N, d) in float32, for ids (N,)."""
+        if self.store == "int4":
+            return out_of_groups(self.weight[ids], self.scale[ids])[:, : self.d]
         rows = self.weight[ids].float()
         return rows if self.scale is None else rows * self.scale[ids][:, None]
 
     def float(self) -> Tensor:
         """The whole matrix (n, d) in float32."""
+        if self.store == "int4" and self.kernels is not None:
+            whole = torch.empty(self.n, self.d)
+            self.kernels.unpack_matrix(whole.data_ptr(), self._address)
+            return whole
         return self[torch.arange(self.n, device=self.device)]
 
     def n_bytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in (self.weight, self.scale) if x is not None)
+
+
+def in_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight (n, d) in 4 bits: words (n, ·) as cpu_kernels.c reads them, and bfloat16 scales
+    (n, groups). What is largest in a group, of either sign, becomes -8 times its scale.
+    """
+    groups = F.pad(weight, (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, GROUP))
+    largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))
+    scale = (largest / -8).bfloat16().float()
+    cut = (groups / scale.where(scale != 0, 1)).round().clamp(-8, 7) + 8
+    words = (cut.int().unflatten(1, (-1, 4)) << SHIFTS.to(cut.device)).sum(dim=2)
+    scale = scale.unflatten(1, (-1, 4)) / PLACES.to(scale.device)
+    return words.to(torch.int16).flatten(1), scale.bfloat16().flatten(1)
+
+
+def out_of_groups(weight: Tensor, scale: Tensor) -> Tensor:
+    """The numbers (n, padded d) in float32 that words and scales of `in_groups` stand for."""
+    bits = (weight.unflatten(1, (-1, 1, GROUP)) >> SHIFTS.to(weight.device) & 15) - 8
+    by = scale.float().unflatten(1, (-1, 4, 1)) * PLACES.to(scale.device)  # (n, ·, 4, 1)
+    return (bits * by).flatten(1)
 
 
 class BlockKernel:
@@ -219,6 +255,8 @@ def compiled_kernels() -> ctypes.CDLL | None:
                 ctypes.POINTER(_Seats),
                 size,
             ]
+            kernels.unpack_matrix.argtypes = [pointer] * 2
+            kernels.unpack_matrix.restype = None
             kernels.times_rows.restype = kernels.run_block.restype = None
             return kernels
     return None

@@ -56,7 +56,7 @@ def refuse_others(model: ModelConfig, command: str) -> None:
     """
     if against := beyond_qwen3(model):
         raise UserError(
-            "This model is no Qwen3, which is what llama.cpp runs. It has "
+            "This model is no Qwen3, the shape that llama.cpp and onnxruntime get. It has "
             f"{', '.join(against)}. `{command}` trains one of its size that can go; "
             "--to huggingface takes any."
         )

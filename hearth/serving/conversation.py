@@ -70,7 +70,7 @@ class Timing:
 class Chat:
     """A conversation with a checkpoint.
 
-    weights: how its matrices are stored: float32, bfloat16 or int8; auto is bfloat16 if many.
+    weights: how its matrices are stored: a name of STORES; auto is bfloat16 if many.
     """
 
     def __init__(

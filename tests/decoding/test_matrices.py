@@ -78,17 +78,28 @@ def test_product_is_that_of_the_stored_numbers(
     assert (matrix(x) - expected).norm() <= rounding * (x.norm() * matrix.float().norm())
 
 
-@pytest.mark.parametrize(("store", "error"), [("float32", 0), ("bfloat16", 2**-9), ("int8", 0.01)])
-def test_stored_numbers_are_close_to_the_weights(store: str, error: float) -> None:
+@pytest.mark.parametrize(
+    ("store", "error", "n_bytes"),
+    [("float32", 0, 4), ("bfloat16", 2**-9, 2), ("int8", 0.01, 1 + 1 / 64), ("int4", 0.11, 9 / 16)],
+)
+def test_stored_numbers_are_close_to_the_weights(store: str, error: float, n_bytes: float) -> None:
     weight = random(64, 256) * torch.logspace(-3, 3, 64)[:, None]  # rows of very different size
     matrix = Matrix(weight, store)
     assert ((matrix.float() - weight).norm(dim=1) <= error * weight.norm(dim=1)).all()
     assert torch.equal(matrix[torch.tensor([5, 5, 63])], matrix.float()[[5, 5, 63]])
-    scales = 4 * 64 if store == "int8" else 0
-    assert (
-        matrix.n_bytes()
-        == {"float32": 4, "bfloat16": 2, "int8": 1}[store] * weight.numel() + scales
-    )
+    assert matrix.n_bytes() == n_bytes * weight.numel()
+
+
+def test_each_32_columns_have_a_scale_of_their_own_in_4_bits() -> None:
+    weight = random(16, 8, 32) * torch.logspace(-3, 3, 8)[:, None]
+    error = Matrix(weight.flatten(1), "int4").float().view_as(weight) - weight
+    assert (error.norm(dim=2) <= 0.15 * weight.norm(dim=2)).all()
+
+
+def test_the_output_keeps_8_bits_where_the_blocks_have_4() -> None:
+    model = Engine(awake(), weights="int4").model
+    kernel = model.trunk[0].block if isinstance(model.trunk[0], FastBlock) else model.trunk[0]
+    assert (model.embedding.store, kernel.q.store, kernel.down.store) == ("int8", "int4", "int4")
 
 
 def test_rows_of_zeros_stay_zero(kernels: str) -> None:
@@ -98,8 +109,8 @@ def test_rows_of_zeros_stay_zero(kernels: str) -> None:
 
 
 def test_an_unknown_store_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"float32, bfloat16, int8.*'int4'"):
-        Matrix(random(2, 2), "int4")
+    with pytest.raises(ValueError, match=r"float32, bfloat16, int8, int4.*'int2'"):
+        Matrix(random(2, 2), "int2")
 
 
 @pytest.mark.parametrize("window", [None, 6, 270])
@@ -153,8 +164,9 @@ def test_keys_and_values_take_no_more_bits_than_the_weights(store: str) -> None:
     assert engine.cache_bytes() == engine.cache.n_bytes()
 
 
-def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
-    matrix, x, before = Matrix(random(610, 600), "int8"), random(16, 600), torch.get_num_threads()
+@pytest.mark.parametrize("store", ["int8", "int4"])
+def test_the_result_does_not_depend_on_the_number_of_threads(store: str) -> None:
+    matrix, x, before = Matrix(random(610, 600), store), random(16, 600), torch.get_num_threads()
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -167,7 +179,7 @@ def test_a_machine_without_compiler_decodes_all_the_same(kernels: str) -> None:
     model = awake()
     expected = Engine(model).generate([[1, 2, 3]], max_tokens=12)
     assert Engine(model, weights="float32").generate([[1, 2, 3]], max_tokens=12) == expected
-    for store in ("bfloat16", "int8"):
+    for store in STORES[1:]:
         assert len(Engine(model, weights=store).generate([[1, 2, 3]], max_tokens=12)[0]) == 12
 
 
