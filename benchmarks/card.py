@@ -252,7 +252,7 @@ def rival_rates(
             loss = side.compiled(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         loss = loss[1] if isinstance(loss, tuple) else loss
         loss.backward()
-        float(loss)  # waits for the card
+        float(loss.detach())  # waits for the card
         side.model.zero_grad(set_to_none=True)
         if n >= 2:
             yield n_rows * context / (time.perf_counter() - begin)
