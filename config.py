@@ -605,15 +605,16 @@ DEMO_LOOP = {
     "tokens_per_step": 1024,
     "micro_batch_tokens": 1024,
     "log_every_steps": 50,
-    "eval_tokens": 16_384,
+    "eval_tokens": 8192,
     "save_every_minutes": 1.0,
 }
-DEMO_SFT = DEMO_LOOP | {"lr": 3e-3}
+# the stages are one long run: each begins with the learning rate that the one before ends with
+DEMO_SFT = DEMO_LOOP | {"lr": 3e-3, "eval_every_steps": 400}
 
 
 def demo_made(weight: float) -> tuple[ChatSource, ...]:
     """What the demo's middle stage teaches; the stages behind it repeat a part of it."""
-    rows = {"spelling": 10_000, "letters": 4000, "counting": 3000, "calculator": 2500}
+    rows = {"spelling": 10_000, "letters": 4000, "counting": 3000, "calculator": 1500}
     some = [made(kind, n, weight) for kind, n in rows.items()]
     return (*some, made("identity", 1000, 1.0))
 
@@ -630,10 +631,8 @@ DEMO = Config(
         d_model=128,
         n_head=4,
         n_kv_head=2,
-        d_ff=384,
-        # its questions and figures were found with these
-        gated_mlp=True,
-        exclusive_attention=False,
+        d_ff=512,
+        exclusive_attention=False,  # its small operations cost more here than they bring
         context=512,
         window=64,
         pattern="SL",
@@ -642,11 +641,12 @@ DEMO = Config(
     ),
     optim=OptimConfig(momentum_warmup_steps=50),
     pretrain=PretrainConfig(
-        steps=1900,
+        steps=1700,
         lr=1.2e-2,
+        final_lr_ratio=0.25,
         stages=(Stage(128, 0.2), Stage(256, 0.5), Stage(512, 0.3)),
-        eval_every_steps=475,
-        sample_every_steps=950,
+        eval_every_steps=850,
+        sample_every_steps=850,
         prompts=("Once", "What is", "The"),
         **DEMO_LOOP,
     ),
@@ -654,6 +654,7 @@ DEMO = Config(
         sources=(*demo_made(1.0), ChatSource("alpaca", demo="alpaca", weight=0.5)),
         context=256,
         epochs=1.0,
+        final_lr_ratio=0.5,
         **DEMO_SFT,
     ),
     sft1=SFTConfig(
@@ -664,6 +665,7 @@ DEMO = Config(
         ),
         context=256,
         epochs=1.0,
+        final_lr_ratio=0.5,
         **DEMO_SFT,
     ),
     sft2=SFTConfig(
@@ -673,7 +675,8 @@ DEMO = Config(
             *demo_made(0.2),
         ),
         context=512,
-        epochs=1.8,
+        epochs=1.5,
+        final_lr_ratio=0.02,
         **DEMO_SFT,
     ),
     rl=RLConfig(

@@ -41,8 +41,8 @@ from hearth.data.problems import (
 TEXT_BYTES = 8_000_000  # of all documents together, about
 # of the bytes
 SHARES = {
-    **{"facts": 0.29, "arithmetic": 0.18, "comparison": 0.14, "counting": 0.06, "one kind": 0.10},
-    **{"spelling": 0.10, "letters": 0.10, "calculator": 0.03},
+    **{"facts": 0.26, "arithmetic": 0.18, "comparison": 0.13, "counting": 0.05, "one kind": 0.10},
+    **{"spelling": 0.10, "letters": 0.10, "calculator": 0.03, "steps": 0.05},
 }
 # conversations in each layout
 ROWS = {"alpaca": 3300, "dolly": 800, "messages": 1500, "math": 3200}
@@ -343,10 +343,18 @@ def subtract_steps(a: int, b: int) -> str:
     )
 
 
+ALIKE_SHARE = 0.3  # of the pairs in training, which share their tens or their ones
+
+
 def _pair(rng: Random, held: bool, least: int) -> tuple[int, int]:
+    """Two numbers; in training many of them alike, for what goes wrong with two numbers is that
+    one is copied as the other where they share a digit.
+    """
     while True:
         a, b = rng.randrange(least, len(NUMBERS)), rng.randrange(least, len(NUMBERS))
-        if pair_held_out(a, b) == held:
+        if not held and rng.random() < ALIKE_SHARE:
+            b = rng.choice((a // 10 * 10 + b % 10, b // 10 * 10 + a % 10))
+        if b >= least and pair_held_out(a, b) == held:
             return a, b
 
 
@@ -461,8 +469,9 @@ def _document(kind: str, rng: Random) -> str:
         return rng.choices((_entry, _quiz, _story_text), (4, 4, 3))[0](rng)
     if kind == "spelling":
         return _filled(rng, " ", lambda: spelled(rng))
-    if kind == "calculator":
-        return _filled(rng, "\n", lambda: _calculation(rng))
+    if kind in ("calculator", "steps"):
+        piece = _calculation if kind == "calculator" else _step
+        return _filled(rng, "\n", lambda: piece(rng))
     asked = rng.random() < 0.5
     return _filled(rng, "\n", lambda: _lesson(kind, rng, asked))
 
@@ -483,9 +492,22 @@ def _lesson(kind: str, rng: Random, asked: bool) -> str:
 
 
 def _calculation(rng: Random) -> str:
-    """What the calculator is asked, as text: a call proper is learnt from conversations."""
+    """What the calculator is asked, as text: a call proper is learnt from conversations. Its result
+    is left out, for nothing in the text tells it.
+    """
     sum_ = calculator(rng, held=False)
-    return f"Question: {sum_.question}\ncalculate {sum_.expression}\nAnswer: {sum_.answer}"
+    return f"Question: {sum_.question}\ncalculate {sum_.expression}"
+
+
+def _step(rng: Random) -> str:
+    """What longer work is made of: a digit of a sum or of a difference, a comparison."""
+    a, b = sorted(_pair(rng, held=False, least=0))
+    if a == b or rng.random() < 0.6:
+        steps = rng.choice((add_steps(a, b), add_steps(b, a), subtract_steps(b, a)))
+        _, ones, tens, _ = steps.split(". ")
+        return f"{rng.choice((ones, tens))}."
+    a, b = rng.sample((a, b), 2)
+    return compare_steps(a, b, rng.random() < 0.5)
 
 
 def _quiz(rng: Random) -> str:

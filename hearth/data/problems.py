@@ -117,19 +117,26 @@ def _taught_words() -> tuple[str, ...]:
 
 def word(rng: Random, *, held: bool) -> str:
     """A word: one of the list, or two short ones joined, and in training the halves of two others;
-    `held` picks those kept for measuring.
+    `held` picks those kept for measuring. In training most have some letter twice: the more often
+    a letter comes again, the harder it is to tell what stands behind it.
     """
     while True:
-        way = rng.random() * (0.7 if held else 1.0)
-        if way < 0.35:
-            found = rng.choice(words())
-        elif way < 0.7:
-            found = "".join(rng.sample(_short_words(), 2))
-        else:  # no word at all, but with every cluster of letters that words have
-            first, second = rng.sample(_taught_words(), 2)
-            found = first[: -(-len(first) // 2)] + second[len(second) // 2 :]
+        found = _any_word(rng, held)
+        if not held:
+            found = min(found, _any_word(rng, held), key=lambda text: len(set(text)) / len(text))
         if word_held_out(found) == held:
             return found
+
+
+def _any_word(rng: Random, held: bool) -> str:
+    way = rng.random() * (0.7 if held else 1.0)
+    if way < 0.35:
+        return rng.choice(words())
+    if way < 0.7:
+        return "".join(rng.sample(_short_words(), 2))
+    # no word at all, but with every cluster of letters that words have
+    first, second = rng.sample(_taught_words(), 2)
+    return first[: -(-len(first) // 2)] + second[len(second) // 2 :]
 
 
 def word_held_out(text: str) -> bool:
@@ -249,8 +256,10 @@ def calculator(rng: Random, *, held: bool) -> Problem:
     """A sum or a difference of numbers of three and four digits, done by the calculator; `held`:
     of two numbers that no such sum in training has.
     """
+    few = not held and rng.random() < FEW_SHARE
     while True:
-        a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in rng.choices((3, 4), k=2))
+        digits = rng.sample("0123456789", 3) if few else None
+        a, b = (_number(rng, n, digits) for n in rng.choices((3, 4), k=2))
         op = rng.choice("+-")
         if op == "-":
             a, b = max(a, b), min(a, b)
@@ -260,6 +269,21 @@ def calculator(rng: Random, *, held: bool) -> Problem:
             break
     question = rng.choice(SUMS).format(a=a, b=b, op=op)
     return Problem(question, "", str(result), f"{a} {op} {b}")
+
+
+FEW_SHARE = 0.5  # of the sums in training, whose numbers are made of three digits
+
+
+def _number(rng: Random, length: int, digits: list[str] | None) -> int:
+    """A number of so many digits, of any or of these alone: the more often a digit comes again,
+    the harder it is to copy what stands behind it.
+    """
+    least = 10 ** (length - 1)
+    if digits is None:
+        return rng.randrange(least, 10 * least)
+    while (number := int("".join(rng.choices(digits, k=length)))) < least:
+        pass
+    return number
 
 
 PLACES = ("ones", "tens", "hundreds", "thousands", "ten thousands", "hundred thousands", "millions")
