@@ -608,13 +608,12 @@ DEMO_LOOP = {
     "eval_tokens": 8192,
     "save_every_minutes": 1.0,
 }
-# the stages are one long run: each begins with the learning rate that the one before ends with
 DEMO_SFT = DEMO_LOOP | {"lr": 3e-3, "eval_every_steps": 400}
 
 
 def demo_made(weight: float) -> tuple[ChatSource, ...]:
     """What the demo's middle stage teaches; the stages behind it repeat a part of it."""
-    rows = {"spelling": 10_000, "letters": 4000, "counting": 3000, "calculator": 1500}
+    rows = {"spelling": 10_000, "letters": 4000, "counting": 3000, "calculator": 3000}
     some = [made(kind, n, weight) for kind, n in rows.items()]
     return (*some, made("identity", 1000, 1.0))
 
@@ -641,12 +640,12 @@ DEMO = Config(
     ),
     optim=OptimConfig(momentum_warmup_steps=50),
     pretrain=PretrainConfig(
-        steps=1700,
+        steps=1800,
         lr=1.2e-2,
-        final_lr_ratio=0.25,
+        final_lr_ratio=0.1,
         stages=(Stage(128, 0.2), Stage(256, 0.5), Stage(512, 0.3)),
-        eval_every_steps=850,
-        sample_every_steps=850,
+        eval_every_steps=900,
+        sample_every_steps=900,
         prompts=("Once", "What is", "The"),
         **DEMO_LOOP,
     ),
@@ -654,7 +653,7 @@ DEMO = Config(
         sources=(*demo_made(1.0), ChatSource("alpaca", demo="alpaca", weight=0.5)),
         context=256,
         epochs=1.0,
-        final_lr_ratio=0.5,
+        final_lr_ratio=0.1,
         **DEMO_SFT,
     ),
     sft1=SFTConfig(
@@ -665,7 +664,7 @@ DEMO = Config(
         ),
         context=256,
         epochs=1.0,
-        final_lr_ratio=0.5,
+        final_lr_ratio=0.1,
         **DEMO_SFT,
     ),
     sft2=SFTConfig(

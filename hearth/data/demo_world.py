@@ -41,8 +41,8 @@ from hearth.data.problems import (
 TEXT_BYTES = 8_000_000  # of all documents together, about
 # of the bytes
 SHARES = {
-    **{"facts": 0.26, "arithmetic": 0.18, "comparison": 0.13, "counting": 0.05, "one kind": 0.10},
-    **{"spelling": 0.10, "letters": 0.10, "calculator": 0.03, "steps": 0.05},
+    **{"facts": 0.24, "arithmetic": 0.19, "comparison": 0.13, "counting": 0.05, "one kind": 0.10},
+    **{"spelling": 0.10, "letters": 0.10, "calculator": 0.03, "steps": 0.06},
 }
 # conversations in each layout
 ROWS = {"alpaca": 3300, "dolly": 800, "messages": 1500, "math": 3200}
@@ -299,10 +299,14 @@ WORD_SUMS = {
     "+": (
         "{x} has {a} {goods}s and finds {b} more. How many {goods}s does {x} have now?",
         "{x} has {a} {goods}s and {y} has {b} {goods}s. How many {goods}s do they have together?",
+        "{x} picks {a} {goods}s today and {b} tomorrow. How many {goods}s is that?",
+        "Add {a} and {b}.",
     ),
     "-": (
         "{x} has {a} {goods}s and loses {b}. How many {goods}s does {x} have now?",
         "{x} has {a} {goods}s and gives {b} to {y}. How many {goods}s does {x} keep?",
+        "{x} finds {a} {goods}s and eats {b} of them. How many {goods}s are left?",
+        "Take {b} away from {a}.",
     ),
 }
 
@@ -313,7 +317,7 @@ def arithmetic(rng: Random, *, held: bool) -> Problem:
     op = rng.choice("+-")
     if op == "-":
         a, b = max(a, b), min(a, b)
-    worded = min(a, b) > 1 and rng.random() < 0.2
+    worded = min(a, b) > 1 and rng.random() < 0.25
     x, y = rng.sample(people(), 2)
     wording = rng.choice(WORD_SUMS[op] if worded else SUMS)
     question = wording.format(a=a, b=b, op=op, x=x, y=y, goods=rng.choice(GOODS))
@@ -419,7 +423,7 @@ def compare_steps(
     left, right = names or (str(a), str(b))
     asked = f"Asked {'low' if less else 'high'}"
     steps = [
-        f"{asked}. {left} {verb} {a}, {right} {verb} {b}." if names else f"{asked}. {a} and {b}."
+        f"{asked}. {left} {verb} {a} and {right} {verb} {b}." if names else f"{asked}. {a} and {b}."
     ]
     for place, p, q in (("Tens", a // 10, b // 10), ("Ones", a % 10, b % 10)):
         if p == q:
