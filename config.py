@@ -608,12 +608,13 @@ DEMO_LOOP = {
     "eval_tokens": 8192,
     "save_every_minutes": 1.0,
 }
+# the stages are one long run: the first ones end with a learning rate that the next begins with
 DEMO_SFT = DEMO_LOOP | {"lr": 3e-3, "eval_every_steps": 400}
 
 
 def demo_made(weight: float) -> tuple[ChatSource, ...]:
     """What the demo's middle stage teaches; the stages behind it repeat a part of it."""
-    rows = {"spelling": 10_000, "letters": 4000, "counting": 3000, "calculator": 3000}
+    rows = {"spelling": 10_000, "letters": 4000, "counting": 3000, "calculator": 2500}
     some = [made(kind, n, weight) for kind, n in rows.items()]
     return (*some, made("identity", 1000, 1.0))
 
@@ -640,12 +641,12 @@ DEMO = Config(
     ),
     optim=OptimConfig(momentum_warmup_steps=50),
     pretrain=PretrainConfig(
-        steps=1800,
+        steps=1700,
         lr=1.2e-2,
-        final_lr_ratio=0.1,
+        final_lr_ratio=0.25,
         stages=(Stage(128, 0.2), Stage(256, 0.5), Stage(512, 0.3)),
-        eval_every_steps=900,
-        sample_every_steps=900,
+        eval_every_steps=850,
+        sample_every_steps=850,
         prompts=("Once", "What is", "The"),
         **DEMO_LOOP,
     ),
@@ -653,7 +654,7 @@ DEMO = Config(
         sources=(*demo_made(1.0), ChatSource("alpaca", demo="alpaca", weight=0.5)),
         context=256,
         epochs=1.0,
-        final_lr_ratio=0.1,
+        final_lr_ratio=0.5,
         **DEMO_SFT,
     ),
     sft1=SFTConfig(
@@ -664,7 +665,7 @@ DEMO = Config(
         ),
         context=256,
         epochs=1.0,
-        final_lr_ratio=0.1,
+        final_lr_ratio=0.5,
         **DEMO_SFT,
     ),
     sft2=SFTConfig(

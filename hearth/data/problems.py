@@ -117,26 +117,19 @@ def _taught_words() -> tuple[str, ...]:
 
 def word(rng: Random, *, held: bool) -> str:
     """A word: one of the list, or two short ones joined, and in training the halves of two others;
-    `held` picks those kept for measuring. In training most have some letter twice: the more often
-    a letter comes again, the harder it is to tell what stands behind it.
+    `held` picks those kept for measuring.
     """
     while True:
-        found = _any_word(rng, held)
-        if not held:
-            found = min(found, _any_word(rng, held), key=lambda text: len(set(text)) / len(text))
+        way = rng.random() * (0.7 if held else 1.0)
+        if way < 0.35:
+            found = rng.choice(words())
+        elif way < 0.7:
+            found = "".join(rng.sample(_short_words(), 2))
+        else:  # no word at all, but with every cluster of letters that words have
+            first, second = rng.sample(_taught_words(), 2)
+            found = first[: -(-len(first) // 2)] + second[len(second) // 2 :]
         if word_held_out(found) == held:
             return found
-
-
-def _any_word(rng: Random, held: bool) -> str:
-    way = rng.random() * (0.7 if held else 1.0)
-    if way < 0.35:
-        return rng.choice(words())
-    if way < 0.7:
-        return "".join(rng.sample(_short_words(), 2))
-    # no word at all, but with every cluster of letters that words have
-    first, second = rng.sample(_taught_words(), 2)
-    return first[: -(-len(first) // 2)] + second[len(second) // 2 :]
 
 
 def word_held_out(text: str) -> bool:

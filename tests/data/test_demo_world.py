@@ -93,7 +93,7 @@ def expected(question: str) -> str | None:
     if len(number) == 2 and (op := re.search(r"\d ([+-]) \d", question)):
         return str(number[0] + number[1] if op[1] == "+" else number[0] - number[1])
     names = re.findall(r"\b(?:" + "|".join([*world.people(), *world.TREES]) + r")\b", question)
-    if re.search("loses|gives|eats|Take", question):
+    if re.search("loses|gives|eats", question) and number:
         return str(abs(number[0] - number[1]))
     if re.search("finds|together|tomorrow|Add", question) and number:
         return str(sum(number))
