@@ -612,11 +612,13 @@ DEMO_LOOP = {
 DEMO_SFT = DEMO_LOOP | {"lr": 3e-3, "eval_every_steps": 400}
 
 
-def demo_made(weight: float) -> tuple[ChatSource, ...]:
-    """What the demo's middle stage teaches; the stages behind it repeat a part of it."""
-    rows = {"spelling": 10_000, "letters": 4000, "counting": 3000, "calculator": 2500}
+def demo_made(weight: float, spelling: float | None = None) -> tuple[ChatSource, ...]:
+    """What the demo's middle stage teaches; the stages behind it repeat a part of it, of `spelling`
+    another, for that is soonest forgotten.
+    """
+    rows = {"letters": 4000, "counting": 3000, "calculator": 2500}
     some = [made(kind, n, weight) for kind, n in rows.items()]
-    return (*some, made("identity", 1000, 1.0))
+    return (made("spelling", 10_000, spelling or weight), *some, made("identity", 1000, 1.0))
 
 
 DEMO = Config(
@@ -641,12 +643,12 @@ DEMO = Config(
     ),
     optim=OptimConfig(momentum_warmup_steps=50),
     pretrain=PretrainConfig(
-        steps=1700,
+        steps=1800,
         lr=1.2e-2,
         final_lr_ratio=0.25,
         stages=(Stage(128, 0.2), Stage(256, 0.5), Stage(512, 0.3)),
-        eval_every_steps=850,
-        sample_every_steps=850,
+        eval_every_steps=900,
+        sample_every_steps=900,
         prompts=("Once", "What is", "The"),
         **DEMO_LOOP,
     ),
@@ -672,7 +674,7 @@ DEMO = Config(
         sources=(
             ChatSource("messages", demo="messages"),
             ChatSource("math", demo="math"),
-            *demo_made(0.2),
+            *demo_made(0.2, spelling=0.35),
         ),
         context=512,
         epochs=1.5,
