@@ -249,10 +249,8 @@ def calculator(rng: Random, *, held: bool) -> Problem:
     """A sum or a difference of numbers of three and four digits, done by the calculator; `held`:
     of two numbers that no such sum in training has.
     """
-    few = not held and rng.random() < FEW_SHARE
     while True:
-        digits = rng.sample("0123456789", 3) if few else None
-        a, b = (_number(rng, n, digits) for n in rng.choices((3, 4), k=2))
+        a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in rng.choices((3, 4), k=2))
         op = rng.choice("+-")
         if op == "-":
             a, b = max(a, b), min(a, b)
@@ -262,21 +260,6 @@ def calculator(rng: Random, *, held: bool) -> Problem:
             break
     question = rng.choice(SUMS).format(a=a, b=b, op=op)
     return Problem(question, "", str(result), f"{a} {op} {b}")
-
-
-FEW_SHARE = 0.5  # of the sums in training, whose numbers are made of three digits
-
-
-def _number(rng: Random, length: int, digits: list[str] | None) -> int:
-    """A number of so many digits, of any or of these alone: the more often a digit comes again,
-    the harder it is to copy what stands behind it.
-    """
-    least = 10 ** (length - 1)
-    if digits is None:
-        return rng.randrange(least, 10 * least)
-    while (number := int("".join(rng.choices(digits, k=length)))) < least:
-        pass
-    return number
 
 
 PLACES = ("ones", "tens", "hundreds", "thousands", "ten thousands", "hundred thousands", "millions")
