@@ -183,6 +183,8 @@ def test_an_unknown_cards_peak_is_not_that_of_waiting_for_it(
 @pytest.fixture
 def apple(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As torch answers on Apple silicon."""
+    import torch._dynamo  # while it is imported it asks for the chip
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12 * 2**30)
