@@ -43,7 +43,7 @@ def geforce(cores: int, ghz: float, gib: int, watts: int) -> Card:
 
 # Data-centre cards: peaks of NVIDIA's data sheets. GeForce: cores, boost clock, memory and board
 # power of the reference cards as listings of them say, or from memory (RTX 3050, 3080 Ti, 4070 Ti
-# Super, 5050, clocks of most laptops' chips); not read in NVIDIA's own papers. Of laptops' chips the
+# Super, 5050, most laptops' clocks); not read in NVIDIA's own papers. Of laptops' chips the
 # highest clock and power of their range. Watts serve estimates alone.
 CARDS = {
     "H200": Card(989.0, 139, 700),
