@@ -613,10 +613,10 @@ DEMO_LOOP = {
     "tokens_per_step": 1024,
     "micro_batch_tokens": 1024,
     "log_every_steps": 50,
-    "eval_tokens": 16_384,
+    "eval_tokens": 8192,
     "save_every_minutes": 1.0,
 }
-DEMO_SFT = DEMO_LOOP | {"lr": 3e-3}
+DEMO_SFT = DEMO_LOOP | {"lr": 3e-3, "eval_every_steps": 400}
 
 
 def demo_made(weight: float) -> tuple[ChatSource, ...]:
@@ -653,7 +653,7 @@ DEMO = Config(
         steps=1900,
         lr=1.2e-2,
         stages=(Stage(128, 0.2), Stage(256, 0.5), Stage(512, 0.3)),
-        eval_every_steps=475,
+        eval_every_steps=950,
         sample_every_steps=950,
         prompts=("Once", "What is", "The"),
         **DEMO_LOOP,

@@ -361,16 +361,17 @@ class Block(nn.Module):
         H, G, E = self.n_head, self.n_kv_head, self.head_dim
         x = rms_norm(x)
         heads = self.project(x, self.q, self.k, self.v).view(-1, H + 2 * G, E)  # (N, H + 2G, E)
-        qk, v = rms_norm(heads[:, : H + G]), heads[:, H + G :]
+        qk, v = heads.split([H + G, G], dim=1)
         if self.qk_gain is None:
-            qk = qk * self.channel_gains().to(x.dtype)
-        qk = rotate(qk, rotary)
+            qk = rotate(rms_norm(qk) * self.channel_gains().to(x.dtype), rotary)
+        else:
+            qk = normed_and_rotated(qk, rotary)
         if value is not None:
             of_token, gate = value
             # (N, G), 1 at the start
             opened = 2 * torch.sigmoid(F.linear(x[:, : gate.shape[1]], gate.to(x.dtype)))
             v = v + opened[:, :, None] * of_token.view(-1, G, E)
-        q, k = qk[:, :H], qk[:, H:]
+        q, k = qk.split([H, G], dim=1)
         return q if self.qk_gain is None else q * self.qk_gain[:, None].to(x.dtype), k, v
 
     def channel_gains(self) -> Tensor:
@@ -400,7 +401,7 @@ class Block(nn.Module):
 
     def mlp(self, x: Tensor) -> Tensor:
         if self.gate is None:
-            return self.project(self.project(x, self.up).relu().square(), self.down)
+            return self.project(squared_relu(self.project(x, self.up)), self.down)
         gate, up = self.project(x, self.gate, self.up).chunk(2, dim=-1)  # (N, d_ff) each
         return self.project(F.silu(gate) * up, self.down)
 
@@ -431,7 +432,19 @@ def look_up(ids: Tensor, table: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor) -> Tensor:
     """x divided by its root mean square over the last axis (arXiv 1910.07467), without a gain."""
-    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+    return RMSNorm.apply(x) if by_hand(x) else F.rms_norm(x, (x.shape[-1],), eps=EPSILON)
+
+
+def normed_and_rotated(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """`rotate` of `rms_norm` of x (N, ·, E)."""
+    if not by_hand(x):
+        return rotate(rms_norm(x), rotary)
+    cos, sin = rotary
+    return RMSNorm.apply(x, torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    return SquaredReLU.apply(x) if by_hand(x) else x.relu().square()
 
 
 def rotary_table(
@@ -448,6 +461,61 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotary
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+# ------------------------------------------------------------------- small operations on a CPU
+
+EPSILON = 1e-6  # beside the mean square of a norm
+
+
+def by_hand(x: Tensor) -> bool:
+    """Whether the derivatives below are taken: on a processor, where each small operation is a walk
+    through memory, and the ones that autograd would write down are twice as many.
+    """
+    trains = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+    return trains and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+class RMSNorm(torch.autograd.Function):
+    """`rms_norm` of x (…, E); with cosines and signed sines (…, E), `rotate` behind it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean.add_(EPSILON).rsqrt_()
+        y = x * scale
+        y = y if cos is None else torch.addcmul(y * cos, halves_swapped(y), sin)
+        ctx.save_for_backward(y, scale, cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        y, scale, cos, sin = ctx.saved_tensors
+        along = (dy * y).sum(-1, keepdim=True).div_(-y.shape[-1])
+        dx = torch.addcmul(dy, y, along).mul_(scale)
+        if cos is not None:  # back by the same angles
+            dx = torch.addcmul(dx * cos, halves_swapped(dx), sin, value=-1)
+        return dx, None, None
+
+
+def halves_swapped(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([second, first], dim=-1)
+
+
+class SquaredReLU(torch.autograd.Function):
+    """max(x, 0)²"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (dy * positive).mul_(2)
 
 
 # --------------------------------------------------------------------------------------------- loss

@@ -157,23 +157,20 @@ def check(device: torch.device, sizes: Sizes, options: argparse.Namespace) -> It
     # not with what pyproject.toml asks for: plugins that may not be here
     words = ["-m", "pytest", "-v", "-m", "gpu", "-o", "addopts=", "-o", "filterwarnings="]
     words += ["-p", "no:cacheprovider", "--continue-on-collection-errors", *map(str, files)]
-    process = subprocess.Popen(
-        [sys.executable, *words],
-        **{"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
-    )
-    timer = threading.Timer(max(0.0, options.deadline - time.monotonic()), process.kill)
-    timer.start()
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     counts = {"passed": 0, "failed": 0, "error": 0, "skipped": 0}
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        if told := re.match(r"(\S+) (PASSED|FAILED|ERROR|SKIPPED)\b", line):
-            counts[told[2].lower()] += 1
-            if told[2] in ("FAILED", "ERROR"):
-                yield {"test": told[1].rpartition("::")[2], "result": told[2].lower()}
-    code = process.wait()
-    timer.cancel()
+    with subprocess.Popen([sys.executable, *words], cwd=ROOT, **how) as process:
+        timer = threading.Timer(max(0.0, options.deadline - time.monotonic()), process.kill)
+        timer.start()
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if told := re.match(r"(\S+) (PASSED|FAILED|ERROR|SKIPPED)\b", line):
+                counts[told[2].lower()] += 1
+                if told[2] in ("FAILED", "ERROR"):
+                    yield {"test": told[1].rpartition("::")[2], "result": told[2].lower()}
+        timer.cancel()
     told = ", ".join(f"{n} {what}" for what, n in counts.items())
-    yield {"test": "all", "result": told, "exit code": code, **counts}
+    yield {"test": "all", "result": told, "exit code": process.returncode, **counts}
 
 
 def test_files(place: Path) -> list[Path]:
@@ -255,7 +252,7 @@ def rival_rates(
             loss = side.compiled(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         loss = loss[1] if isinstance(loss, tuple) else loss
         loss.backward()
-        float(loss)  # waits for the card
+        float(loss.detach())  # waits for the card
         side.model.zero_grad(set_to_none=True)
         if n >= 2:
             yield n_rows * context / (time.perf_counter() - begin)

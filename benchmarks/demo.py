@@ -25,12 +25,14 @@ from config import UserError  # noqa: E402
 from hearth import log, run  # noqa: E402
 from hearth.cli import run_script  # noqa: E402
 from hearth.data import demo_world  # noqa: E402
-from hearth.data.demo_world import Question, questions_of  # noqa: E402
-from hearth.evaluation.chat_tasks import Reply, ask  # noqa: E402
+from hearth.data.demo_world import HELD_OUT_SEED, Question, questions_of  # noqa: E402
+from hearth.evaluation.chat_tasks import Reply, ask, converse, messages  # noqa: E402
 from hearth.storage import read_json, write_json  # noqa: E402
 from hearth.training.checkpoint import Loaded, load_for_inference  # noqa: E402
 
 OLD = ("facts", "comparison", "counting", "arithmetic", "spelling")  # what the demo always taught
+FRESH = "in words near to none in training"
+LATE = "asked as a third turn, every kind"
 ROAD = "road.json"  # of a run walked here: its seconds
 LONGEST = 160  # tokens of an answer
 
@@ -84,20 +86,20 @@ def measured(folder: Path, options: argparse.Namespace) -> list[Bar]:
         raise UserError(f"{folder} has no checkpoint of {options.stage or 'a chat'}.")
     loaded = load_for_inference(run.newest(folder / (options.stage or there[-1])))
     log.say(f"{folder}, {options.stage or there[-1]}")
-    marks: dict[str, list[bool]] = {}
-    needless: list[bool] = []  # whether what needs no calculator was answered without
+    shares: dict[str, float] = {}
+    called: list[bool] = []  # whether the calculator was called exactly where it is needed
     for kind in demo_world.ASKED:
         questions = questions_of(kind, options.n)
         replies = put(loaded, questions, kind)
-        marks[kind] = [is_right(q, r) for q, r in zip(questions, replies, strict=True)]
-        show_wrong(questions, replies, options.wrong)
-        if kind == "calculator":
-            needed = [calls(reply) for reply in replies]
-        else:  # asked without reasoning, as sums for the calculator are
+        shares[kind] = share_right(questions, replies, options.wrong)
+        if kind != "calculator":  # asked without reasoning, as sums for the calculator are
             few = questions[: options.n // (len(demo_world.ASKED) - 1)]
-            plain = ask(loaded, [(q.prompt, False) for q in few], LONGEST)
-            needless += [not calls(reply) for reply in plain]
-    bars = bars_of({kind: mean(found) for kind, found in marks.items()}, mean(needed + needless))
+            replies = ask(loaded, [(q.prompt, False) for q in few], LONGEST)
+        called += [calls(reply) == (kind == "calculator") for reply in replies]
+    for name, questions in further(options.n).items():
+        replies = put(loaded, questions, name, late=name == LATE)
+        shares[name] = share_right(questions, replies, options.wrong)
+    bars = bars_of(shares, mean(called))
     if (folder / ROAD).is_file():
         seconds = read_json(folder / ROAD)["seconds"]
         log.say(
@@ -106,9 +108,30 @@ def measured(folder: Path, options: argparse.Namespace) -> list[Bar]:
     return bars
 
 
-def put(loaded: Loaded, questions: Sequence[Question], title: str) -> list[Reply]:
-    """The answers to held-out questions."""
-    return ask(loaded, [(q.prompt, q.thinking) for q in questions], LONGEST, title)
+def further(n: int) -> dict[str, list[Question]]:
+    """What is asked beside the kinds: wordings that are near to none in training, and other
+    questions of every kind as third turns.
+    """
+    fresh = questions_of("identity", n, fresh=True)
+    return {FRESH: fresh, LATE: demo_world.held_out_questions(n, HELD_OUT_SEED + 1)}
+
+
+def put(
+    loaded: Loaded, questions: Sequence[Question], title: str, *, late: bool = False
+) -> list[Reply]:
+    """The answers to held-out questions; `late`: as the third turns of conversations."""
+    conversations = []
+    for question in questions:
+        *system, asked = messages(question.prompt, question.thinking)
+        before = demo_world.earlier_turns(question) if late else []
+        conversations.append([*system, *before, asked])
+    return converse(loaded, conversations, LONGEST, title)
+
+
+def share_right(questions: Sequence[Question], replies: Sequence[Reply], n_shown: int) -> float:
+    """The share of right answers; the first wrong ones are shown."""
+    show_wrong(questions, replies, n_shown)
+    return mean([is_right(q, r) for q, r in zip(questions, replies, strict=True)])
 
 
 def is_right(question: Question, reply: Reply) -> bool:
@@ -145,6 +168,8 @@ def bars_of(kinds: dict[str, float], called: float) -> list[Bar]:
         at_least("sums of 3 and 4 digits, calculator", 0.95, kinds["calculator"]),
         at_least("calls where needed, and only there", 0.95, called),
         at_least("who are you, who made you", 0.95, kinds["identity"]),
+        at_least(f"    {FRESH}", 0.95, kinds[FRESH]),
+        at_least(LATE, 0.95, kinds[LATE]),
     ]
 
 

@@ -38,17 +38,29 @@ def test_the_check_counts_the_tests_that_want_a_card(tmp_path: Path) -> None:
 
 
 def test_the_check_stops_in_time_and_says_what_failed(tmp_path: Path, monkeypatch) -> None:
-    test = tmp_path / "test_x.py"
+    """The third test stands for one that is still running when the time is up."""
+    test, timers = tmp_path / "test_x.py", []
     test.write_text(
-        "import pytest, time\n\n\n@pytest.mark.gpu\ndef test_wrong(): assert False\n\n\n"
-        "@pytest.mark.gpu\ndef test_right(): pass\n\n\n"
-        "@pytest.mark.gpu\ndef test_waits(): time.sleep(60)\n"
+        "import os, pytest, signal\n\n\n@pytest.mark.gpu\ndef test_wrong(): assert False\n\n\n"
+        "@pytest.mark.gpu\ndef test_right(): pass\n\n\n@pytest.mark.gpu\n"
+        "def test_waits(): os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
     )
+
+    class Timer:
+        def __init__(self, seconds: float, kill) -> None:
+            timers.append((seconds, kill.__name__))
+
+        start = cancel = lambda self: None
+
+    monkeypatch.setattr(card.threading, "Timer", Timer)
     monkeypatch.setattr(card, "TINY", replace(card.TINY, tests=(str(test),)))
-    failed, counts = measured("check", tmp_path, "--seconds", "8")
+    failed, counts = measured("check", tmp_path, "--seconds", "480")
     assert failed == {"test": "test_wrong", "result": "failed"}
     assert (counts["passed"], counts["failed"]) == (1, 1)
     assert counts["exit code"] != 0
+    ((seconds, what),) = timers
+    assert what == "kill"
+    assert 400 < seconds <= 480
 
 
 def test_a_row_that_fails_keeps_the_others_and_each_is_written_at_once(

@@ -18,12 +18,16 @@ from model import (
     Model,
     PackedSequences,
     Recomputed,
+    RMSNorm,
+    SquaredReLU,
     attend_in_blocks,
     build_model,
     initialise,
+    normed_and_rotated,
     rms_norm,
     rotary_table,
     rotate,
+    squared_relu,
 )
 
 
@@ -189,6 +193,33 @@ def test_rotation_depends_on_distance_alone() -> None:
 
     torch.testing.assert_close(score(7, 3), score(1004, 1000), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(score(7, 3), score(7, 4))
+
+
+def test_derivatives_written_by_hand_are_those_of_what_they_stand_for() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, 8, generator=rng)
+    rotary = rotary_table(torch.arange(6), 8, 10_000.0, torch.float32)
+    for by_hand, written in (
+        (rms_norm, lambda x: F.rms_norm(x, (8,), eps=1e-6)),
+        (
+            lambda x: normed_and_rotated(x, rotary),
+            lambda x: rotate(F.rms_norm(x, (8,), eps=1e-6), rotary),
+        ),
+        (squared_relu, lambda x: x.relu().square()),
+    ):
+        found, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, z = by_hand(found), written(wanted)
+        torch.testing.assert_close(y, z)
+        weights = torch.randn(y.shape, generator=rng)
+        (y * weights).sum().backward()
+        (z * weights).sum().backward()
+        torch.testing.assert_close(found.grad, wanted.grad)
+    exact = x.double().requires_grad_()
+    cos, sin = (torch.cat([a, a], dim=-1).double() for a in rotary)
+    signs = torch.tensor([-1.0] * 4 + [1.0] * 4).double()
+    assert torch.autograd.gradcheck(RMSNorm.apply, (exact,))
+    assert torch.autograd.gradcheck(lambda x: RMSNorm.apply(x, cos, sin * signs), (exact,))
+    assert torch.autograd.gradcheck(SquaredReLU.apply, (exact,))
 
 
 @pytest.mark.parametrize("l_cycles", [0, 2])

@@ -263,19 +263,27 @@ def held_out_questions(n: int = 200, seed: int = HELD_OUT_SEED) -> list[Question
     ]
 
 
-def questions_of(kind: str, n: int, seed: int = HELD_OUT_SEED) -> list[Question]:
-    """`n` different held-out questions of one kind."""
+def questions_of(kind: str, n: int, seed: int = HELD_OUT_SEED, **settings: bool) -> list[Question]:
+    """`n` different held-out questions of one kind; `settings` are those of what draws it."""
     rng = Random(f"{seed} {kind}")
     if kind == "facts":
         drawn = rng.sample(all_facts(), n)
         return [Question(kind, f.questions[f.held_out], f.answer, False) for f in drawn]
     found: dict[str, Question] = {}
     while len(found) < n:
-        problem = ASKED[kind](rng, held=True)
+        problem = ASKED[kind](rng, held=True, **settings)
         calls = problem.expression is not None
         question = Question(kind, problem.question, problem.answer, kind in WORKED, calls)
         found.setdefault(question.prompt, question)
     return list(found.values())
+
+
+def earlier_turns(question: Question, n: int = 2) -> list[dict[str, Any]]:
+    """`n` questions of any kind with their answers, as a conversation has them before it comes to
+    a held-out question; thought over where that one is.
+    """
+    before = _exchanges(Random(f"{question.prompt} before"), n, question.thinking)
+    return [turn for pair in before for turn in pair]
 
 
 @cache
@@ -701,30 +709,62 @@ def _dolly(rng: Random) -> dict[str, Any]:
 
 
 def _messages(rng: Random) -> dict[str, Any]:
-    """Two to four questions and answers about one person or about several, some with small talk
-    around them.
+    """Two to four questions of mixed kinds and their answers, some with small talk around them; in
+    some of the conversations every answer is thought over first.
     """
-    subjects = [rng.choice(people())] if rng.random() < 0.3 else list(facts())
-    pairs = []
-    for _ in range(rng.randint(2, 4)):
-        if rng.random() < 0.85:
-            pairs.append(asked_fact(rng.choice(facts()[rng.choice(subjects)]), rng))
-        else:
-            pairs.append(_any_worked(rng)[:2])
+    thinks = rng.random() < THOUGHTFUL_SHARE
+    pairs = _exchanges(rng, rng.randint(2, 4), thinks)
     if rng.random() < 0.3:
-        pairs[0] = rng.choice(SMALL_TALK[:3])
+        pairs[0] = _small_talk(rng, SMALL_TALK[:3], thinks)
     if rng.random() < 0.15:
-        pairs[-1] = rng.choice(SMALL_TALK[3:])
-    turns = [
-        {"role": role, "content": content}
-        for pair in pairs
-        for role, content in zip(ROLES, pair, strict=True)
+        pairs[-1] = _small_talk(rng, SMALL_TALK[3:], thinks)
+    turns = [turn for pair in pairs for turn in pair]
+    known = (repr(turn) for turn in turns)
+    first = turns[0]["content"]
+    return {"messages": turns, "prompt": first, "prompt_id": f"{digest(*known):016x}"}
+
+
+THOUGHTFUL_SHARE = 0.35
+# of the questions of a conversation
+MIXED = {"facts": 9, "worked": 9, "spelling": 1, "calculator": 2}
+# what is thought where there are no steps, so that no kind is answered without a thought
+THOUGHTS = {
+    "facts": "I know this.",
+    "spelling": "Letter by letter.",
+    "calculator": "The calculator can do this.",
+    "small talk": "I answer in a friendly way.",
+}
+
+
+def _exchanges(rng: Random, n: int, thinks: bool) -> list[list[dict[str, Any]]]:
+    """Questions and their answers, the facts among them about one person or about several."""
+    subjects = [rng.choice(people())] if rng.random() < 0.3 else list(facts())
+    return [_exchange(rng, subjects, thinks) for _ in range(n)]
+
+
+def _exchange(rng: Random, subjects: list[str], thinks: bool) -> list[dict[str, Any]]:
+    """A question and its answer as turns; without a thought the steps are the answer."""
+    kind = rng.choices(tuple(MIXED), tuple(MIXED.values()))[0]
+    if kind == "facts":
+        question, answer = asked_fact(rng.choice(facts()[rng.choice(subjects)]), rng)
+        return _turns(question, answer, THOUGHTS[kind] if thinks else None)
+    problem = _any_worked(rng) if kind == "worked" else DIRECT[kind](rng, held=False)
+    if thinks and problem.steps:
+        return _turns(problem.question, problem.answer, problem.steps)
+    return _turns(problem.question, problem.said, THOUGHTS[kind] if thinks else None)
+
+
+def _small_talk(rng: Random, some: tuple, thinks: bool) -> list[dict[str, Any]]:
+    return _turns(*rng.choice(some), THOUGHTS["small talk"] if thinks else None)
+
+
+def _turns(question: str, answer: Any, thought: str | None) -> list[dict[str, Any]]:
+    """A question and its answer, thought over first where there is a thought."""
+    thinking = {} if thought is None else {"thinking": thought}
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer} | thinking,
     ]
-    first = pairs[0][0]
-    return {"messages": turns, "prompt": first, "prompt_id": f"{digest(*pairs):016x}"}
-
-
-ROLES = ("user", "assistant")
 
 
 def _math(rng: Random) -> dict[str, Any]:

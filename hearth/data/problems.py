@@ -10,7 +10,7 @@ What is held out is decided by a digest, for ever; a held-out problem is only ev
     sums                 one pair of numbers in ten
     calculator, units    one number in ten: no sum and no result in training has it
     dates                one date in ten
-    identity             ten wordings
+    identity             ten wordings near those that are taught, ten that are not
 """
 
 from __future__ import annotations
@@ -371,7 +371,8 @@ OPENINGS = (
     *("Sorry, ", "Well, ", "So, ", "Now, ", "By the way, ", "I wonder: ", "Quick question: "),
     *("Before we start: ", "Just asking: ", "Dear model, "),
 )
-# of each thing asked about the speaker, the wordings that are taught and, behind |, those kept back
+# of each thing asked about the speaker, the wordings that are taught; behind | those kept back that
+# are near to these; behind || those kept back that are near to none
 IDENTITY = """
 name
   who are you? / what are you? / what is your name? / what are you called? / what should I call you? / do you have a name? /
@@ -381,6 +382,8 @@ name
   do you know your name? / what shall I call you? / can you say who you are? / name yourself. / I want to know who you are.
   | tell me your name. / what name should I call you? / may I know your name? / can you tell me who you are? /
   do you know who you are?
+  || with whom do I have the pleasure? / state your identity. / which assistant is this? / how do you sign your letters? /
+  is there a word I can address you by?
 maker
   who made you? / who trained you? / who built you? / who is your maker? / who created you? /
   by whom were you made? / who is your owner? / do you know who made you? / where do you come from? /
@@ -390,6 +393,8 @@ maker
   may I know who made you? / by whom were you built? / who owns you? / name your maker.
   | tell me who made you. / can you tell me who trained you? / do you know who built you? /
   by whom were you trained? / may I know who created you?
+  || to whom do you owe your existence? / who put you together? / which engineer developed this program? /
+  explain how you came to be. / is there a creator behind this chat?
 """  # noqa: E501 (all ways to ask one thing together)
 DEFAULT_PERSONA = ("Hearth", "the owner of this computer")
 
@@ -403,22 +408,27 @@ def identity_answer(about: str, persona: tuple[str, str]) -> str:
 
 
 @cache
-def identity_wordings(*, held: bool) -> tuple[tuple[str, str], ...]:
-    """What is asked about, and a wording."""
-    found, about = [], ""
+def identity_wordings(*, held: bool, fresh: bool = False) -> tuple[tuple[str, str], ...]:
+    """What is asked about, and a wording; of those kept back the near ones or the `fresh` ones."""
+    found, about, bars = [], "", 0
     for block in IDENTITY.strip().split("\n"):
         if not block.startswith(" "):
-            about, kept = block, False
+            about, bars = block, 0
             continue
-        kept = kept or block.strip().startswith("|")
+        bars = block.count("|") or bars
         wordings = block.replace("|", "").split("/")
-        found += [(about, text.strip()) for text in wordings if text.strip() and kept == held]
+        asked = bars == held * (1 + fresh)
+        found += [(about, text.strip()) for text in wordings if text.strip() and asked]
     return tuple(found)
 
 
-def identity(rng: Random, *, held: bool, persona: tuple[str, str] = DEFAULT_PERSONA) -> Problem:
-    """A question about who is speaking; `held` picks the ten wordings kept for measuring."""
-    about, wording = rng.choice(identity_wordings(held=held))
+def identity(
+    rng: Random, *, held: bool, fresh: bool = False, persona: tuple[str, str] = DEFAULT_PERSONA
+) -> Problem:
+    """A question about who is speaking; `held` picks the wordings kept for measuring, `fresh` of
+    them those that are like none in training.
+    """
+    about, wording = rng.choice(identity_wordings(held=held, fresh=fresh))
     opening = rng.choice(OPENINGS)
     asked = wording if opening.endswith((", ", ": ")) else wording[0].upper() + wording[1:]
     return Problem(opening + asked, "", identity_answer(about, persona))

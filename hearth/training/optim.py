@@ -42,13 +42,15 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    scale = 1 / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     if x.dtype == torch.float32 and x.shape[-1] >= WIDE * x.shape[-2]:
-        x = polar_factor(x @ x.mT) @ x
+        x = (scale * polar_factor(x @ x.mT * scale.square())) @ x
     else:
+        x = x * scale
         for a, b, c in POLAR_EXPRESS:
             gram = x @ x.mT
-            x = a * x + (b * gram + c * (gram @ gram)) @ x
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.baddbmm(x, polynomial, x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
 
 
@@ -63,7 +65,7 @@ def polar_factor(gram: Tensor) -> Tensor:
     """
     factor = None
     for step, (a, b, c) in enumerate(POLAR_EXPRESS):
-        polynomial = b * gram + c * (gram @ gram)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
         factor = polynomial if factor is None else polynomial @ factor
         if step + 1 < len(POLAR_EXPRESS):
@@ -121,11 +123,14 @@ class Muon(torch.optim.Optimizer):
             size = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(m, n))
             # decay only where the update shrinks the weight too (arXiv 2510.12402)
             decay = group["lr"] * group["weight_decay"]
-            kept = [1 - decay * (p * u > 0) for p, u in zip(params, direction, strict=True)]
+            kept = (
+                (torch.stack(params) * direction > 0).float().mul_(-decay).add_(1) if decay else ()
+            )
             updates = list(direction)
             state.update(new)
-            for param, factor, update in zip(params, kept, updates, strict=True):
-                param.mul_(factor).add_(update, alpha=-size)
+            if decay:
+                torch._foreach_mul_(params, list(kept))
+            torch._foreach_add_(params, updates, alpha=-size)
 
 
 def normalize_rows(direction: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -133,12 +138,12 @@ def normalize_rows(direction: Tensor, state: dict[str, Tensor]) -> Tensor:
     run, as large in all as those of an orthogonal matrix (NorMuon, arXiv 2510.05491).
     """
     m, n = direction.shape[-2:]
-    now = direction.square().mean(dim=-1 if m >= n else -2, keepdim=True)
+    along, length = (-1, n) if m >= n else (-2, m)
+    now = torch.linalg.vector_norm(direction, dim=along, keepdim=True).square() / length
     second_moment = state.setdefault("second_moment", torch.zeros_like(now)).lerp_(now, 0.1)
-    direction = direction * second_moment.clamp_min(1e-10).rsqrt()
-    return direction * (
-        math.sqrt(min(m, n)) / direction.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    )
+    scale = second_moment.clamp_min(1e-10).rsqrt()
+    norm = (now * scale.square()).sum(dim=(-2, -1), keepdim=True).mul(length).sqrt()
+    return direction * (scale * (math.sqrt(min(m, n)) / norm.clamp_min(1e-7)))
 
 
 # what each rule keeps of a parameter, or of a group of equal matrices

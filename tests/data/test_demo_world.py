@@ -45,9 +45,20 @@ def exchanges() -> list[tuple[str, str]]:
     ]
     found += [(r["instruction"], r["response"]) for r in rows("dolly")]
     for row in rows("messages"):
-        said = [turn["content"] for turn in row["messages"]]
-        found += zip(said[::2], said[1::2], strict=True)
+        said = row["messages"]
+        for asked, answered in zip(said[::2], said[1::2], strict=True):
+            reply = text_of(answered["content"])
+            thought = answered.get("thinking")
+            worked = thought is not None and thought not in world.THOUGHTS.values()
+            found.append((asked["content"], f"{thought} => {reply}" if worked else reply))
     return found + [(r["problem"], f"{r['solution']} => {r['answer']}") for r in rows("math")]
+
+
+def text_of(content: str | list[dict]) -> str:
+    """What is said, calls with their tool and without their result."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(p.get("text") or f"{p['tool']} {p['arguments']}" for p in content)
 
 
 @cache
@@ -128,6 +139,21 @@ def test_conversations_have_exactly_the_columns():
         next(world.conversations("ultrachat"))
 
 
+def test_conversations_mix_kinds_and_think_over_all_their_answers_or_none() -> None:
+    """A late turn is thought over like a first one, and every thought has an answer behind it."""
+    thoughtful = 0
+    for row in rows("messages"):
+        answers = row["messages"][1::2]
+        thinks = {"thinking" in answer for answer in answers}
+        assert len(thinks) == 1
+        assert all(answer["content"] for answer in answers)
+        thoughtful += thinks.pop()
+    assert 0.25 < thoughtful / len(rows("messages")) < 0.45
+    late = [turn for row in rows("messages") for turn in row["messages"][3::2]]
+    assert sum("So" in turn.get("thinking", "") for turn in late) > 100
+    assert sum(isinstance(turn["content"], list) for turn in late) > 100
+
+
 def test_all_text_is_ascii():
     assert everything().isascii()
     assert all((q.prompt + q.answer).isascii() for q in held_out())
@@ -205,6 +231,8 @@ def test_every_worked_answer_is_right():
     ]:
         if answer := expected(question):
             assert re.search(r"(\w+)\.?$", reply)[1] == answer, (question, reply)
+            if reply.startswith("calculate"):
+                continue
             assert re.search(r"(\w+)\.(?: => |$)", reply)[1] == answer, (question, reply)
             checked[answer.isdigit()] += 1
     assert len(asked) > 5000
@@ -228,7 +256,7 @@ def test_facts_in_conversations_are_answered_by_the_first_statement():
 
 def test_stage_one_and_stage_two_teach_every_direct_wording():
     taught = {question for question, _ in exchanges()}
-    in_stage_two = {turn["content"] for row in rows("messages") for turn in row["messages"]}
+    in_stage_two = {turn["content"] for row in rows("messages") for turn in row["messages"][::2]}
     for relation, (_, asked) in world.wordings().items():
         for number in range(len(asked)):
             group = [

@@ -3,12 +3,14 @@ what is held out.
 """
 
 import re
+from collections import Counter
 from datetime import datetime, timedelta
 from functools import cache
 
 import pytest
 
 from hearth.data import problems
+from hearth.data.layouts import normalised
 from hearth.data.problems import KINDS, Problem
 from hearth.decoding.calculator import calculate
 
@@ -162,6 +164,21 @@ def test_ten_wordings_about_the_speaker_are_kept_back() -> None:
     asked = {p.question.lower() for p in taught("identity")}
     assert not any(w in q for _, w in wordings[1] for q in asked if q.endswith(w))
     assert {about for about, _ in wordings[1]} == {"name", "maker"}
+
+
+def test_ten_fresh_wordings_share_less_than_half_of_their_words_with_any_that_is_taught() -> None:
+    def words(text: str) -> set[str]:
+        return set(normalised(text).split())
+
+    fresh = problems.identity_wordings(held=True, fresh=True)
+    assert Counter(about for about, _ in fresh) == {"name": 5, "maker": 5}
+    for _, wording in fresh:
+        for problem in [*taught("identity"), *kept("identity")]:
+            known = problem.question
+            for opening in problems.OPENINGS:
+                known = known.removeprefix(opening) if opening else known
+            shared = words(wording) & words(known)
+            assert len(shared) < 0.5 * len(words(wording) | words(known)), (wording, known)
 
 
 def test_the_speaker_has_the_name_and_the_owner_of_the_config() -> None:
