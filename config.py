@@ -638,10 +638,8 @@ DEMO = Config(
         d_model=128,
         n_head=4,
         n_kv_head=2,
-        d_ff=384,
-        # its questions and figures were found with these
-        gated_mlp=True,
-        exclusive_attention=False,
+        d_ff=512,
+        n_value_embeddings=2,
         context=512,
         window=64,
         pattern="SL",
