@@ -12,6 +12,7 @@ out, on one process and not on the other.
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import socket
@@ -389,11 +390,12 @@ def bring_together(named: Iterable[tuple[str, Tensor]]) -> None:
         with reaching():
             dist.broadcast(firsts, src=0)
         size = firsts.square().mean().sqrt().clamp_min(1e-12)
-        (apart,) = largest([float((weight - firsts).abs().max() / size)], weight.device)
-        if not apart <= worst:  # also where it is NaN
+        difference = ((weight - firsts).abs().max() / size).nan_to_num(nan=math.inf)
+        (apart,) = largest([float(difference)], weight.device)
+        if apart > worst:
             worst, where = apart, name
         weight.copy_(firsts)
-    if not worst <= APART:
+    if worst > APART:
         raise UserError(
             f"The processes hold different weights: {where} differs by {worst:.2g} of its size. "
             "Nothing was saved. All machines need the same run folder, the same version of this "
