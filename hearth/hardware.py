@@ -297,8 +297,12 @@ def memory_in_use(device: torch.device) -> float:
         return torch.mps.driver_allocated_memory() / 1e9
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import psutil
+    try:
+        import psutil
+    except ModuleNotFoundError:  # a bare machine that benchmarks/card.py runs on
+        import resource
 
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     return psutil.Process().memory_info().rss / 1e9
 
 

@@ -146,7 +146,7 @@ def test_a_message_is_answered_and_remembered(visit: Visit, says: ScriptedEngine
 
 
 def test_an_answer_is_stopped_and_continued(visit: Visit, says: ScriptedEngines) -> None:
-    says.pause = 0.03
+    says.pause = 0.2
     visit.send("Tell me")
     visit.has_said(4)
     visit.click("Stop")

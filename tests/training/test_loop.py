@@ -189,10 +189,12 @@ def test_fine_tuning_has_its_own_optimizer_settings_and_intervals_by_its_length(
     demo = replace(PRESETS["demo"], optim=OptimConfig(weight_decay=0.1, momentum_warmup_steps=200))
     assert loop_of(demo, "base", 1000) == (demo.pretrain, demo.optim)
     for stage in FINE_TUNING:
-        loop, optim = loop_of(demo, stage, 300)
+        open_ = replace(getattr(demo, stage), eval_every_steps=None, sample_every_steps=None)
+        loop, optim = loop_of(replace(demo, **{stage: open_}), stage, 300)
         assert (loop.eval_every_steps, loop.sample_every_steps) == (75, 150)
         assert optim == replace(demo.optim, weight_decay=0.0, momentum_warmup_steps=30)
-    given = replace(demo, mid=replace(demo.mid, eval_every_steps=7, weight_decay=0.2))
+    mid = replace(demo.mid, eval_every_steps=7, sample_every_steps=None, weight_decay=0.2)
+    given = replace(demo, mid=mid)
     loop, optim = loop_of(given, "mid", 1)
     assert (loop.eval_every_steps, loop.sample_every_steps, optim.weight_decay) == (7, 1, 0.2)
 
