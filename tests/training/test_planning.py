@@ -101,7 +101,7 @@ def some_blocks_recomputed(model: Model, optimizers: Optimizers) -> list[Row]:
 def test_estimated_memory_is_within_a_tenth_of_the_measured(
     config: ModelConfig, optim: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As autograd writes derivatives, and a card; those by hand keep up to a sixth less on a CPU."""
+    """With derivatives as autograd writes them; those by hand keep up to a sixth less on a CPU."""
     monkeypatch.setattr("model.by_hand", lambda x: False)
     model, optimizers = build(config, optim)
     plan = plan_of(model, optimizers)
