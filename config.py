@@ -593,7 +593,7 @@ def made(kind: str, rows: int, weight: float = 1.0) -> ChatSource:
 
 
 CARD = Config(
-    model=ModelConfig(n_value_embeddings=9),
+    model=ModelConfig(n_value_embeddings=9),  # `shaped` gives each preset its own number
     data=DataConfig(sources=(FINEWEB, WEB_MATH)),
     mid=SFTConfig(
         sources=(

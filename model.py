@@ -1,4 +1,4 @@
-"""The network, top-down: embedding, blocks, HRM head, loss, initialisation, packed sequences.
+"""The network, top-down: embedding, HRM head, blocks, loss, initialisation, packed sequences.
 
 In: token ids laid flat, and an `attn_ctx` that knows each token's position and what it may attend
 to: `PackedSequences` while training, `KVCache` while decoding. Out: hidden states, logits, losses.

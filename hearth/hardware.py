@@ -299,7 +299,7 @@ def memory_in_use(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
         import psutil
-    except ModuleNotFoundError:  # a bare machine that benchmarks/card.py runs on
+    except ModuleNotFoundError:  # a bare machine that benchmarks/card.py runs on: the peak so far
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
