@@ -138,6 +138,7 @@ class ModelConfig:
     pattern: str = "SSSL"  # short (S) and long (L) layers, repeated; the last is always long
     rope_base: float = 10_000.0  # base of the rotary frequencies
     n_value_embeddings: int = 0  # blocks that learn a value per token, every other one first
+    bigram_rows: int = 0  # of a table of what two tokens in a row mean, which pairs share by a hash
     token_shift: bool = True  # mix into each token's embedding a learnt share of the one before
     exclusive_attention: bool = True  # take from attention's output what lies along the own value
     hrm: HRMConfig | None = field(default_factory=HRMConfig)  # None is the plain dense model
@@ -185,7 +186,7 @@ class ModelConfig:
 
 # what `--model.shape portable` sets: a Qwen3 has none of the rest; the head's blocks join the trunk
 PORTABLE: dict[str, Any] = {
-    **{"hrm": None, "token_shift": False, "n_value_embeddings": 0},
+    **{"hrm": None, "token_shift": False, "n_value_embeddings": 0, "bigram_rows": 0},
     **{"gated_mlp": True, "window": None, "exclusive_attention": False},
 }
 
@@ -195,13 +196,15 @@ class OptimConfig:
     """The update rule; how fast it goes is set where it is used: pretrain.lr, sft1.lr …"""
 
     name: Literal["muon", "adamw", "schedulefree"] = "muon"  # Muon: for matrices alone
-    embedding_lr_ratio: float = 3.0  # learning rate of the embedding, relative to lr
+    embedding_lr_ratio: float = 6.0  # learning rate of the embedding, relative to lr
+    table_lr_ratio: float = 12.0  # of value embeddings and bigrams, which no output is tied to
     weight_decay: float = 0.1  # of matrices only, decoupled, multiplied by the learning rate
     momentum: float = 0.95  # of Muon
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"  # of Muon; half the memory
     momentum_warmup_steps: int = 200  # Muon's momentum climbs from 0.85 over this many steps
     beta1: float = 0.8  # of AdamW
     beta2: float = 0.95  # of AdamW
+    table_beta2: float = 0.995  # of AdamW where a row is looked up: most tokens are rare
     clip: float = 1.0  # largest gradient norm; gradients beyond it are scaled down
 
 
@@ -403,7 +406,8 @@ class ReportConfig:
 BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     "at least 0": (
         lambda x: x >= 0,
-        "model.hrm.l_cycles report.price_per_kwh chat.tool_calls sft.epochs sft.weight_decay",
+        "model.hrm.l_cycles model.bigram_rows report.price_per_kwh chat.tool_calls sft.epochs "
+        "sft.weight_decay",
     ),
     "at least 1": (
         lambda x: x >= 1,
@@ -420,7 +424,10 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda x: x > 0,
         "optim.clip loop.lr report.watts rl.lr_ratio",
     ),
-    "from 0 to below 1": (lambda x: 0 <= x < 1, "optim.momentum optim.beta1 optim.beta2"),
+    "from 0 to below 1": (
+        lambda x: 0 <= x < 1,
+        "optim.momentum optim.beta1 optim.beta2 optim.table_beta2",
+    ),
     "between 0 and 0.5": (lambda x: 0 < x < 0.5, "data.validation_share"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "data.near_duplicates"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "sft.momentum_warmup_share"),
@@ -507,24 +514,31 @@ def shaped(model: ModelConfig, depth: int) -> ModelConfig:
     """The presets' shape at another depth: `depth` blocks, the head's among them, 40 channels of
     width a block, heads of 64, a key/value head for about three, an MLP four times as wide (8/3
     where gated), a vocabulary of about 32 entries a channel, value embeddings on every other block
-    where there are any; context and kind stay.
+    and 16 bigrams an entry, where there are any; context and kind stay.
     """
     width = 64 * max(2, round(depth * 40 / 64))
     n_head = width // 64
     fits = [n for n in range(1, n_head + 1) if n_head % n == 0 and n <= max(1.0, n_head / 2.5)]
     in_module = max(1, round(depth / 10))
+    vocab_size = min(32_768, 2 ** round(math.log2(32 * width)))
     hrm = model.hrm and replace(model.hrm, l_layer=in_module, h_layer=in_module)
     return replace(
         model,
-        vocab_size=min(32_768, 2 ** round(math.log2(32 * width))),
+        vocab_size=vocab_size,
         n_layer=max(1, depth - 2 * in_module) if hrm else depth,
         d_model=width,
         n_head=n_head,
         n_kv_head=max(fits),
         d_ff=64 * math.ceil(width / 24) if model.gated_mlp else 4 * width,
         n_value_embeddings=depth // 2 if model.n_value_embeddings else 0,
+        bigram_rows=bigram_rows_for(vocab_size) if model.bigram_rows else 0,
         hrm=hrm,
     )
+
+
+def bigram_rows_for(vocab_size: int) -> int:
+    """16 for each entry, as far as a card's memory goes: they cost some, and no product."""
+    return min(131_072, 16 * vocab_size)
 
 
 def batch_for(tokens: int, context: int) -> int:
@@ -593,7 +607,8 @@ def made(kind: str, rows: int, weight: float = 1.0) -> ChatSource:
 
 
 CARD = Config(
-    model=ModelConfig(n_value_embeddings=9),  # `shaped` gives each preset its own number
+    # `shaped` gives each preset its own numbers
+    model=ModelConfig(n_value_embeddings=9, bigram_rows=131_072),
     data=DataConfig(sources=(FINEWEB, WEB_MATH)),
     mid=SFTConfig(
         sources=(

@@ -111,11 +111,12 @@ def rows_of(ids: np.ndarray, which: np.ndarray) -> Any:
 
 def ours(depth: int) -> Any:
     """The presets' shape at a depth, on this vocabulary and these rows."""
-    from config import PRESETS, shaped
+    from config import PRESETS, bigram_rows_for, shaped
 
     card = PRESETS["16gb"].model
     shape = replace(card, context=CONTEXT, window=CONTEXT * card.window // card.context)
-    return replace(shaped(shape, depth), vocab_size=VOCABULARY)
+    rows = bigram_rows_for(VOCABULARY)
+    return replace(shaped(shape, depth), vocab_size=VOCABULARY, bigram_rows=rows)
 
 
 def by_the_rule(row: Row, options: argparse.Namespace) -> Row:
@@ -286,12 +287,17 @@ def step_seconds(row: Row, options: argparse.Namespace) -> float:
 def plan(copies: list[str]) -> Iterator[Row]:
     """The rows in the order in which they are run."""
     plain = json.dumps({"plain": True})
-    tables = json.dumps({"model": {"n_value_embeddings": 0}})
+    left_out = [
+        plain,
+        json.dumps({"model": {"bigram_rows": 0}}),
+        json.dumps({"model": {"n_value_embeddings": 0}}),
+        json.dumps({"optim": {"table_beta2": 0.95}}),
+    ]
     for depth in (4, 6):
         same = {"depth": depth, "tokens": 2**19}
         for factor in (1.0, 0.5, 2.0):
             yield Row("rate", lr=factor, **same)
-        for change in (plain, tables):
+        for change in left_out:
             yield Row("shape", change=change, **same)
         for copy in copies:
             yield Row("idea", copy=copy, **same)

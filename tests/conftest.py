@@ -44,6 +44,7 @@ def tiny() -> ModelConfig:
         window=6,
         pattern="SL",
         n_value_embeddings=1,
+        bigram_rows=61,
         hrm=HRMConfig(l_layer=1, h_layer=2, h_cycles=2, l_cycles=2),
     )
 

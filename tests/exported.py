@@ -31,11 +31,12 @@ SHAPE = ModelConfig(
     window=24,
     pattern="SL",
     n_value_embeddings=2,
+    bigram_rows=300,
     hrm=HRMConfig(l_layer=1, h_layer=2, h_cycles=2, l_cycles=2),
 )
 SHAPES = {
     "whole": SHAPE,
-    "plain": replace(SHAPE, hrm=None, n_value_embeddings=0),
+    "plain": replace(SHAPE, hrm=None, n_value_embeddings=0, bigram_rows=0),
     "looped": replace(SHAPE, hrm=HRMConfig(l_layer=1, h_layer=1, h_cycles=2, l_cycles=0)),
     "ungated": replace(
         SHAPE,

@@ -119,6 +119,7 @@ def own_config(model: Model) -> dict[str, Any]:
         "token_shift": c.token_shift,
         "exclusive_attention": c.exclusive_attention,
         "num_value_embeddings": c.n_value_embeddings,
+        "num_bigrams": c.bigram_rows,
         **hrm,
     }
 
@@ -127,7 +128,7 @@ def own_weights(model: Model) -> dict[str, Tensor]:
     """The weights by their names in `modeling_hearth.py`: ours, those of its modules with
     `.weight`.
     """
-    modules = {id(table) for table in model.value_embeddings}
+    modules = {id(table) for table in (*model.value_embeddings, model.bigrams)}
     for module in model.modules():
         if isinstance(module, Block):
             matrices = (getattr(module, n) for n in ("q", "k", "v", "o", "gate", "up", "down"))

@@ -58,6 +58,7 @@ class HearthConfig(PretrainedConfig):
         token_shift: bool = True,
         exclusive_attention: bool = True,
         num_value_embeddings: int = 0,
+        num_bigrams: int = 0,
         hrm_l_layer: int = 1,
         hrm_h_layer: int = 1,
         hrm_l_cycles: int = 1,
@@ -79,6 +80,7 @@ class HearthConfig(PretrainedConfig):
         self.token_shift = token_shift
         self.exclusive_attention = exclusive_attention
         self.num_value_embeddings = num_value_embeddings
+        self.num_bigrams = num_bigrams
         self.hrm_l_layer = hrm_l_layer
         self.hrm_h_layer = hrm_h_layer
         self.hrm_l_cycles = hrm_l_cycles
@@ -96,11 +98,16 @@ class HearthConfig(PretrainedConfig):
     def layer_types(self) -> list[str]:
         fast, slow = self.head_pattern()
         passes = self.trunk + (fast * self.hrm_l_cycles + slow) * self.hrm_h_cycles
-        windows = [self.window(letter) for letter in passes] + [None] * self.token_shift
+        windows = [self.window(letter) for letter in passes] + [None] * self.looks_back
         # transformers cannot keep a window of one column
         return [
             "sliding_attention" if window and window > 1 else "full_attention" for window in windows
         ]
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether tokens look at the one before."""
+        return self.token_shift or self.num_bigrams > 0
 
     def window(self, letter: str) -> int | None:
         """Attention reach of a block, in tokens; None is the whole context."""
@@ -171,6 +178,7 @@ class HearthModel(HearthPreTrainedModel):
         G, E = config.num_key_value_heads, config.head_dim
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
         self.shift = nn.Parameter(torch.zeros(D)) if config.token_shift else None
+        self.bigrams = nn.Embedding(config.num_bigrams, D) if config.num_bigrams else None
         self.trunk = nn.ModuleList(HearthBlock(config, letter) for letter in config.trunk)
         self.head = HearthHead(config) if config.hrm_h_cycles else None
         self.output_gain = nn.Parameter(torch.ones(D))
@@ -229,14 +237,22 @@ class HearthModel(HearthPreTrainedModel):
         return rms_norm(x) * gain, cache
 
     def embed(self, ids: Tensor, columns: Columns) -> Tensor:
-        """Normed embeddings (B, T, D), each with a share a channel of the one before."""
-        if self.shift is None:
-            return rms_norm(self.embed_tokens(ids))
-        before = columns.ids_before(ids)
-        both = rms_norm(self.embed_tokens(torch.cat([before, ids], dim=1)))
-        before, x = both.chunk(2, dim=1)
-        first = columns.positions[..., None] == 0
-        return x + self.shift * before.masked_fill(first, 0)
+        """Normed embeddings (B, T, D), each with a share a channel of the one before, and with what
+        the two mean together.
+        """
+        x = rms_norm(self.embed_tokens(ids))
+        if not self.config.looks_back:
+            return x
+        before, first = columns.ids_before(ids), columns.positions == 0
+        if self.shift is not None:
+            shifted = rms_norm(self.embed_tokens(before)).masked_fill(first[..., None], 0)
+            x = x + self.shift * shifted
+        if self.bigrams is not None:
+            before = (before + 1).masked_fill(first, 0)
+            pair = before * self.config.vocab_size + ids
+            row = (pair * 2_654_435_761 & 0xFFFF_FFFF) * self.config.num_bigrams >> 32
+            x = x + self.bigrams(row)
+        return x
 
     def token_values(self, ids: Tensor) -> list[tuple[Tensor, ...]]:
         """For each block, the trunk's and then the head's, a value a token (B, T, G·E) and its gate
@@ -381,7 +397,7 @@ class Columns:
             )
         self.real = None if attention_mask is None else attention_mask.bool()  # (B, C)
         self.columns = torch.arange(self.past, self.end, device=self.device)
-        self.id_slot = len(config.layer_types) - 1 if config.token_shift else None
+        self.id_slot = len(config.layer_types) - 1 if config.looks_back else None
         if position_ids is None and self.real is not None:
             position_ids = (self.real.long().cumsum(dim=1) - 1).clamp(min=0)[:, -self.T :]
         self.positions = self.columns[None] if position_ids is None else position_ids

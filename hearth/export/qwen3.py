@@ -34,6 +34,7 @@ BEYOND = {
     "token_shift": "token shift",
     "exclusive_attention": "attention that excludes a token's own value",
     "n_value_embeddings": "value embeddings",
+    "bigram_rows": "a table of bigrams",
     "gated_mlp": "an MLP of squared ReLU",
     "window": "sliding windows",
 }

@@ -306,19 +306,24 @@ def build_optimizers(model: nn.Module, config: OptimConfig, lr: float) -> Optimi
     """Matrices, embedding and vectors in their own groups, under the rule that `config.name` asks
     for.
     """
-    embedding = [model.embedding, *model.value_embeddings]
-    looked_up = {id(p) for p in embedding}
+    tables = [*model.value_embeddings, *([] if model.bigrams is None else [model.bigrams])]
+    looked_up = {id(p) for p in (model.embedding, *tables)}
     matrices = [
         p for p in model.parameters() if p.ndim == 2 and id(p) not in looked_up and min(p.shape) > 8
     ]
     chosen = looked_up | {id(p) for p in matrices}
     vectors = [p for p in model.parameters() if id(p) not in chosen]
+    betas = (config.beta1, config.beta2)
+    # a row has a gradient only where its token stands: with a short memory the few steps that have
+    # one would count as large ones
+    rare = {"betas": (config.beta1, config.table_beta2), "weight_decay": 0.0}
     rest = [
-        {"params": embedding, "lr": lr * config.embedding_lr_ratio, "weight_decay": 0.0},
+        {"params": [model.embedding], "lr": lr * config.embedding_lr_ratio, **rare},
         {"params": vectors, "lr": lr, "weight_decay": 0.0},
     ]
+    if tables:
+        rest.append({"params": tables, "lr": lr * config.table_lr_ratio, **rare})
     dense = {"params": matrices, "lr": lr, "weight_decay": config.weight_decay}
-    betas = (config.beta1, config.beta2)
     if config.name == "muon":
         muon = Muon(
             matrices,

@@ -50,7 +50,8 @@ def awake(**changes) -> Model:
         "context": 48,
     }
     config = ModelConfig(
-        **{**shape, "window": 6, "pattern": "SL", "n_value_embeddings": 1, "hrm": HEAD, **changes}
+        **{**shape, "window": 6, "pattern": "SL", "n_value_embeddings": 1, "bigram_rows": 49}
+        | {"hrm": HEAD, **changes}
     )
     model = build_model(config, seed=0)
     model.dtype = torch.float32

@@ -17,7 +17,7 @@ from model import Model, build_model
 SHAPES = {
     "head": {},
     "dense": {"hrm": None, "pattern": "SSL"},
-    "whole": {"window": None, "token_shift": False, "n_value_embeddings": 0},
+    "whole": {"window": None, "token_shift": False, "n_value_embeddings": 0, "bigram_rows": 70},
     "gated": {"gated_mlp": True, "exclusive_attention": False, "window": 5},
 }
 
@@ -28,7 +28,7 @@ def awake(shape: str) -> Model:
         **{"vocab_size": 128, "n_layer": 3, "d_model": 32, "n_head": 4, "n_kv_head": 2},
         **{"d_ff": 48, "context": 48},
         **{
-            **{"window": 6, "pattern": "SL", "n_value_embeddings": 1},
+            **{"window": 6, "pattern": "SL", "n_value_embeddings": 1, "bigram_rows": 90},
             **{"hrm": HRMConfig(1, 2, 2, 1), **SHAPES[shape]},
         },
     )

@@ -45,7 +45,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch):
 HEAD = HRMConfig(l_layer=1, h_layer=2, h_cycles=2, l_cycles=1)
 SHAPES = {
     "windows and head": {},
-    "value embeddings": {"n_value_embeddings": 1},
+    "tables": {"n_value_embeddings": 1, "bigram_rows": 77},
     "no shift, no head": {"token_shift": False, "hrm": None},
     "window of one": {"window": 1},
     "whole context": {"window": None},
