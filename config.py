@@ -197,14 +197,15 @@ class OptimConfig:
 
     name: Literal["muon", "adamw", "schedulefree"] = "muon"  # Muon: for matrices alone
     embedding_lr_ratio: float = 6.0  # learning rate of the embedding, relative to lr
-    table_lr_ratio: float = 12.0  # of value embeddings and bigrams, which no output is tied to
+    value_lr_ratio: float = 12.0  # of value embeddings, which no output is tied to
+    bigram_lr_ratio: float = 20.0  # of bigrams, whose rows slow down as they are used
     weight_decay: float = 0.1  # of matrices only, decoupled, multiplied by the learning rate
     momentum: float = 0.95  # of Muon
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"  # of Muon; half the memory
     momentum_warmup_steps: int = 200  # Muon's momentum climbs from 0.85 over this many steps
     beta1: float = 0.8  # of AdamW
     beta2: float = 0.95  # of AdamW
-    table_beta2: float = 0.995  # of AdamW where a row is looked up: most tokens are rare
+    embedding_beta2: float = 0.995  # of AdamW where rows are looked up: most tokens are rare
     clip: float = 1.0  # largest gradient norm; gradients beyond it are scaled down
 
 
@@ -426,7 +427,7 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     ),
     "from 0 to below 1": (
         lambda x: 0 <= x < 1,
-        "optim.momentum optim.beta1 optim.beta2 optim.table_beta2",
+        "optim.momentum optim.beta1 optim.beta2 optim.embedding_beta2",
     ),
     "between 0 and 0.5": (lambda x: 0 < x < 0.5, "data.validation_share"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "data.near_duplicates"),

@@ -179,6 +179,11 @@ class Model(nn.Module):
         return ChunkedCrossEntropy.apply(self.output(hidden), matrix, targets, weights)
 
     @property
+    def tables(self) -> list[nn.Parameter]:
+        """What is looked up and tied to no output: value embeddings and bigrams."""
+        return [*self.value_embeddings, *([] if self.bigrams is None else [self.bigrams])]
+
+    @property
     def device(self) -> torch.device:
         return self.embedding.device
 
@@ -586,6 +591,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 # ----------------------------------------------------------------------------------- initialisation
 
 
+ZERO_AT_FIRST = {
+    "o",
+    "down",
+    "out",
+    "call_embedding",
+    "value_gates",
+    "shift",
+    "exclusion",
+    "bigrams",
+}
 LARGEST_SCORE = 15.0  # attention logit of a query and a key that point the same way, at the start
 
 
@@ -602,7 +617,7 @@ def initialise(model: Model, seed: int) -> Model:
     D = model.config.d_model
     for name, weight in model.named_parameters():
         kind = name.rsplit(".", 1)[-1]
-        if kind in ("o", "down", "out", "call_embedding", "value_gates", "shift", "exclusion", "bigrams"):
+        if kind in ZERO_AT_FIRST:
             weight.zero_()
         elif kind in ("output_gain", "gains"):
             weight.fill_(1.0)

@@ -291,7 +291,7 @@ def plan(copies: list[str]) -> Iterator[Row]:
         plain,
         json.dumps({"model": {"bigram_rows": 0}}),
         json.dumps({"model": {"n_value_embeddings": 0}}),
-        json.dumps({"optim": {"table_beta2": 0.95}}),
+        json.dumps({"optim": {"embedding_beta2": 0.95}}),
     ]
     for depth in (4, 6):
         same = {"depth": depth, "tokens": 2**19}

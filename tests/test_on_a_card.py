@@ -54,7 +54,8 @@ def awake(shape: str, device: torch.device, dtype: torch.dtype = torch.float32) 
         **{
             **{"vocab_size": 512, "n_layer": 3, "d_model": 128, "n_head": 4, "n_kv_head": 2},
             **{"d_ff": 256, "context": 256, "window": 40, "pattern": "SL"},
-            **{"n_value_embeddings": 1, "bigram_rows": 300, "hrm": HRMConfig(1, 1, 2, 1), **SHAPES[shape]},
+            **{"n_value_embeddings": 1, "bigram_rows": 300, "hrm": HRMConfig(1, 1, 2, 1)},
+            **SHAPES[shape],
         }
     )
     model = build_model(config, seed=0)

@@ -128,7 +128,7 @@ def own_weights(model: Model) -> dict[str, Tensor]:
     """The weights by their names in `modeling_hearth.py`: ours, those of its modules with
     `.weight`.
     """
-    modules = {id(table) for table in (*model.value_embeddings, model.bigrams)}
+    modules = {id(table) for table in model.tables}
     for module in model.modules():
         if isinstance(module, Block):
             matrices = (getattr(module, n) for n in ("q", "k", "v", "o", "gate", "up", "down"))

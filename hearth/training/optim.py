@@ -146,11 +146,36 @@ def normalize_rows(direction: Tensor, state: dict[str, Tensor]) -> Tensor:
     return direction * (scale * (math.sqrt(min(m, n)) / norm.clamp_min(1e-7)))
 
 
+class RowAdagrad(torch.optim.Optimizer):
+    """Adagrad (Duchi et al., JMLR 12, 2011) with one number a row, as tables of recommenders are
+    trained: a row's first update has the size of the learning rate, its nth one of that over √n.
+
+    A row that nobody looked up is left as it is. Beside the table and its gradient it takes no
+    memory to speak of.
+    """
+
+    def __init__(self, tables: list[Tensor], *, lr: float) -> None:
+        super().__init__(tables, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for table in (p for p in group["params"] if p.grad is not None):
+                now = torch.linalg.vector_norm(table.grad, dim=1).square_().div_(table.shape[1])
+                state = self.state[table]
+                used = state["sum"] + now if state else now  # mean square of the gradients so far
+                (rows,) = now.nonzero(as_tuple=True)
+                update = table.grad[rows] * used[rows].rsqrt()[:, None]
+                state["sum"] = used
+                table.index_add_(0, rows, update, alpha=-group["lr"])
+
+
 # what each rule keeps of a parameter, or of a group of equal matrices
 KEPT = {
     "Muon": {"momentum_buffer", "second_moment"},
     "AdamW": {"step", "exp_avg", "exp_avg_sq"},
     "AdamWScheduleFree": {"z", "exp_avg_sq"},
+    "RowAdagrad": {"sum"},
 }
 
 
@@ -251,12 +276,18 @@ class Optimizers:
     def state_bytes(self) -> int:
         """Memory of the whole state in bytes, whether or not it is there yet: Muon keeps one number
         of each weight, in its own dtype, and a float32 of each row or column, AdamW and its
-        schedule-free form two float32 of each weight.
+        schedule-free form two float32 of each weight, Adagrad a float32 of each row.
         """
+
+        def size(part: torch.optim.Optimizer, p: Tensor) -> int:
+            if isinstance(part, RowAdagrad):
+                return 4 * len(p)
+            if isinstance(part, Muon):
+                return part.dtype.itemsize * p.numel() + 4 * max(p.shape)
+            return 8 * p.numel()
+
         sizes = (
-            part.dtype.itemsize * p.numel() + 4 * max(p.shape)
-            if isinstance(part, Muon)
-            else 8 * p.numel()
+            size(part, p)
             for part in self.parts
             for group in part.param_groups
             for p in group["params"]
@@ -296,6 +327,7 @@ def check_state(part: torch.optim.Optimizer) -> None:
             for name, value in state.items():
                 fits = tuple(value.shape) in {
                     "step": {()},
+                    "sum": {tuple(shape[:1])},
                     "second_moment": rows,
                 }.get(name, {tuple(shape)})
                 if not (fits and value.isfinite().all()):
@@ -306,8 +338,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig, lr: float) -> Optimi
     """Matrices, embedding and vectors in their own groups, under the rule that `config.name` asks
     for.
     """
-    tables = [*model.value_embeddings, *([] if model.bigrams is None else [model.bigrams])]
-    looked_up = {id(p) for p in (model.embedding, *tables)}
+    looked_up = {id(p) for p in (model.embedding, *model.tables)}
     matrices = [
         p for p in model.parameters() if p.ndim == 2 and id(p) not in looked_up and min(p.shape) > 8
     ]
@@ -316,13 +347,16 @@ def build_optimizers(model: nn.Module, config: OptimConfig, lr: float) -> Optimi
     betas = (config.beta1, config.beta2)
     # a row has a gradient only where its token stands: with a short memory the few steps that have
     # one would count as large ones
-    rare = {"betas": (config.beta1, config.table_beta2), "weight_decay": 0.0}
+    rare = {"betas": (config.beta1, config.embedding_beta2), "weight_decay": 0.0}
     rest = [
         {"params": [model.embedding], "lr": lr * config.embedding_lr_ratio, **rare},
         {"params": vectors, "lr": lr, "weight_decay": 0.0},
     ]
-    if tables:
-        rest.append({"params": tables, "lr": lr * config.table_lr_ratio, **rare})
+    values, bigrams = [*model.value_embeddings], model.bigrams
+    if values:
+        rest.append({"params": values, "lr": lr * config.value_lr_ratio, **rare})
+    if bigrams is not None and config.name != "muon":  # these keep to one rule
+        rest.append({"params": [bigrams], "lr": lr * config.value_lr_ratio, **rare})
     dense = {"params": matrices, "lr": lr, "weight_decay": config.weight_decay}
     if config.name == "muon":
         muon = Muon(
@@ -333,6 +367,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig, lr: float) -> Optimi
             dtype=getattr(torch, config.momentum_dtype),
         )
         parts = [muon, torch.optim.AdamW(rest, betas=betas, fused=True)]
+        parts += [] if bigrams is None else [RowAdagrad([bigrams], lr=lr * config.bigram_lr_ratio)]
     elif config.name == "adamw":
         parts = [torch.optim.AdamW([dense, *rest], betas=betas, fused=True)]
     else:
