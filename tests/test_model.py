@@ -142,7 +142,7 @@ def test_attention_in_blocks_equals_attention_a_query_at_a_time(window: int | No
 
 
 def test_the_token_before_is_mixed_in_within_its_document_alone(tiny: ModelConfig) -> None:
-    model = build_model(replace(tiny, n_layer=1, hrm=None), seed=0)
+    model = build_model(replace(tiny, n_layer=1, hrm=None, bigram_rows=0), seed=0)
     model.dtype = torch.float32
     with torch.no_grad():
         model.shift.copy_(torch.linspace(-1, 1, tiny.d_model))
@@ -155,6 +155,22 @@ def test_the_token_before_is_mixed_in_within_its_document_alone(tiny: ModelConfi
         assert torch.allclose(
             model.embed(ids, attn_ctx)[at], rows[at] + model.shift * before, atol=1e-6
         ), at
+
+
+def test_a_pair_of_tokens_has_a_row_and_the_first_of_a_document_one_of_its_own(
+    tiny: ModelConfig,
+) -> None:
+    model = awake(replace(tiny, bigram_rows=4999))
+    ids, starts = torch.tensor([7, 9, 7, 9, 7, 9, 9]), torch.zeros(7, dtype=torch.bool)
+    starts[5] = True
+    row = model.bigram_row(ids, PackedSequences(starts, 7)).tolist()
+    assert row[1:3] == row[3:5]  # 7 9 and 9 7
+    # 7 and 9 at a start, 7 9, 9 7, 9 9: the start of a document does not see the one before
+    assert len({row[0], row[5], row[1], row[2], row[6]}) == 5
+    ids = random_ids(3000, tiny)
+    rows = model.bigram_row(ids, one_segment(3000))
+    pairs = torch.stack([ids[:-1], ids[1:]]).unique(dim=1).shape[1]
+    assert len(rows.unique()) > 0.6 * min(pairs, 4999)  # spread as if at random, or better
 
 
 def test_tokens_beyond_the_window_change_nothing(tiny: ModelConfig) -> None:

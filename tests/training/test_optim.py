@@ -15,6 +15,7 @@ from config import LoopConfig, ModelConfig, OptimConfig
 from hearth.training import optim
 from hearth.training.optim import (
     Muon,
+    RowAdagrad,
     build_optimizers,
     learning_rate_factor,
     normalize_rows,
@@ -198,16 +199,34 @@ def test_the_schedule_free_rule_warms_up_once_and_keeps_its_rate(tiny: ModelConf
     assert rates == pytest.approx([3e-3 * min(1.0, (step + 1) / 5) for step in range(20)])
 
 
-def test_muon_takes_matrices_and_adamw_the_rest(tiny: ModelConfig) -> None:
+def test_muon_takes_matrices_adagrad_bigrams_and_adamw_the_rest(tiny: ModelConfig) -> None:
     model = build_model(tiny, seed=0)
-    muon, adamw = build_optimizers(model, OptimConfig(), 1e-3).parts
-    count = [
-        sum(p.numel() for g in part.param_groups for p in g["params"]) for part in (muon, adamw)
-    ]
+    muon, _, adagrad = parts = build_optimizers(model, OptimConfig(), 1e-3).parts
+    count = [sum(p.numel() for g in part.param_groups for p in g["params"]) for part in parts]
     assert sum(count) == model.n_parameters()
+    assert [p is model.bigrams for g in adagrad.param_groups for p in g["params"]] == [True]
     assert all(
         p.ndim == 2 and p is not model.embedding for g in muon.param_groups for p in g["params"]
     )
+
+
+def test_a_rows_updates_shrink_with_its_own_count_alone() -> None:
+    torch.manual_seed(0)
+    table = torch.zeros(6, 8, requires_grad=True)
+    adagrad = RowAdagrad([table], lr=0.5)
+    seen, direction = [0] * 6, torch.randn(8)
+    direction /= direction.square().mean().sqrt()
+    for looked_up in ([0, 3], [3], [0, 3, 5]):
+        before = table.detach().clone()
+        table.grad = torch.zeros(6, 8)
+        for row in looked_up:
+            seen[row] += 1
+            table.grad[row] = 1e-6 * direction  # however small a gradient is
+        adagrad.step()
+        for row in range(6):
+            size = 0.5 / math.sqrt(seen[row]) if row in looked_up else 0.0
+            expected = before[row] - size * direction
+            torch.testing.assert_close(table.detach()[row], expected, msg=str((row, looked_up)))
 
 
 def test_schedule_climbs_holds_and_falls_to_the_floor() -> None:
