@@ -664,11 +664,11 @@ DEMO = Config(
     ),
     optim=OptimConfig(momentum_warmup_steps=50),
     pretrain=PretrainConfig(
-        steps=1900,
+        steps=1500,
         lr=1.2e-2,
         stages=(Stage(128, 0.2), Stage(256, 0.5), Stage(512, 0.3)),
-        eval_every_steps=950,
-        sample_every_steps=950,
+        eval_every_steps=750,
+        sample_every_steps=750,
         prompts=("Once", "What is", "The"),
         **DEMO_LOOP,
     ),
@@ -685,7 +685,7 @@ DEMO = Config(
             *demo_made(0.1),
         ),
         context=256,
-        epochs=1.0,
+        epochs=0.85,
         **DEMO_SFT,
     ),
     sft2=SFTConfig(
@@ -695,7 +695,7 @@ DEMO = Config(
             *demo_made(0.2),
         ),
         context=512,
-        epochs=1.8,
+        epochs=1.5,
         **DEMO_SFT,
     ),
     rl=RLConfig(
