@@ -506,7 +506,7 @@ FINE_TUNING = {f.name: f.metadata["title"] for f in fields(Config) if "title" in
 # What follows from a model and the tokens it reads, where nobody says otherwise. EXPERIMENTS.md,
 # "One rule", says what of it was measured, and what is carried on to larger models unmeasured.
 TOKENS_PER_WEIGHT = 20  # of `ModelConfig.n_weights` (Chinchilla, arXiv 2203.15556, section 3)
-BATCH, BATCH_GROWTH = 2048, 0.5  # tokens of a step in a run of 10^6 tokens; exponent of its tokens
+BATCH, BATCH_GROWTH = 3072, 0.5  # tokens of a step in a run of 10^6 tokens; exponent of its tokens
 LR, LR_WIDTH, LR_STEPS = 0.012, 0.5, 0.3  # at width 256 and 300 steps; exponents of their inverses
 FINE_TUNING_LR = 0.25  # of pretraining's
 
