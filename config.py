@@ -699,7 +699,7 @@ DEMO = Config(
         **DEMO_SFT,
     ),
     rl=RLConfig(
-        environments=("new sums", "new comparisons"),
+        environments=("new sums", "letters"),
         steps=60,
         prompts_per_step=8,
         max_tokens=128,

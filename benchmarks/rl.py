@@ -5,8 +5,8 @@
     shuffled   advantages of rewards that were shuffled among a group's answers
 
 In: a run whose fine-tuning is finished. First pass@1 of every environment is measured on the test
-problems; those where it lies between 5 and 70% can be practised, and the first two of them are. A
-row is an arm on one of these with a seed: `rl.py`'s own stage in a process of its own, on a copy of
+problems; the demo preset's are practised, and it has to lie between 5 and 70% there. A row is an
+arm on one of these with a seed: `rl.py`'s own stage in a process of its own, on a copy of
 the run. Its result is a line of OUT/results.jsonl; rows that are there are skipped.
 
     uv run benchmarks/rl.py OUT --run runs/demo
@@ -39,7 +39,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rl
-from config import Config, UserError
+from config import PRESETS, Config, UserError
 from hearth import log, run
 from hearth.cli import run_script
 from hearth.decoding.engine import Engine, Sampling
@@ -49,7 +49,7 @@ from hearth.training.rewards import ENVIRONMENTS
 from hearth.training.rollouts import Player, Teach, advantages
 
 LEAST, MOST = 0.05, 0.70  # pass@1 before, of what is practised
-N_PRACTISED, SEEDS = 2, (0, 1, 2)
+SEEDS = (0, 1, 2)
 N_PROBLEMS = 64
 Row = dict[str, Any]
 
@@ -91,11 +91,12 @@ def before(start: Path) -> dict[str, float]:
 
 
 def practised(found: dict[str, float]) -> list[str]:
-    """The environments that the rule chooses; raises UserError where there are too few."""
-    names = [name for name, value in found.items() if LEAST <= value <= MOST]
-    if len(names) < N_PRACTISED:
-        raise UserError(f"Only {names} lie between {LEAST:.0%} and {MOST:.0%} before.")
-    return names[:N_PRACTISED]
+    """The demo preset's environments; raises UserError where one is too easy or too hard before."""
+    names = list(PRESETS["demo"].rl.environments)
+    if any(not LEAST <= found[name] <= MOST for name in names):
+        said = ", ".join(f"{name} {found[name]:.1%}" for name in names)
+        raise UserError(f"Before: {said}. Must lie between {LEAST:.0%} and {MOST:.0%}.")
+    return names
 
 
 def rows(names: Sequence[str]) -> Iterator[Row]:
