@@ -164,10 +164,16 @@ class RowAdagrad(torch.optim.Optimizer):
                 now = torch.linalg.vector_norm(table.grad, dim=1).square_().div_(table.shape[1])
                 state = self.state[table]
                 used = state["sum"] + now if state else now  # mean square of the gradients so far
-                (rows,) = now.nonzero(as_tuple=True)
-                update = table.grad[rows] * used[rows].rsqrt()[:, None]
-                state["sum"] = used
-                table.index_add_(0, rows, update, alpha=-group["lr"])
+                scale = torch.where(now > 0, used.rsqrt(), 0.0)[:, None]
+                # nothing changes before all that takes memory is done, as in `Muon`
+                if table.device.type == "cpu":  # a few rows of many
+                    (rows,) = now.nonzero(as_tuple=True)
+                    update = table.grad[rows] * scale[rows]
+                    state["sum"] = used
+                    table.index_add_(0, rows, update, alpha=-group["lr"])
+                else:  # all, without waiting for the card to say which
+                    state["sum"] = used
+                    table.addcmul_(table.grad, scale, value=-group["lr"])
 
 
 # what each rule keeps of a parameter, or of a group of equal matrices
