@@ -138,7 +138,7 @@ class ModelConfig:
     pattern: str = "SSSL"  # short (S) and long (L) layers, repeated; the last is always long
     rope_base: float = 10_000.0  # base of the rotary frequencies
     n_value_embeddings: int = 0  # blocks that learn a value per token, every other one first
-    bigram_rows: int = 0  # of a table of what two tokens in a row mean, which pairs share by a hash
+    bigram_rows: int = 0  # rows of a table added to the embedding, one for each hashed token pair
     token_shift: bool = True  # mix into each token's embedding a learnt share of the one before
     exclusive_attention: bool = True  # take from attention's output what lies along the own value
     hrm: HRMConfig | None = field(default_factory=HRMConfig)  # None is the plain dense model
@@ -198,7 +198,7 @@ class OptimConfig:
     name: Literal["muon", "adamw", "schedulefree"] = "muon"  # Muon: for matrices alone
     embedding_lr_ratio: float = 6.0  # learning rate of the embedding, relative to lr
     value_lr_ratio: float = 12.0  # of value embeddings, which no output is tied to
-    bigram_lr_ratio: float = 20.0  # of bigrams, whose rows slow down as they are used
+    bigram_lr_ratio: float = 20.0  # of bigrams under Muon, whose rows slow down as they are used
     weight_decay: float = 0.1  # of matrices only, decoupled, multiplied by the learning rate
     momentum: float = 0.95  # of Muon
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"  # of Muon; half the memory
@@ -538,7 +538,7 @@ def shaped(model: ModelConfig, depth: int) -> ModelConfig:
 
 
 def bigram_rows_for(vocab_size: int) -> int:
-    """16 for each entry, as far as a card's memory goes: they cost some, and no product."""
+    """Rows of the table of bigrams: 16 for each entry, no more than suits a card's memory."""
     return min(131_072, 16 * vocab_size)
 
 

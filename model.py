@@ -127,9 +127,9 @@ class Model(nn.Module):
         def normed(ids: Tensor) -> Tensor:
             return rms_norm(look_up(ids, self.embedding)).to(self.dtype)
 
-        x = own = normed(ids)
+        x = normed(ids)
         if self.shift is not None:
-            x = own + self.shift.to(self.dtype) * attn_ctx.before(own, ids, normed)
+            x = x + self.shift.to(self.dtype) * attn_ctx.before(x, ids, normed)
         if self.bigrams is not None:
             x = x + look_up(self.bigram_row(ids, attn_ctx), self.bigrams).to(self.dtype)
         return x
@@ -137,9 +137,9 @@ class Model(nn.Module):
     def bigram_row(self, ids: Tensor, attn_ctx: AttentionContext) -> Tensor:
         """Rows (N,) of `bigrams` for ids (N,), each with the one before in its document.
 
-        Hashed bigrams, from the modded-nanogpt speed runs (see too arXiv 2501.16975):
-        the commonest pairs need no layer to be told apart, and a table adds no product. Pairs that
-        meet in a row share it. The hash is multiplicative (Knuth, section 6.4).
+        Hashed bigrams, from the modded-nanogpt speed runs (see too arXiv 2501.16975): no layer has
+        to tell common pairs apart, and a table adds no product. Pairs that meet in a row share it.
+        The hash is multiplicative (Knuth, The Art of Computer Programming 3, section 6.4).
         """
 
         def numbered(ids: Tensor) -> Tensor:  # 0 is none

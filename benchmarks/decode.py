@@ -129,13 +129,14 @@ def read_options() -> argparse.Namespace:
 def model_config(name: str) -> ModelConfig:
     shape = PRESETS["16gb"].model
     if name == "dense":
-        return replace(shape, n_layer=DENSE_LAYERS, hrm=None, n_value_embeddings=0)
+        return replace(shape, n_layer=DENSE_LAYERS, hrm=None, n_value_embeddings=0, bigram_rows=0)
     if name == "tiny":  # to try this program
         return replace(
             shape,
             n_layer=2,
             hrm=None,
             n_value_embeddings=0,
+            bigram_rows=0,
             vocab_size=1024,
             d_model=128,
             n_head=4,

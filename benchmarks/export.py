@@ -85,7 +85,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries, about themselves
         tokenizer = Tokenizer.train(itertools.islice(demo_world.text_documents(), 3000), 1024)
-        shape = replace(PRESETS["demo"].model, context=2048, n_value_embeddings=1)
+        shape = replace(PRESETS["demo"].model, context=2048, n_value_embeddings=1, bigram_rows=4096)
         models = [
             export(Path(place), name, config, tokenizer, options.steps)
             for name, config in (("ours", shape), ("portable", portable(shape)))

@@ -99,6 +99,7 @@ def shape(name: str) -> Config:
     if name == "16gb":
         return base
     small = {"n_layer": 2, "d_model": 128, "n_head": 4, "n_kv_head": 2, "d_ff": 256}
+    small |= {"n_value_embeddings": 3, "bigram_rows": 4096}
     return replace(base, model=replace(base.model, vocab_size=2048, **small))
 
 

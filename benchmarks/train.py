@@ -445,7 +445,11 @@ def contexts(options: argparse.Namespace) -> None:
     shape = (
         base
         if card
-        else replace(base, n_layer=4, d_model=256, n_head=4, n_kv_head=2, d_ff=704, hrm=None)
+        else replace(
+            base,
+            **{"n_layer": 4, "d_model": 256, "n_head": 4, "n_kv_head": 2, "d_ff": 704},
+            **{"hrm": None, "n_value_embeddings": 0, "bigram_rows": 0},
+        )
     )
     rates = {}
     for context in (1024, 2048, 4096, 8192):

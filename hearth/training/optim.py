@@ -163,7 +163,7 @@ class RowAdagrad(torch.optim.Optimizer):
             for table in (p for p in group["params"] if p.grad is not None):
                 now = torch.linalg.vector_norm(table.grad, dim=1).square_().div_(table.shape[1])
                 state = self.state[table]
-                used = state["sum"] + now if state else now  # mean square of the gradients so far
+                used = state["sum"] + now if state else now  # mean squares, summed
                 scale = torch.where(now > 0, used.rsqrt(), 0.0)[:, None]
                 # nothing changes before all that takes memory is done, as in `Muon`
                 if table.device.type == "cpu":  # a few rows of many
@@ -361,7 +361,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig, lr: float) -> Optimi
     values, bigrams = [*model.value_embeddings], model.bigrams
     if values:
         rest.append({"params": values, "lr": lr * config.value_lr_ratio, **rare})
-    if bigrams is not None and config.name != "muon":  # these keep to one rule
+    if bigrams is not None and config.name != "muon":  # Adagrad has them beside Muon alone
         rest.append({"params": [bigrams], "lr": lr * config.value_lr_ratio, **rare})
     dense = {"params": matrices, "lr": lr, "weight_decay": config.weight_decay}
     if config.name == "muon":

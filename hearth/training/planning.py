@@ -137,7 +137,8 @@ def estimate_memory(
         weights, gradients   4 P each, in float32; gradients are there from the second
                              micro-batch of a step on, those of head and embedding from the second
                              cycle of deep supervision on
-        optimizer            4 P under Muon, 8 P under AdamW: `Optimizers.state_bytes`
+        optimizer            4 P under Muon, 8 P under AdamW, for bigrams next to nothing:
+                             `Optimizers.state_bytes`
         activations          8 N D for the embedding, 3 s N D for the output, 2 s N D for each
                              call of the HRM head,
                              s `block_elements` for each pass, or s N D for a trunk's pass that is
