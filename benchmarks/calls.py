@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hearth import run
 from hearth.cli import run_script
-from hearth.decoding.calculator import calculate
+from hearth.decoding.calculator import CalculationError, calculate
 from hearth.evaluation.chat_tasks import Reply, ask, gsm8k_question
 from hearth.training.checkpoint import load_for_inference
 
@@ -59,8 +59,8 @@ def shares(replies: list[Reply]) -> list[str]:
     """
     made = [list(calculations(reply)) for reply in replies]
     every = [one for some in made for one in some]
-    parsed = [(asked, told) for asked, told in every if not error(calculate(asked))]
-    right = sum(same(calculate(asked), told) for asked, told in parsed)
+    parsed = [(value, told) for asked, told in every if (value := value_of(asked)) is not None]
+    right = sum(same(value, told) for value, told in parsed)
     return [
         share(sum(reply.stopped for reply in replies), len(replies)),
         share(sum(map(bool, made)), len(replies)),
@@ -79,8 +79,12 @@ def calculations(reply: Reply) -> Iterator[tuple[str, str]]:
             yield plain, told.rstrip(".").replace(",", "")
 
 
-def error(result: str) -> bool:
-    return result.startswith("error")
+def value_of(asked: str) -> str | None:
+    """What the calculator makes of an expression; None where it can make nothing of it."""
+    try:
+        return calculate(asked)
+    except CalculationError:
+        return None
 
 
 def same(result: str, told: str) -> bool:
