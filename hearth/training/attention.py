@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, partial
 from inspect import signature
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from config import UserError
 from hearth import hardware, log
 from model import DOORS, Attention, Model, PackedSequences, attend_in_blocks
+
+if TYPE_CHECKING:  # imported where it is used: with it comes a second's work
+    from torch.nn.attention.flex_attention import BlockMask
 
 # N tokens laid flat, H query heads, G key/value heads, E head_dim, Q blocks of BLOCK tokens
 
@@ -65,6 +68,8 @@ def compiled_flex_attention() -> Attention:
 @cache
 def compiled() -> Callable[..., Tensor]:
     """flex_attention compiled, once for each size of a micro-batch."""
+    from torch.nn.attention.flex_attention import flex_attention
+
     torch._dynamo.config.recompile_limit = max(SIZES, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False)
 
@@ -88,6 +93,8 @@ def flex_mask(packed: PackedSequences, window: int | None) -> BlockMask:
     """What each query sees, as flex_attention takes it: for each block of queries the blocks of
     keys that all of them see, and those that some see.
     """
+    from torch.nn.attention.flex_attention import BlockMask
+
     device, (n_rows, length) = packed.positions.device, packed.first.shape
     index = torch.arange(n_rows * length).view(n_rows, length)
     oldest = index[:, :1] + packed.first.cpu()  # (R, L): the oldest key that a query sees
