@@ -200,7 +200,7 @@ class Script:
 
     def _base(self, words: list[str], saved: Callable[[Path], Config | None]) -> Config:
         """What the words override; takes the words out that choose it."""
-        chosen = {name: _take_option(words, f"--{name}") for name in WHOLE_RUN}
+        chosen = {name: take_option(words, f"--{name}") for name in WHOLE_RUN}
         preset, name, runs = chosen["preset"], chosen["name"], chosen["runs"] or "runs"
         if preset is not None and preset not in PRESETS:
             raise UserError(f"There is no preset {preset!r}. The presets are {', '.join(PRESETS)}.")
@@ -209,11 +209,11 @@ class Script:
         base = saved(Path(runs) / (name or preset or DEFAULT_PRESET))
         if base is None or preset not in (None, base.preset):
             base = PRESETS[preset or DEFAULT_PRESET]
-        if (depth := _take_option(words, "--depth")) is not None:
+        if (depth := take_option(words, "--depth")) is not None:
             if not depth.isdecimal() or not 4 <= int(depth) <= 100:
                 raise UserError(f"--depth is {depth!r}, must be a whole number from 4 to 100.")
             base = replace(base, model=shaped(base.model, int(depth)))
-        head = _take_option(words, "--model.hrm")
+        head = take_option(words, "--model.hrm")
         if head is not None:
             if head.lower() != "none":
                 raise UserError(
@@ -221,7 +221,7 @@ class Script:
                     "are --model.hrm.FIELD."
                 )
             base = replace(base, model=replace(base.model, hrm=None))
-        shape = _take_option(words, "--model.shape")
+        shape = take_option(words, "--model.shape")
         if shape not in (None, base.model.shape, "portable"):
             raise UserError(f"--model.shape is {shape!r}, must be hearth or portable.")
         if shape == "portable":
@@ -245,7 +245,7 @@ class Script:
         return both.config, both.own
 
 
-def _take_option(words: list[str], option: str) -> str | None:
+def take_option(words: list[str], option: str) -> str | None:
     """Remove `option VALUE` or `option=VALUE` from `words` and return VALUE."""
     for i, word in enumerate(words):
         if word == option:

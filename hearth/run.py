@@ -14,6 +14,7 @@ import contextlib
 import os
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -88,9 +89,29 @@ def command(config: Config, script: str, *words: str) -> str:
 
 def parse(script: cli.Script, argv: Sequence[str] | None = None) -> tuple[Config, Any]:
     """The settings and the script's own options that a command line asks for: words override what
-    the run remembers, or its preset.
+    the run remembers, or its preset. A new run that starts --from another one, and names no preset,
+    goes on with the settings of that one.
     """
-    return script.parse(argv, load_settings)
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    def saved(folder: Path) -> Config | None:
+        found = load_settings(folder)
+        if found is not None or "from" not in script.keywords:
+            return found
+        names = ("from", "name", "preset")
+        start, name, preset = (cli.take_option([*words], f"--{option}") for option in names)
+        return _settings_behind(start, folder.parent) if start and name and not preset else None
+
+    return script.parse(words, saved)
+
+
+def _settings_behind(checkpoint: str, runs: Path) -> Config | None:
+    """The settings of the run that a checkpoint belongs to, given as `find_checkpoint` takes it."""
+    for folder in (Path(checkpoint).expanduser(), runs / checkpoint):
+        for place in (folder, *folder.parents[:2]):  # of a run, a stage, a checkpoint
+            if any((place / stage).is_dir() for stage in TRAINED):
+                return load_settings(place)
+    return None
 
 
 def existing(runs: Path | str) -> list[str]:

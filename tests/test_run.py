@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import config as settings
+import sft
 from config import FINE_TUNING, PRESETS, Config, UserError
 from hearth import cli, run
 
@@ -46,6 +47,21 @@ def test_a_run_remembers_its_settings_and_needs_its_name_alone(tmp_path: Path) -
     made = demo(tmp_path, model=replace(PRESETS["demo"].model, hrm=None), seed=5)
     begin(made, "text")
     assert asked(made) == made
+
+
+@pytest.mark.parametrize("start", ["mine", "mine/sft1", "mine/base/step-00000005"])
+def test_a_new_run_that_starts_from_another_one_goes_on_with_its_settings(
+    tmp_path: Path, start: str
+) -> None:
+    made = demo(tmp_path, seed=5)
+    begin(made, "base", "sft1")
+    (made.run_dir / "base" / "step-00000005").mkdir()
+    script = cli.Script("", sft.Options(), keywords=("from",))
+    words = ["--runs", made.runs, "--name", "new", "--from"]
+    for place in (start, str(Path(made.runs) / start)):
+        assert run.parse(script, [*words, place])[0] == replace(made, name="new")
+    other = run.parse(script, [*words, start, "--preset", "8gb"])[0]  # unless a preset is named
+    assert other == replace(PRESETS["8gb"], runs=made.runs, name="new")
 
 
 def test_a_setting_of_a_stage_not_begun_is_accepted_and_written_down(tmp_path: Path) -> None:
