@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -76,7 +77,24 @@ def polar_factor(gram: Tensor) -> Tensor:
 ELEMENTS_AT_ONCE = 2**26  # of equal matrices updated together: 256 MiB in float32
 
 
-class Muon(torch.optim.Optimizer):
+class Rule(torch.optim.Optimizer):
+    """A base for update rules, whose bookkeeping is called as it is written: called as torch wraps
+    it, the first call imports torch's compiler, which takes seconds.
+    """
+
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class AdamW(Rule, torch.optim.AdamW):
+    """AdamW of torch (arXiv 1711.05101), its step without that import too."""
+
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
+class Muon(Rule):
     """Momentum orthogonalised (https://kellerjordan.github.io/posts/muon), batched over matrices of
     one shape. All that takes memory is done before a weight or the state of a shape changes: where
     memory runs out, the shape can be updated again.
@@ -146,7 +164,7 @@ def normalize_rows(direction: Tensor, state: dict[str, Tensor]) -> Tensor:
     return direction * (scale * (math.sqrt(min(m, n)) / norm.clamp_min(1e-7)))
 
 
-class RowAdagrad(torch.optim.Optimizer):
+class RowAdagrad(Rule):
     """Adagrad (Duchi et al., JMLR 12, 2011) with one number a row, as tables of recommenders are
     trained: a row's first update has the size of the learning rate, its nth one of that over √n.
 
@@ -372,10 +390,10 @@ def build_optimizers(model: nn.Module, config: OptimConfig, lr: float) -> Optimi
             weight_decay=config.weight_decay,
             dtype=getattr(torch, config.momentum_dtype),
         )
-        parts = [muon, torch.optim.AdamW(rest, betas=betas, fused=True)]
+        parts = [muon, AdamW(rest, betas=betas, fused=True)]
         parts += [] if bigrams is None else [RowAdagrad([bigrams], lr=lr * config.bigram_lr_ratio)]
     elif config.name == "adamw":
-        parts = [torch.optim.AdamW([dense, *rest], betas=betas, fused=True)]
+        parts = [AdamW([dense, *rest], betas=betas, fused=True)]
     else:
         from schedulefree import AdamWScheduleFree
 

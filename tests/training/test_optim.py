@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from config import LoopConfig, ModelConfig, OptimConfig
 from hearth.training import optim
 from hearth.training.optim import (
+    AdamW,
     Muon,
     RowAdagrad,
     build_optimizers,
@@ -47,6 +50,49 @@ FREE_OF_COST = {
     *("_record_function_enter_new", "_record_function_exit"),
     *("_local_scalar_dense", "alias", "as_strided", "_unsafe_view", "diagonal"),
 }
+
+
+def test_our_adamw_is_that_of_torch() -> None:
+    rng = torch.Generator().manual_seed(0)
+    start = torch.randn(5, 3, generator=rng)
+    gradients = torch.randn(4, 5, 3, generator=rng)
+    found = []
+    for rule in (AdamW, torch.optim.AdamW):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = rule([weight], lr=0.1, betas=(0.8, 0.95), weight_decay=0.1, fused=True)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert weight.grad is None
+        found.append((weight.detach(), optimizer.state_dict()["state"][0]["exp_avg_sq"]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+TRAINS = """
+import sys, torch
+from config import ModelConfig, OptimConfig
+from hearth.training.optim import build_optimizers
+from hearth.training import loop
+from model import build_model
+shape = ModelConfig(vocab_size=64, n_layer=2, d_model=32, n_head=2, n_kv_head=1)
+model = build_model(shape, seed=0)
+optimizers = build_optimizers(model, OptimConfig(), 0.1)
+for p in model.parameters():
+    p.grad = torch.ones_like(p)
+optimizers.step()
+optimizers.zero_grad()
+optimizers.load_state_dict(optimizers.state_dict())
+print(*sorted({"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)))
+"""
+
+
+def test_training_without_a_compiler_does_not_import_one() -> None:
+    """It takes seconds, as often as a stage starts."""
+    made = subprocess.run(
+        [sys.executable, "-c", TRAINS], capture_output=True, text=True, check=True
+    )
+    assert made.stdout.split() == []
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
