@@ -42,8 +42,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from contexts import micro_step_rates
 from racing import Nanochat, NanoGPT
-from train import micro_step_rates
 
 from config import FINE_TUNING, PRESETS, Config, ModelConfig, UserError, settled
 from hearth import hardware, log, run, storage

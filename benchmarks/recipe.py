@@ -10,6 +10,8 @@ several workers may share a folder.
         all parts of the plan, in order; --only names some of them
     uv run benchmarks/recipe.py table OUT
         what they gave
+    uv run benchmarks/recipe.py law benchmarks/results/recipe.jsonl
+        loss against weights and tokens, fitted to the rule's runs on unseen text; what it predicts
 
 Seconds are those of the process' own clock in training steps, compilation left out.
 """
@@ -305,9 +307,15 @@ def plan(copies: list[str]) -> Iterator[Row]:
     yield from race(4, 300.0, seeds=(0, 1, 2))
     yield from race(6, 600.0, seeds=(0, 1))
     yield from race(9, 1200.0, seeds=(0, 1))
-    for depth, powers in ((4, (18, 20, 21)), (5, (18, 19, 20)), (6, (18,)), (9, (18,))):
-        for power in powers:
-            yield Row("law", depth=depth, tokens=2**power)
+    # the rule beside itself at twice its rate, with and without the head
+    for change in ("", plain):
+        yield Row("head", depth=4, seconds=300.0, lr=2.0, text="unseen", change=change)
+    nanogpt = {"side": "nanogpt", "lr": 1e-3, "batch": BATCH_OF_RIVALS}
+    for row in ({"seconds": 90.0}, {"seconds": 600.0} | nanogpt):
+        yield Row("race", depth=6, text="unseen", **row)
+    for depth, lengths in ((4, (75.0,)), (5, (120.0, 300.0)), (6, (150.0, 300.0)), (9, (360.0,))):
+        for seconds in lengths:  # beside those of the races
+            yield Row("law", depth=depth, seconds=seconds, text="unseen")
     for batch in (1024, 4096):
         yield Row("batch", depth=4, tokens=2**19, batch=batch)
     for batch in (2048, 4096, 8192):
@@ -407,9 +415,80 @@ def table(options: argparse.Namespace) -> None:
         print(line_of(found))
 
 
+# ---------------------------------------------------------------------------------------------- law
+
+EXPONENTS = np.linspace(0.05, 1.0, 39)  # tried for the weights and for the tokens
+RESAMPLED = 200  # times the runs are drawn again, for the range of a prediction
+
+
+def law(options: argparse.Namespace) -> None:
+    """Bits per byte = E + A N^-a + B D^-b (arXiv 2203.15556, section 3.3): N weights of products, D
+    tokens. What it gives for each preset lies far outside of what was run.
+    """
+    from config import PRESETS, batch_for, settled
+
+    rows = [json.loads(line) for line in options.out.read_text().splitlines()]
+    rows = [
+        row
+        for row in rows
+        if (row["code"], row["side"], row["text"]) == ("as shipped", "hearth", "unseen")
+        and (row["change"], row.get("times", 1.0)) == ("", 1.0)
+        and row["batch"] == batch_for(row["trained"], CONTEXT)
+    ]
+    seen = np.array([[ours(r["depth"]).n_weights, r["trained"], r["bpb"]] for r in rows])
+    found = fitted(seen)
+    rng = np.random.default_rng(0)
+    drawn = [fitted(seen[rng.integers(0, len(seen), len(seen))]) for _ in range(RESAMPLED)]
+    print(f"{len(rows)} runs, bits per byte = {written(found)}")
+    for n, d, bpb in sorted(map(tuple, seen)):
+        said = predicted(found, n, d)
+        print(f"{n / 1e6:8.1f}M weights {d / 1e6:10.2f}M tokens  {bpb:.4f}  fitted {said:.4f}")
+    for name, preset in PRESETS.items():
+        if name == "demo":
+            continue
+        n, d = preset.model.n_weights, settled(preset).pretrain
+        d = d.steps * d.tokens_per_step
+        said = predicted(found, n, d)
+        low, high = np.quantile([predicted(one, n, d) for one in drawn], (0.1, 0.9))
+        print(
+            f"{n / 1e6:8.1f}M weights {d / 1e6:10,.0f}M tokens  predicted {said:.3f}, 80% of the "
+            f"resampled fits {low:.3f} to {high:.3f}  ({name})"
+        )
+
+
+def fitted(seen: np.ndarray) -> tuple[float, ...]:
+    """E, A, a, B, b of least relative error, E, A and B not negative: `seen` (runs, 3) holds
+    weights, tokens in millions of each, and bits per byte.
+    """
+    n, d, bpb = seen.T / [[1e6], [1e6], [1.0]]
+    best: tuple[float, tuple[float, ...]] = (math.inf, ())
+    for a in EXPONENTS:
+        for b in EXPONENTS:
+            terms = np.stack([np.ones_like(n), n**-a, d**-b], axis=1) / bpb[:, None]
+            for used in ((0, 1, 2), (1, 2), (0, 2), (0, 1)):
+                factors, *_ = np.linalg.lstsq(terms[:, used], np.ones_like(n), rcond=None)
+                error = float(np.square(terms[:, used] @ factors - 1).sum())
+                if error < best[0] and factors.min() >= 0:
+                    e, big_a, big_b = (
+                        dict(zip(used, factors, strict=True)).get(i, 0.0) for i in range(3)
+                    )
+                    best = error, (e, big_a, a, big_b, b)
+    return best[1]
+
+
+def predicted(fit: tuple[float, ...], n: float, d: float) -> float:
+    e, big_a, a, big_b, b = fit
+    return e + big_a * (n / 1e6) ** -a + big_b * (d / 1e6) ** -b
+
+
+def written(fit: tuple[float, ...]) -> str:
+    e, big_a, a, big_b, b = fit
+    return f"{e:.3f} + {big_a:.3f} N^-{a:.3f} + {big_b:.3f} D^-{b:.3f}, N and D in millions"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["work", "table", "run"])
+    parser.add_argument("command", choices=["work", "table", "law", "run"])
     parser.add_argument("out", type=Path)
     data = os.environ.get("HEARTH_DATA")
     parser.add_argument("--data", type=Path, default=Path(data) / "pretrain" if data else None)
@@ -426,7 +505,7 @@ def main() -> None:
         print(json.dumps(run(row, options)))
         return
     sys.path.insert(0, str(ROOT))
-    {"work": work, "table": table}[options.command](options)
+    {"work": work, "table": table, "law": law}[options.command](options)
 
 
 if __name__ == "__main__":
