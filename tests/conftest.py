@@ -60,7 +60,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("this user may not mount a small disk")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    # lazily: a mapped file of it may not be collected yet
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.fixture
