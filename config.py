@@ -509,6 +509,8 @@ TOKENS_PER_WEIGHT = 20  # of `ModelConfig.n_weights` (Chinchilla, arXiv 2203.155
 BATCH, BATCH_GROWTH = 3072, 0.5  # tokens of a step in a run of 10^6 tokens; exponent of its tokens
 LR, LR_WIDTH, LR_STEPS = 0.012, 0.5, 0.3  # at width 256 and 300 steps; exponents of their inverses
 FINE_TUNING_LR = 0.25  # of pretraining's
+# bits per byte of English = E + A N^-a + B D^-b, N million weights, D million tokens
+LAW = (0.778, 0.082, 0.65, 0.977, 0.225)  # E, A, a, B, b: `benchmarks/recipe.py law`
 
 
 def shaped(model: ModelConfig, depth: int) -> ModelConfig:
@@ -553,6 +555,15 @@ def lr_for(model: ModelConfig, steps: int) -> float:
     one is what races of 100 and 600 seconds liked best.
     """
     return LR * (256 / model.d_model) ** LR_WIDTH * (300 / steps) ** LR_STEPS
+
+
+def predicted_bits_per_byte(n_weights: float, tokens: float) -> float:
+    """What the rule's runs end at on English text that they have not seen (form: arXiv 2203.15556,
+    section 3.3). Fitted to 1 to 16 million weights and to a few million tokens: far beyond these it
+    is a guess.
+    """
+    e, of_weights, a, of_tokens, b = LAW
+    return e + of_weights * (n_weights / 1e6) ** -a + of_tokens * (tokens / 1e6) ** -b
 
 
 def settled(config: Config) -> Config:

@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from config import Config, UserError, settled
+from config import Config, UserError, predicted_bits_per_byte, settled
 from hearth import cli, hardware, log, run
 from hearth.data.shard_folder import inputs_of_tokens, is_finished, read_manifest
 from hearth.data.token_shards import TokenShards
@@ -209,6 +209,11 @@ def say_plan(config: Config, model: Model, plan: Plan, chosen: Row) -> None:
     log.say(
         f"tokens      {log.count(plan.n_tokens)} in {loop.steps} steps of "
         f"{log.count(loop.tokens_per_step)}"
+    )
+    bits = predicted_bits_per_byte(config.model.n_weights, plan.n_tokens)
+    log.say(
+        f"predicted   {bits:.2f} bits per byte of English text, by a law of runs of 1M to 16M "
+        "weights"
     )
     log.say(
         f"peak        {plan.peak_flops / 1e12:.3g} TFLOP/s; a run may fill {plan.room / GIB:.1f} "

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from config import FINE_TUNING, TOKENS_PER_WEIGHT, Config, UserError
+from config import FINE_TUNING, TOKENS_PER_WEIGHT, Config, UserError, predicted_bits_per_byte
 from hearth import cli, log, run
 
 HERE = Path(__file__).resolve().parent
@@ -92,9 +92,13 @@ def sized(config: Config, hours: float) -> Config:
         log.say(
             f"{chosen} depth {size.depth:2}  {size.n_weights / 1e6:7.1f}M weights  "
             f"{log.count(size.tokens):>6} tokens at {log.count(size.tokens_per_second)}/s, "
-            f"{size.tokens / size.n_weights:.1f} a weight"
+            f"{size.tokens / size.n_weights:.1f} a weight, "
+            f"{predicted_bits_per_byte(size.n_weights, size.tokens):.2f} bits per byte predicted"
         )
-    log.say(f"> is the largest that reads {TOKENS_PER_WEIGHT} tokens a weight, else the smallest.")
+    log.say(
+        f"> is the largest that reads {TOKENS_PER_WEIGHT} tokens a weight, else the smallest. The "
+        "prediction is for English text, by a law of runs of 1M to 16M weights."
+    )
     return found
 
 
