@@ -7,7 +7,6 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -191,9 +190,7 @@ def traced_peaks(
         work()
         return counter.peak
 
-    from torch.nn.attention.varlen import varlen_attn
-
-    door = partial(attention.attend_varlen, partial(varlen_attn, enable_gqa=True))
+    door = attention.varlen_attn_of_torch()
     monkeypatch.setitem(DOORS, ("meta", torch.bfloat16), door)
     monkeypatch.setattr("model.rms_norm", FusedNorm.apply)
     for p in model.parameters():
