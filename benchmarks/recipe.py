@@ -425,21 +425,13 @@ def law(options: argparse.Namespace) -> None:
     """Bits per byte = E + A N^-a + B D^-b (arXiv 2203.15556, section 3.3): N weights of products, D
     tokens. What it gives for each preset lies far outside of what was run.
     """
-    from config import PRESETS, batch_for, settled
+    from config import PRESETS, settled
 
-    rows = [json.loads(line) for line in options.out.read_text().splitlines()]
-    rows = [
-        row
-        for row in rows
-        if (row["code"], row["side"], row["text"]) == ("as shipped", "hearth", "unseen")
-        and (row["change"], row.get("times", 1.0)) == ("", 1.0)
-        and row["batch"] == batch_for(row["trained"], CONTEXT)
-    ]
-    seen = np.array([[ours(r["depth"]).n_weights, r["trained"], r["bpb"]] for r in rows])
+    seen = of_the_rule(options.out)
     found = fitted(seen)
     rng = np.random.default_rng(0)
     drawn = [fitted(seen[rng.integers(0, len(seen), len(seen))]) for _ in range(RESAMPLED)]
-    print(f"{len(rows)} runs, bits per byte = {written(found)}")
+    print(f"{len(seen)} runs, bits per byte = {written(found)}")
     for n, d, bpb in sorted(map(tuple, seen)):
         said = predicted(found, n, d)
         print(f"{n / 1e6:8.1f}M weights {d / 1e6:10.2f}M tokens  {bpb:.4f}  fitted {said:.4f}")
@@ -454,6 +446,23 @@ def law(options: argparse.Namespace) -> None:
             f"{n / 1e6:8.1f}M weights {d / 1e6:10,.0f}M tokens  predicted {said:.3f}, 80% of the "
             f"resampled fits {low:.3f} to {high:.3f}  ({name})"
         )
+
+
+def of_the_rule(results: Path) -> np.ndarray:
+    """Weights, tokens and bits per byte (runs, 3) of the runs on unseen text that have the rule's
+    shape, learning rate and batch.
+    """
+    from config import batch_for
+
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    rows = [
+        row
+        for row in rows
+        if (row["code"], row["side"], row["text"]) == ("as shipped", "hearth", "unseen")
+        and (row["change"], row.get("times", 1.0)) == ("", 1.0)
+        and row["batch"] == batch_for(row["trained"], CONTEXT)
+    ]
+    return np.array([[ours(r["depth"]).n_weights, r["trained"], r["bpb"]] for r in rows])
 
 
 def fitted(seen: np.ndarray) -> tuple[float, ...]:
