@@ -557,12 +557,12 @@ def lr_for(model: ModelConfig, steps: int) -> float:
     return LR * (256 / model.d_model) ** LR_WIDTH * (300 / steps) ** LR_STEPS
 
 
-def predicted_bits_per_byte(n_weights: float, tokens: float) -> float:
+def predicted_bits_per_byte(n_weights: float, tokens: float, law: tuple[float, ...] = LAW) -> float:
     """What the rule's runs end at on English text that they have not seen (form: arXiv 2203.15556,
     section 3.3). Fitted to 1 to 16 million weights and to a few million tokens: far beyond these it
     is a guess.
     """
-    e, of_weights, a, of_tokens, b = LAW
+    e, of_weights, a, of_tokens, b = law
     return e + of_weights * (n_weights / 1e6) ** -a + of_tokens * (tokens / 1e6) ** -b
 
 

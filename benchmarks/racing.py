@@ -1,4 +1,4 @@
-"""What train.py and recipe.py share: nanoGPT and nanochat as sides of a race, and its clock.
+"""What card.py and recipe.py share: nanoGPT and nanochat as sides of a race, and its clock.
 
 In: a clone of a rival's repository, a shape, a learning rate. Out: its own model, optimizer and
 schedule as an object with `step` and `nats`; none of its code stands here.

@@ -425,7 +425,7 @@ def law(options: argparse.Namespace) -> None:
     """Bits per byte = E + A N^-a + B D^-b (arXiv 2203.15556, section 3.3): N weights of products, D
     tokens. What it gives for each preset lies far outside of what was run.
     """
-    from config import PRESETS, settled
+    from config import PRESETS, predicted_bits_per_byte, settled
 
     seen = of_the_rule(options.out)
     found = fitted(seen)
@@ -433,15 +433,15 @@ def law(options: argparse.Namespace) -> None:
     drawn = [fitted(seen[rng.integers(0, len(seen), len(seen))]) for _ in range(RESAMPLED)]
     print(f"{len(seen)} runs, bits per byte = {written(found)}")
     for n, d, bpb in sorted(map(tuple, seen)):
-        said = predicted(found, n, d)
+        said = predicted_bits_per_byte(n, d, found)
         print(f"{n / 1e6:8.1f}M weights {d / 1e6:10.2f}M tokens  {bpb:.4f}  fitted {said:.4f}")
     for name, preset in PRESETS.items():
         if name == "demo":
             continue
-        n, d = preset.model.n_weights, settled(preset).pretrain
-        d = d.steps * d.tokens_per_step
-        said = predicted(found, n, d)
-        low, high = np.quantile([predicted(one, n, d) for one in drawn], (0.1, 0.9))
+        n, loop = preset.model.n_weights, settled(preset).pretrain
+        d = loop.steps * loop.tokens_per_step
+        said = predicted_bits_per_byte(n, d, found)
+        low, high = np.quantile([predicted_bits_per_byte(n, d, one) for one in drawn], (0.1, 0.9))
         print(
             f"{n / 1e6:8.1f}M weights {d / 1e6:10,.0f}M tokens  predicted {said:.3f}, 80% of the "
             f"resampled fits {low:.3f} to {high:.3f}  ({name})"
@@ -467,7 +467,7 @@ def of_the_rule(results: Path) -> np.ndarray:
 
 def fitted(seen: np.ndarray) -> tuple[float, ...]:
     """E, A, a, B, b of least relative error, E, A and B not negative: `seen` (runs, 3) holds
-    weights, tokens in millions of each, and bits per byte.
+    weights, tokens and bits per byte.
     """
     n, d, bpb = seen.T / [[1e6], [1e6], [1.0]]
     best: tuple[float, tuple[float, ...]] = (math.inf, ())
@@ -478,16 +478,9 @@ def fitted(seen: np.ndarray) -> tuple[float, ...]:
                 factors, *_ = np.linalg.lstsq(terms[:, used], np.ones_like(n), rcond=None)
                 error = float(np.square(terms[:, used] @ factors - 1).sum())
                 if error < best[0] and factors.min() >= 0:
-                    e, big_a, big_b = (
-                        dict(zip(used, factors, strict=True)).get(i, 0.0) for i in range(3)
-                    )
+                    e, big_a, big_b = np.bincount(used, factors, minlength=3)
                     best = error, (e, big_a, a, big_b, b)
     return best[1]
-
-
-def predicted(fit: tuple[float, ...], n: float, d: float) -> float:
-    e, big_a, a, big_b, b = fit
-    return e + big_a * (n / 1e6) ** -a + big_b * (d / 1e6) ** -b
 
 
 def written(fit: tuple[float, ...]) -> str:

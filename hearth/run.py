@@ -90,7 +90,7 @@ def command(config: Config, script: str, *words: str) -> str:
 def parse(script: cli.Script, argv: Sequence[str] | None = None) -> tuple[Config, Any]:
     """The settings and the script's own options that a command line asks for: words override what
     the run remembers, or its preset. A new run that starts --from another one, and names no preset,
-    goes on with the settings of that one.
+    takes over the settings of that one.
     """
     words = list(sys.argv[1:] if argv is None else argv)
 
@@ -107,7 +107,8 @@ def parse(script: cli.Script, argv: Sequence[str] | None = None) -> tuple[Config
 
 def _settings_behind(checkpoint: str, runs: Path) -> Config | None:
     """The settings of the run that a checkpoint belongs to, given as `find_checkpoint` takes it."""
-    for folder in (Path(checkpoint).expanduser(), runs / checkpoint):
+    there = (f for f in (Path(checkpoint).expanduser(), runs / checkpoint) if f.is_dir())
+    for folder in there:
         for place in (folder, *folder.parents[:2]):  # of a run, a stage, a checkpoint
             if any((place / stage).is_dir() for stage in TRAINED):
                 return load_settings(place)

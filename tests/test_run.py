@@ -50,7 +50,7 @@ def test_a_run_remembers_its_settings_and_needs_its_name_alone(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("start", ["mine", "mine/sft1", "mine/base/step-00000005"])
-def test_a_new_run_that_starts_from_another_one_goes_on_with_its_settings(
+def test_a_new_run_that_starts_from_another_one_takes_over_its_settings(
     tmp_path: Path, start: str
 ) -> None:
     made = demo(tmp_path, seed=5)
