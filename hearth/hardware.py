@@ -41,10 +41,22 @@ def geforce(cores: int, ghz: float, gib: int, watts: int) -> Card:
     return Card(round(4 * cores * ghz / 1e3, 1), gib, watts)
 
 
-# Data-centre cards: peaks of NVIDIA's data sheets. GeForce: cores, boost clock, memory and board
-# power of the reference cards as listings of them say, or from memory (RTX 3050, 3080 Ti, 4070 Ti
-# Super, 5050, most laptops' clocks); not read in NVIDIA's own papers. Of laptops' chips the
-# highest clock and power of their range. Watts serve estimates alone.
+# Where the figures were read, in stored copies of pages. Watts serve estimates alone.
+# Data-centre cards (SXM): A100 and H100 NVIDIA's data sheets as glennklockwood.com quotes them;
+# H200 the same chip as H100, 700 W by MLPerf's system list, its 139 GiB (sold as 141 GB)
+# unconfirmed.
+# Desktops: Wikipedia, "List of Nvidia graphics processing units" (June 2025), except: 4060 Ti 2535
+# MHz (thefpsreview.com; Wikipedia rounds), its 16 GB 165 W (cputronic.com; Wikipedia: 160), 5050
+# 2572 MHz (technetbooks.com) and 130 W (tweakers.net after NVIDIA; Wikipedia, before its launch:
+# 2520, 120).
+# Laptops' chips, the highest clock and power of their range: 40 series NVIDIA's comparison page
+# (nvidia.com/de-de/geforce/gaming-laptops/compare); 3060 to 3080 hardwaretimes.com after
+# ComputerBase (the 3080 also came with 8 GB); 3070 Ti and 3080 Ti heise.de of January 2022; 50
+# series neowin.net, the 5060 purepc.pl. Wikipedia has more MHz for 3070 (1720), 3080 (1810) and
+# 4090 (2580).
+# Unconfirmed, at second hand only: clocks of the 50 series' laptops (5090, 5080 hmc-tech.com; 5070
+# Ti, 5060 projects that quote NVIDIA's page; 5070 a forum), whose AI TOPS suppose 2.6 to 2.7 GHz,
+# and the 5060's 100 W (loadsyn.com).
 CARDS = {
     "H200": Card(989.0, 139, 700),
     "H100": Card(989.0, 80, 700),
