@@ -103,7 +103,7 @@ CARDS = {
     "RTX 3080 Laptop": geforce(6144, 1.710, 16, 150),
     "RTX 3070 Ti Laptop": geforce(5888, 1.485, 8, 125),
     "RTX 3070 Laptop": geforce(5120, 1.620, 8, 125),
-    "RTX 3060 Laptop": geforce(3840, 1.703, 6, 115),
+    "RTX 3060 Laptop": geforce(3840, 1.702, 6, 115),
 }
 
 
