@@ -41,7 +41,7 @@ def geforce(cores: int, ghz: float, gib: int, watts: int) -> Card:
     return Card(round(4 * cores * ghz / 1e3, 1), gib, watts)
 
 
-# Where the figures were read, in stored copies of pages. Watts serve estimates alone.
+# Where the figures were read. Watts serve estimates alone.
 # Data-centre cards (SXM): A100 and H100 NVIDIA's data sheets as glennklockwood.com quotes them;
 # H200 the same chip as H100, 700 W by MLPerf's system list, its 139 GiB (sold as 141 GB)
 # unconfirmed.
