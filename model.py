@@ -295,16 +295,20 @@ class HRMHead(nn.Module):
         gain = self.gains.to(x.dtype)
         call_embedding = self.call_embedding.to(x.dtype)
         e = rms_norm(x)
-        z_slow, z_fast = e, self.fast_start.to(x.dtype).expand_as(x) if self.fast else e
+        z_slow, z_fast = e, self.fast_start.to(x.dtype) if self.fast else e
         for h in range(h_cycles or self.hrm.h_cycles):
             if detach and h > 0:
                 e = rms_norm(x)  # the graph of the first one is gone with its cycle's backward pass
             embedding = call_embedding[min(h, len(call_embedding) - 1)]
             for step in range(self.hrm.l_cycles):
-                mixed = gain[0] * z_fast + gain[1] * z_slow + gain[2] * e + embedding[step]
+                mixed = torch.addcmul(embedding[step], z_fast, gain[0])
+                if h > 0:
+                    mixed = torch.addcmul(mixed, z_slow, gain[1])
+                mixed = torch.addcmul(mixed, e, gain[2] if h > 0 else gain[1] + gain[2])
                 own = [values(place) for place in range(n_fast)]
                 z_fast = call(self.fast, mixed, attn_ctx, own, recomputed=recomputed)
-            mixed = gain[-2] * z_slow + gain[-1] * (z_fast if self.fast else e) + embedding[-1]
+            mixed = torch.addcmul(embedding[-1], z_slow, gain[-2])
+            mixed = torch.addcmul(mixed, z_fast if self.fast else e, gain[-1])
             own = [values(n_fast + place) for place in range(len(self.slow.blocks))]
             z_slow = call(self.slow, mixed, attn_ctx, own, recomputed=recomputed)
             yield e + project(z_slow, self.out)
