@@ -234,9 +234,13 @@ def call(module: nn.Module, *given: Any, recomputed: bool) -> Tensor:
 
 
 def trunk_windows(config: ModelConfig) -> list[int | None]:
-    """Attention reach of each trunk block: the pattern repeated, at last the whole context."""
+    """Attention reach of each trunk block: the pattern repeated; the model's last block, the head's
+    where there is one, sees the whole context.
+    """
     pattern = config.pattern
-    letters = [pattern[i % len(pattern)] for i in range(config.n_layer - 1)] + ["L"]
+    letters = [pattern[i % len(pattern)] for i in range(config.n_layer)]
+    if config.hrm is None:
+        letters[-1] = "L"
     return [config.window if letter == "S" else None for letter in letters]
 
 
