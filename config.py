@@ -115,8 +115,8 @@ class HRMConfig:
     The defaults are what measured best per FLOP at 1M parameters (EXPERIMENTS.md).
     """
 
-    l_layer: int = 2  # blocks in L, all with the short window
-    h_layer: int = 2  # blocks in H, the last one sees the whole context
+    l_layer: int = 2  # blocks in L
+    h_layer: int = 2  # blocks in H
     h_cycles: int = 1  # times H is called
     l_cycles: int = 1  # times L is called before each call of H; 0 is no L: H alone is looped
     deep_supervision: bool = False  # a loss after every H cycle, one cycle's graph alive at a time
@@ -135,7 +135,7 @@ class ModelConfig:
     gated_mlp: bool = False  # SwiGLU: d_ff × 2/3 makes as many parameters; False is squared ReLU
     context: int = 4096  # longest sequence, in tokens
     window: int | None = 1024  # attention reach of a short layer, in tokens; None is all
-    pattern: str = "SSSL"  # short (S) and long (L) layers, repeated; the last is always long
+    pattern: str = "SSSL"  # short (S) and long (L) blocks, repeated; the last is always long
     rope_base: float = 10_000.0  # base of the rotary frequencies
     n_value_embeddings: int = 0  # blocks that learn a value per token, every other one first
     bigram_rows: int = 0  # rows of a table added to the embedding, one for each hashed token pair

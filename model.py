@@ -43,7 +43,7 @@ class Model(nn.Module):
         self.shift = nn.Parameter(torch.empty(config.d_model)) if config.token_shift else None
         rows = config.bigram_rows
         self.bigrams = nn.Parameter(torch.empty(rows, config.d_model)) if rows else None
-        self.trunk = nn.ModuleList(Block(config, window) for window in trunk_windows(config))
+        self.trunk = nn.ModuleList(Block(config, w) for w in windows(config)[: config.n_layer])
         self.head = HRMHead(config, config.hrm) if config.hrm else None
         self.output_gain = nn.Parameter(torch.empty(config.d_model))
         G, n = config.n_kv_head, config.n_value_embeddings
@@ -233,14 +233,12 @@ def call(module: nn.Module, *given: Any, recomputed: bool) -> Tensor:
     return module(*given)
 
 
-def trunk_windows(config: ModelConfig) -> list[int | None]:
-    """Attention reach of each trunk block: the pattern repeated; the model's last block, the head's
-    where there is one, sees the whole context.
+def windows(config: ModelConfig) -> list[int | None]:
+    """Attention reach of each block, the trunk's, then L's and H's: the pattern repeated, at last
+    the whole context.
     """
     pattern = config.pattern
-    letters = [pattern[i % len(pattern)] for i in range(config.n_layer)]
-    if config.hrm is None:
-        letters[-1] = "L"
+    letters = [pattern[i % len(pattern)] for i in range(config.n_blocks - 1)] + ["L"]
     return [config.window if letter == "S" else None for letter in letters]
 
 
@@ -268,9 +266,9 @@ class HRMHead(nn.Module):
 
     def __init__(self, config: ModelConfig, hrm: HRMConfig) -> None:
         super().__init__()
-        self.hrm, short = hrm, config.window
-        self.fast = HRMModule(config, [short] * hrm.l_layer) if hrm.l_cycles else None
-        self.slow = HRMModule(config, [short] * (hrm.h_layer - 1) + [None])
+        self.hrm, own = hrm, windows(config)[config.n_layer :]
+        self.fast = HRMModule(config, own[: -hrm.h_layer]) if hrm.l_cycles else None
+        self.slow = HRMModule(config, own[-hrm.h_layer :])
         self.gains = nn.Parameter(torch.empty(5 if hrm.l_cycles else 2, config.d_model))  # g0 … g4
         # z_L before any call
         self.fast_start = nn.Parameter(torch.empty(config.d_model)) if hrm.l_cycles else None

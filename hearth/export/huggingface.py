@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from hearth.data.chat_format import CHAT_TEMPLATE, stop_ids
 from hearth.data.tokenizer import BOS, END, FILE, PAD, SPARES, SPECIAL_TOKENS, THINK, Tokenizer
 from hearth.export import card, qwen3
 from hearth.training.checkpoint import Loaded
-from model import Block, Model, trunk_windows
+from model import Block, Model
 
 CODE = Path(__file__).with_name("modeling_hearth.py")
 # what an answer shows of its special tokens: servers tell reasoning and tool calls apart by these
@@ -93,11 +93,14 @@ def own_config(model: Model) -> dict[str, Any]:
     c = model.config
     hrm: dict[str, int] = {"hrm_h_cycles": 0}
     if c.hrm is not None:
+        head = model.head
         hrm = {
-            f"hrm_{name}": getattr(c.hrm, name)
-            for name in ("l_layer", "h_layer", "l_cycles", "h_cycles")
+            "hrm_fast": letters(head.fast.blocks) if head.fast else "",
+            "hrm_slow": letters(head.slow.blocks),
+            "hrm_l_cycles": c.hrm.l_cycles,
+            "hrm_h_cycles": c.hrm.h_cycles,
+            "hrm_trained_cycles": len(head.call_embedding),
         }
-        hrm["hrm_trained_cycles"] = len(model.head.call_embedding)
     return {
         "architectures": ["HearthForCausalLM"],
         "auto_map": {
@@ -113,7 +116,7 @@ def own_config(model: Model) -> dict[str, Any]:
         "num_key_value_heads": c.n_kv_head,
         "max_position_embeddings": c.context,
         "rope_theta": c.rope_base,
-        "trunk": "".join("S" if window else "L" for window in trunk_windows(c)),
+        "trunk": letters(model.trunk),
         "sliding_window": c.window,
         "gated_mlp": c.gated_mlp,
         "token_shift": c.token_shift,
@@ -122,6 +125,11 @@ def own_config(model: Model) -> dict[str, Any]:
         "num_bigrams": c.bigram_rows,
         **hrm,
     }
+
+
+def letters(blocks: Iterable[Block]) -> str:
+    """S for a block with a window, L for one that sees the whole context."""
+    return "".join("S" if block.window else "L" for block in blocks)
 
 
 def own_weights(model: Model) -> dict[str, Tensor]:

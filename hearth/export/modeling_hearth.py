@@ -31,7 +31,8 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_
 class HearthConfig(PretrainedConfig):
     """Shape of a Hearth model.
 
-    trunk: a letter a block, S where it sees `sliding_window` tokens and L where it sees them all.
+    trunk, hrm_fast, hrm_slow: a letter a block, of the trunk and of the reasoning head's fast and
+    slow module, S where it sees `sliding_window` tokens and L where it sees them all.
     hrm_h_cycles: how often the reasoning head's slow module is called; 0 is no head. It may differ
     from hrm_trained_cycles.
 
@@ -59,8 +60,8 @@ class HearthConfig(PretrainedConfig):
         exclusive_attention: bool = True,
         num_value_embeddings: int = 0,
         num_bigrams: int = 0,
-        hrm_l_layer: int = 1,
-        hrm_h_layer: int = 1,
+        hrm_fast: str = "S",
+        hrm_slow: str = "L",
         hrm_l_cycles: int = 1,
         hrm_h_cycles: int = 1,
         hrm_trained_cycles: int = 1,
@@ -81,8 +82,8 @@ class HearthConfig(PretrainedConfig):
         self.exclusive_attention = exclusive_attention
         self.num_value_embeddings = num_value_embeddings
         self.num_bigrams = num_bigrams
-        self.hrm_l_layer = hrm_l_layer
-        self.hrm_h_layer = hrm_h_layer
+        self.hrm_fast = hrm_fast
+        self.hrm_slow = hrm_slow
         self.hrm_l_cycles = hrm_l_cycles
         self.hrm_h_cycles = hrm_h_cycles
         self.hrm_trained_cycles = hrm_trained_cycles
@@ -96,8 +97,8 @@ class HearthConfig(PretrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        fast, slow = self.head_pattern()
-        passes = self.trunk + (fast * self.hrm_l_cycles + slow) * self.hrm_h_cycles
+        head = self.hrm_fast * self.hrm_l_cycles + self.hrm_slow
+        passes = self.trunk + head * self.hrm_h_cycles
         windows = [self.window(letter) for letter in passes] + [None] * self.looks_back
         # transformers cannot keep a window of one column
         return [
@@ -112,11 +113,6 @@ class HearthConfig(PretrainedConfig):
     def window(self, letter: str) -> int | None:
         """Attention reach of a block, in tokens; None is the whole context."""
         return self.sliding_window if letter == "S" else None
-
-    def head_pattern(self) -> tuple[str, str]:
-        """Letters of the head's fast and slow blocks."""
-        fast = "S" * self.hrm_l_layer if self.hrm_l_cycles else ""
-        return fast, "S" * (self.hrm_h_layer - 1) + "L"
 
 
 class HearthPreTrainedModel(PreTrainedModel):
@@ -274,9 +270,8 @@ class HearthHead(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.l_cycles, self.h_cycles = config.hrm_l_cycles, config.hrm_h_cycles
-        fast, slow = config.head_pattern()
-        self.fast = HearthModule(config, fast) if self.l_cycles else None
-        self.slow = HearthModule(config, slow)
+        self.fast = HearthModule(config, config.hrm_fast) if self.l_cycles else None
+        self.slow = HearthModule(config, config.hrm_slow)
         self.gains = nn.Parameter(torch.ones(5 if self.l_cycles else 2, D))
         self.fast_start = nn.Parameter(torch.zeros(D)) if self.l_cycles else None
         self.call_embedding = nn.Parameter(
