@@ -19,9 +19,10 @@ from torch import Tensor
 from hearth import log
 from hearth.data.chat_format import last_call, result_ids
 from hearth.data.tokenizer import Tokenizer
-from hearth.decoding.graphs import Record, Recorded, cuda_graph
+from hearth.decoding.graphs import OneColumn, Record, Recorded, cuda_graph
 from hearth.decoding.kv_cache import KVCache, decode, decode_early_exit, for_decoding
 from hearth.decoding.matrices import BlockKernel, Matrix, Store
+from hearth.decoding.slots import NextTokens
 from hearth.decoding.tools import Function, Tools
 from model import Block, Model, TokenValue
 
@@ -323,15 +324,25 @@ class Engine:
         """
         if self.record is None:
             return None
+        new = torch.tensor(ids, device=self.model.device)
+        if self._recorded is not None and self._recorded.attn_ctx.fits(cache):
+            self._recorded.attn_ctx.move()
+        else:
+            self._recorded = None  # its memory first
+            self._recorded = self.recorded(OneColumn(cache), new)
+        return None if self._recorded is None else self._recorded.next(new)
+
+    @torch.no_grad()
+    def recorded(self, attn_ctx: OneColumn | NextTokens, ids: Tensor) -> Recorded | None:
+        """The pass over ids (B,) in `attn_ctx`, recorded; None where this device cannot record,
+        which is said once.
+        """
         try:
-            if self._recorded is None or not self._recorded.fits(cache):
-                self._recorded = None  # its memory first
-                self._recorded = Recorded(self.model, cache, self.h_cycles, self.record)
+            return Recorded(self.model, attn_ctx, ids, self.h_cycles, self.record)
         except RuntimeError as error:
             self.record = None
             log.say(f"decoding    without CUDA graphs: {' '.join(str(error).split())[:160]}")
             return None
-        return self._recorded.next(torch.tensor(ids, device=self.model.device))
 
     @property
     def n_cycles(self) -> int:

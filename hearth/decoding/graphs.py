@@ -1,7 +1,7 @@
-"""A pass over one more column, recorded once as a CUDA graph and replayed: a small model's pass is
-a thousand short kernels, and starting each of them takes longer than running it.
+"""A pass over one more token of each row, recorded once as a CUDA graph and replayed: a small
+model's pass is a thousand short kernels, and starting each of them takes longer than running it.
 
-In: a model, a cache that holds the prompts. Out: the next tokens' logits, the cache a column
+In: a model, a cache or slots that hold the prompts. Out: the next tokens' logits, the rows a token
 longer. Knows nothing of sampling.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from config import ModelConfig
 from hearth.decoding.kv_cache import KVCache
+from hearth.decoding.slots import NextTokens
 from model import Model, rotary_table
 
 # B rows, D d_model, H query heads, G key/value heads, E head_dim, C entries of a cache's slot
@@ -30,11 +31,25 @@ class OneColumn:
     """
 
     def __init__(self, cache: KVCache) -> None:
-        self.cache = cache
-        self.column = torch.full((1,), cache.length, device=cache.device)
+        self.cache, self._slots = cache, cache.slots
+        self.column = torch.zeros(1, dtype=torch.long, device=cache.device)
+        self.move()
         for slot in cache.slots:  # what was never written is multiplied with 0: it must be a number
             for held in slot:
                 held[:, :, cache.length :] = 0
+
+    def fits(self, cache: KVCache) -> bool:
+        """Whether this is a column of that cache, with the rows that it had."""
+        return cache is self.cache and cache.slots is self._slots
+
+    def move(self) -> None:
+        """Go to the cache's next column."""
+        if self.cache.length >= self.cache.capacity:
+            raise ValueError(f"the cache's {self.cache.capacity} columns are full")
+        self.column.fill_(self.cache.length)
+
+    def advance(self) -> None:
+        self.cache.length += 1
 
     def begin(self, config: ModelConfig, dtype: torch.dtype) -> None:
         cache = self.cache
@@ -74,35 +89,34 @@ class OneColumn:
 
 
 class Recorded:
-    """Passes over a cache's next columns, the first of which is recorded.
+    """Passes over one token of each row, the first of which, over ids (B,), is recorded.
 
-    Holds for this model, this cache and its rows, as long as neither's tensors are replaced.
+    Holds for this model and this `attn_ctx`, wherever it moves, as long as neither's tensors are
+    replaced.
     """
 
-    def __init__(self, model: Model, cache: KVCache, h_cycles: int | None, record: Record) -> None:
-        self.cache, self._where = cache, OneColumn(cache)
-        self._slots = cache.slots
-        self._ids = torch.zeros(len(cache.pad), dtype=torch.long, device=cache.device)
+    def __init__(
+        self,
+        model: Model,
+        attn_ctx: OneColumn | NextTokens,
+        ids: Tensor,
+        h_cycles: int | None,
+        record: Record,
+    ) -> None:
+        self.attn_ctx, self._ids = attn_ctx, ids.clone()
 
         def run() -> Tensor:
-            return model.logits(model(self._ids, self._where, h_cycles=h_cycles))
+            return model.logits(model(self._ids, attn_ctx, h_cycles=h_cycles))
 
         self._replay, self._logits = record(run)
 
-    def fits(self, cache: KVCache) -> bool:
-        """Whether it was recorded for this cache with these rows."""
-        return cache is self.cache and cache.slots is self._slots
-
     def next(self, ids: Tensor) -> Tensor:
-        """Float32 logits (B, V) after ids (B,), which join the cache; the next call overwrites
-        them.
+        """Float32 logits (B, V) after ids (B,), which join the texts where `attn_ctx` has moved
+        to; the next call overwrites them.
         """
-        if self.cache.length >= self.cache.capacity:
-            raise ValueError(f"the cache's {self.cache.capacity} columns are full")
         self._ids.copy_(ids)
-        self._where.column.fill_(self.cache.length)
         self._replay()
-        self.cache.length += 1
+        self.attn_ctx.advance()
         return self._logits
 
 

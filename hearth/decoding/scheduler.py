@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hearth.decoding.engine import Engine, Rules, draw
 from hearth.decoding.engine import _Row as Row
+from hearth.decoding.graphs import Recorded
 from hearth.decoding.kv_cache import KVCache, decode, decode_early_exit
 from hearth.decoding.slots import NextTokens, Slots, reach
 
@@ -30,6 +31,10 @@ ROWS = 8  # answers decoded together
 QUEUE = 64  # requests that may wait for a row
 # tokens of a prompt in one pass: so few that the answers beside it hardly pause
 CHUNK_TOKENS = 128
+# passes of one shape before it is recorded: that runs it twice more and pauses the answers, which
+# only pays where more passes follow
+RECORD_AFTER = 32
+LEAST_READ = 512  # entries of a slot that a recorded pass reads at least
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,9 @@ class Scheduler:
         self.seats = [Seat(s, cache) for s, cache in enumerate(self.slots.caches)]
         self.waiting: deque[Job] = deque()
         self.n_steps = 0
+        # by the shape of the pass: rows, entries read of each
+        self._n_passes: Counter[tuple[int, int]] = Counter()
+        self._recorded: dict[tuple[int, int], Recorded] = {}
 
     @property
     def busy(self) -> bool:
@@ -256,20 +264,54 @@ class Scheduler:
         going = [seat for seat in self.seats if seat.job and seat.row.answer and not seat.left]
         if not going:
             return
-        ids = torch.tensor([seat.row.ids[-1:] for seat in going], device=self.model.device)
-        cache, engine = NextTokens(self.slots, [seat.slot for seat in going]), self.engine
-        if engine.exit_kl_threshold is None:
-            hidden = decode(self.model, ids, cache, engine.h_cycles)[:, 0]
-            self._take(going, self._logits(hidden), [engine.n_cycles] * len(going))
-            return
-        thought = decode_early_exit(
-            self.model,
-            ids,
-            cache,
-            h_cycles=engine.h_cycles,
-            exit_kl_threshold=engine.exit_kl_threshold,
-        )
-        self._take(going, thought.logits, thought.cycles.tolist())
+        engine = self.engine
+        logits, cycles = self._replayed(going), [engine.n_cycles] * len(going)
+        if logits is None:
+            ids = torch.tensor([seat.row.ids[-1:] for seat in going], device=self.model.device)
+            cache = NextTokens(self.slots, [seat.slot for seat in going])
+            if engine.exit_kl_threshold is None:
+                logits = self._logits(decode(self.model, ids, cache, engine.h_cycles)[:, 0])
+            else:
+                logits, ran = decode_early_exit(
+                    self.model,
+                    ids,
+                    cache,
+                    h_cycles=engine.h_cycles,
+                    exit_kl_threshold=engine.exit_kl_threshold,
+                )
+                cycles = ran.tolist()
+        self._take(going, logits, cycles)
+
+    def _replayed(self, going: list[Seat]) -> Tensor | None:
+        """Float32 logits (B, V) after these seats' last tokens, by a recorded pass; None where
+        there is none, or not yet.
+
+        Which slots it passes over, and how long their texts are, lies on the device: so it stays
+        right while answers join and leave. Its shapes are rounded up to powers of two, so that
+        there are few; the first seat, given again, fills up the rows.
+        """
+        engine = self.engine
+        if engine.record is None or engine.exit_kl_threshold is not None:
+            return None
+        longest = 1 + max(seat.cache.length for seat in going)
+        n_rows = min(rounded_up(len(going)), len(self.seats))
+        n_read = min(rounded_up(max(longest, LEAST_READ)), engine.context)
+        shape = (n_rows, n_read)
+        self._n_passes[shape] += 1
+        if self._n_passes[shape] <= RECORD_AFTER:
+            return None
+        filled = going + going[:1] * (n_rows - len(going))
+        slots = [seat.slot for seat in filled]
+        ids = torch.tensor([seat.row.ids[-1] for seat in filled], device=self.model.device)
+        if shape in self._recorded:
+            self._recorded[shape].attn_ctx.move(slots)
+        else:
+            made = engine.recorded(NextTokens(self.slots, slots, n_read=n_read), ids)
+            if made is None:
+                self._recorded.clear()  # no longer used
+                return None
+            self._recorded[shape] = made
+        return self._recorded[shape].next(ids)[: len(going)]
 
     @torch.no_grad()
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -298,6 +340,11 @@ class Scheduler:
         job, reason = seat.job, seat.row.finish
         self._free(seat)
         job.emit(Finished(reason))
+
+
+def rounded_up(n: int) -> int:
+    """The smallest power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def n_common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -55,22 +55,37 @@ def reach(cache: KVCache, length: int) -> int:
 
 
 class NextTokens:
-    """A pass over the next token of each of these slots; an `AttentionContext`, like `KVCache`."""
+    """A pass over the next token of each of these slots; an `AttentionContext`, like `KVCache`.
+
+    A slot may be given twice: the pass then does the same for it twice. n_read: entries of each
+    slot that are read at most; None is as many as the longest text has. With a number, all that the
+    processor knows is how many rows there are: a recorded pass stays right wherever it moves.
+    """
 
     n_new = 1  # columns of each row
 
-    def __init__(self, slots: Slots, rows: Sequence[int]) -> None:
-        self.slots, self.caches = slots, [slots.caches[s] for s in rows]
+    def __init__(self, slots: Slots, rows: Sequence[int], *, n_read: int | None = None) -> None:
+        self.slots, self.caches = slots, [slots.caches[s] for s in dict.fromkeys(rows)]
         self.longest = 1 + max(cache.length for cache in self.caches)
+        self.n_read = self.longest if n_read is None else n_read
+        if self.longest > self.n_read:
+            raise ValueError(f"column {self.longest} is beyond the {self.n_read} that are read")
         device = slots.ids.device
         self.rows = torch.tensor(rows, device=device)  # (B,)
-        self.ends = torch.tensor([1 + cache.length for cache in self.caches], device=device)
+        self.ends = torch.tensor([1 + slots.caches[s].length for s in rows], device=device)
         self.seats = (self.rows, torch.zeros_like(self.rows), self.ends)  # of `BlockKernel`
 
     def place(self, n_new: int) -> NextTokens:
         if n_new != 1 or self.longest > self.slots.ids.shape[1]:
             raise ValueError(f"{n_new} new tokens up to column {self.longest}")
         return self
+
+    def move(self, rows: Sequence[int]) -> None:
+        """Go to the next tokens of these slots, as many as before, in the same tensors."""
+        to = NextTokens(self.slots, rows, n_read=self.n_read)
+        self.caches, self.longest = to.caches, to.longest
+        self.rows.copy_(to.rows)
+        self.ends.copy_(to.ends)
 
     def advance(self) -> None:
         for cache in self.caches:
@@ -98,7 +113,7 @@ class NextTokens:
         for held, new in zip(storage, (k, v), strict=True):
             held[self.rows, :, entry] = new.to(held.dtype)
         # a ring holds exactly what its window sees, so all that is written may be seen
-        n_seen = min(self.longest, n_entries)
+        n_seen = min(self.n_read, n_entries)
         keys, values = (held[self.rows, :, :n_seen].to(q.dtype) for held in storage)
         written = torch.arange(n_seen, device=q.device) < self.ends[:, None]  # (B, keys)
         # the query heads that share a key/value head become its queries: (B, G, H/G, E)
