@@ -506,7 +506,8 @@ FINE_TUNING = {f.name: f.metadata["title"] for f in fields(Config) if "title" in
 # What follows from a model and the tokens it reads, where nobody says otherwise. EXPERIMENTS.md,
 # "One rule", says what of it was measured, and what is carried on to larger models unmeasured.
 TOKENS_PER_WEIGHT = 20  # of `ModelConfig.n_weights` (Chinchilla, arXiv 2203.15556, section 3)
-BATCH, BATCH_GROWTH = 3072, 0.5  # tokens of a step in a run of 10^6 tokens; exponent of its tokens
+# tokens of a step in a run of 10^6 tokens; exponent of its tokens (nanochat's, arXiv 2505.13738)
+BATCH, BATCH_GROWTH = 4000, 0.383
 LR, LR_WIDTH, LR_STEPS = 0.012, 0.5, 0.3  # at width 256 and 300 steps; exponents of their inverses
 FINE_TUNING_LR = 0.25  # of pretraining's
 # bits per byte of English = E + A N^-a + B D^-b, N million weights, D million tokens
@@ -514,21 +515,22 @@ LAW = (0.965, 0.066, 1.0, 0.802, 0.275)  # E, A, a, B, b: `benchmarks/recipe.py 
 
 
 def shaped(model: ModelConfig, depth: int) -> ModelConfig:
-    """The presets' shape at another depth: `depth` blocks, the head's among them, 40 channels of
-    width a block, heads of 64, a key/value head for about three, an MLP four times as wide (8/3
-    where gated), a vocabulary of about 32 entries a channel, value embeddings on every other block
-    and 16 bigrams an entry, where there are any; context and kind stay.
+    """The presets' shape at another depth: `depth` blocks, a third each in trunk, L and H where
+    there is a head, 40 channels of width a block, heads of 64, a key/value head for about three, an
+    MLP four times as wide (8/3 where gated), a vocabulary of about 32 entries a channel, value
+    embeddings on every other block and 16 bigrams an entry, where there are any; context and kind
+    stay.
     """
     width = 64 * max(2, round(depth * 40 / 64))
     n_head = width // 64
     fits = [n for n in range(1, n_head + 1) if n_head % n == 0 and n <= max(1.0, n_head / 2.5)]
-    in_module = max(1, round(depth / 10))
+    third = max(1, depth // 3)
     vocab_size = min(32_768, 2 ** round(math.log2(32 * width)))
-    hrm = model.hrm and replace(model.hrm, l_layer=in_module, h_layer=in_module)
+    hrm = model.hrm and replace(model.hrm, l_layer=max(1, depth - 2 * third), h_layer=third)
     return replace(
         model,
         vocab_size=vocab_size,
-        n_layer=max(1, depth - 2 * in_module) if hrm else depth,
+        n_layer=third if hrm else depth,
         d_model=width,
         n_head=n_head,
         n_kv_head=max(fits),
