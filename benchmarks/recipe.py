@@ -286,64 +286,70 @@ def step_seconds(row: Row, options: argparse.Namespace) -> float:
 # --------------------------------------------------------------------------------------------- plan
 
 
+PLAIN = json.dumps({"plain": True})
+LEFT_OUT = [
+    PLAIN,
+    json.dumps({"model": {"bigram_rows": 0}}),
+    json.dumps({"model": {"n_value_embeddings": 0}}),
+    json.dumps({"optim": {"embedding_beta2": 0.95}}),
+]
+MINUTES = {4: 5, 6: 10, 9: 20}  # of a race, by depth
+SEEDS = {4: (0, 1, 2), 6: (0, 1), 9: (0, 1)}
+THEIRS = {"side": "nanochat", "batch": BATCH_OF_RIVALS}
+
+
 def plan(copies: list[str]) -> Iterator[Row]:
     """The rows in the order in which they are run."""
-    plain = json.dumps({"plain": True})
-    left_out = [
-        plain,
-        json.dumps({"model": {"bigram_rows": 0}}),
-        json.dumps({"model": {"n_value_embeddings": 0}}),
-        json.dumps({"optim": {"embedding_beta2": 0.95}}),
-    ]
-    for depth in (4, 6):
-        same = {"depth": depth, "tokens": 2**19}
+    for depth in MINUTES:
+        yield from race(depth)
+    same = {"tokens": 2**19}
+    for depth in MINUTES:
         for factor in (1.0, 0.5, 2.0):
-            yield Row("rate", lr=factor, **same)
-        for change in left_out:
-            yield Row("shape", change=change, **same)
+            yield Row("rate", depth=depth, lr=factor, **same)
+        yield Row("tokens", depth=depth, lr=0.6, **THEIRS, **same)
+    for depth in (4, 6):
+        for change in LEFT_OUT:
+            yield Row("shape", depth=depth, change=change, **same)
         for copy in copies:
-            yield Row("idea", copy=copy, **same)
-        yield Row("tokens", side="nanochat", batch=BATCH_OF_RIVALS, lr=0.6, **same)
-    yield from race(4, 300.0, seeds=(0, 1, 2))
-    yield from race(6, 600.0, seeds=(0, 1))
-    yield from race(9, 1200.0, seeds=(0, 1))
-    # the rule beside itself at twice its rate, with and without the head
-    for change in ("", plain):
-        yield Row("head", depth=4, seconds=300.0, lr=2.0, text="unseen", change=change)
+            yield Row("idea", depth=depth, copy=copy, **same)
+        # the rule beside itself at twice its rate, with and without the head
+        for change in ("", PLAIN):
+            seconds = 60.0 * MINUTES[depth]
+            yield Row("head", depth=depth, seconds=seconds, lr=2.0, text="unseen", change=change)
     nanogpt = {"side": "nanogpt", "lr": 1e-3, "batch": BATCH_OF_RIVALS}
     for row in ({"seconds": 90.0}, {"seconds": 600.0} | nanogpt):
         yield Row("race", depth=6, text="unseen", **row)
-    for depth, lengths in ((4, (75.0,)), (5, (120.0, 300.0)), (6, (150.0, 300.0)), (9, (360.0,))):
-        for seconds in lengths:  # beside those of the races
-            yield Row("law", depth=depth, seconds=seconds, text="unseen")
-    for batch in (1024, 4096):
-        yield Row("batch", depth=4, tokens=2**19, batch=batch)
-    for batch in (2048, 4096, 8192):
-        yield Row("batch", depth=4, seconds=180.0, batch=batch)
+    for depth, seconds in ((4, 75.0), (5, 300.0), (6, 300.0)):  # beside those of the races
+        yield Row("law", depth=depth, seconds=seconds, text="unseen")
+    yield Row("batch", depth=4, batch=2048, **same)
+    for batch in (1024, 2048, 4096):
+        yield Row("batch", seconds=90.0, batch=batch)
     halved = json.dumps({"optim": {"momentum_dtype": "bfloat16"}})
-    yield Row("momentum", depth=6, tokens=2**19, change=halved)  # beside part `rate`
+    yield Row("momentum", change=halved, **same)  # beside part `rate`
     for seed in (0, 1):  # what the way to llama.cpp costs
         for change in ("", json.dumps({"portable": True})):
             yield Row("portable", seconds=240.0, seed=seed, text="unseen", change=change)
 
 
-def race(depth: int, seconds: float, seeds: tuple[int, ...]) -> Iterator[Row]:
+def race(depth: int) -> Iterator[Row]:
     """Both sides on text that no tuning saw, nanochat with each of its rates with the first seed
     and with the best of these with the others.
     """
+    seconds = 60.0 * MINUTES[depth]
     here = {"depth": depth, "seconds": seconds, "text": "unseen"}
-    theirs = {"side": "nanochat", "batch": BATCH_OF_RIVALS}
-    yield Row("race", **here)
-    yield Row("race", **here | {"seconds": 0.6 * seconds})  # is it past nanochat's figure by then?
-    tuned = [Row("race", lr=factor, **theirs, **here) for factor in (0.6, 0.3, 1.2)]
+    first, *others = SEEDS[depth]
+    tuned = [Row("race", lr=factor, seed=first, **THEIRS, **here) for factor in (0.6, 0.3, 1.2)]
+    yield Row("race", seed=first, **here)
     yield from tuned
-    yield Row("race", change=json.dumps({"plain": True}), **here)
     ran = [row for row in tuned if row.key in RUNS]
     best = min(ran, key=lambda row: RUNS[row.key]["bpb"], default=tuned[0])
-    for seed in seeds[1:]:
-        yield Row("race", **here, seed=seed)
-        yield Row("race", lr=best.lr, **theirs, **here, seed=seed)
-        yield Row("race", change=json.dumps({"plain": True}), **here, seed=seed)
+    for seed in others:
+        yield Row("race", seed=seed, **here)
+        yield Row("race", lr=best.lr, seed=seed, **THEIRS, **here)
+    # is it past nanochat's figure by then?
+    yield Row("race", **here | {"seconds": 0.6 * seconds})
+    for seed in SEEDS[depth][:2]:
+        yield Row("race", seed=seed, change=PLAIN, **here)
 
 
 # ------------------------------------------------------------------------------------------- worker
