@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,6 @@ from config import HRMConfig, ModelConfig
 
 
 # ---------------------------------------------------------------------------------------- the whole
-
-
-class Recomputed(NamedTuple):
-    """Activation checkpointing: what the backward pass computes a second time, not kept."""
-
-    head: bool = False  # the calls of the head's modules
-    blocks: int = 0  # the first blocks of the trunk, which it comes to last
 
 
 class Model(nn.Module):
@@ -57,7 +50,9 @@ class Model(nn.Module):
         self.dtype = torch.float32  # of the activations; the weights stay float32
         # of keys and values while decoding; None is `dtype`
         self.cache_dtype: torch.dtype | None = None
-        self.activation_checkpointing = Recomputed()
+        # the first blocks, of the trunk and then of L and H, whose activations the backward pass
+        # computes again (activation checkpointing, arXiv 1604.06174)
+        self.recomputed_blocks = 0
 
     def forward(
         self, ids: Tensor, attn_ctx: AttentionContext, *, h_cycles: int | None = None
@@ -88,7 +83,7 @@ class Model(nn.Module):
         attn_ctx.begin(self.config, self.dtype)
         x = self.embed(ids, attn_ctx)
         for place, block in enumerate(self.trunk):
-            recomputed = place < self.activation_checkpointing.blocks
+            recomputed = place < self.recomputed_blocks
             x = call(block, x, attn_ctx, self.token_value(place, ids), recomputed=recomputed)
         return x
 
@@ -112,7 +107,7 @@ class Model(nn.Module):
             attn_ctx,
             h_cycles=h_cycles,
             detach=detach,
-            recomputed=self.activation_checkpointing.head,
+            recomputed=max(0, self.recomputed_blocks - len(self.trunk)),
         )
 
     def embed(self, ids: Tensor, attn_ctx: AttentionContext) -> Tensor:
@@ -204,6 +199,12 @@ class Model(nn.Module):
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    @property
+    def blocks(self) -> list[Block]:
+        """Every block, the trunk's, then L's, then H's."""
+        modules = [m for m in (self.head.fast, self.head.slow) if m] if self.head else []
+        return [*self.trunk, *(block for module in modules for block in module.blocks)]
+
     def block_passes(self, h_cycles: int | None = None) -> list[Block]:
         """Every block in the order in which a forward pass runs it; the head's once a call."""
         passes = list(self.trunk)
@@ -226,11 +227,11 @@ class Model(nn.Module):
         return 6 * weights + 12 * c.n_head * c.head_dim * attended
 
 
-def call(module: nn.Module, *given: Any, recomputed: bool) -> Tensor:
-    """module(*given); where `recomputed`, run again in the backward pass (arXiv 1604.06174)."""
+def call(block: Block, *given: Any, recomputed: bool) -> Tensor:
+    """block(*given); where `recomputed`, run again in the backward pass."""
     if recomputed and torch.is_grad_enabled():
-        return checkpoint(module, *given, use_reentrant=False)
-    return module(*given)
+        return checkpoint(block, *given, use_reentrant=False)
+    return block(*given)
 
 
 def windows(config: ModelConfig) -> list[int | None]:
@@ -285,13 +286,14 @@ class HRMHead(nn.Module):
         *,
         h_cycles: int | None = None,
         detach: bool = False,
-        recomputed: bool = False,
+        recomputed: int = 0,
     ) -> Iterator[Tensor]:
         """Yield y (N, D) after each H cycle, for the trunk's output x (N, D); `values` gives each
         block's, L's and then H's, as `Model.token_value`.
 
-        `detach` cuts the states' graph after each cycle; `recomputed` calls keep no activations for
-        the backward pass. Cycles beyond the trained number reuse the last one's call embeddings.
+        `detach` cuts the states' graph after each cycle; the first `recomputed` blocks of L and H
+        keep no activations for the backward pass. Cycles beyond the trained number reuse the last
+        one's call embeddings.
         """
         n_fast = len(self.fast.blocks) if self.fast else 0
         gain = self.gains.to(x.dtype)
@@ -308,11 +310,11 @@ class HRMHead(nn.Module):
                     mixed = torch.addcmul(mixed, z_slow, gain[1])
                 mixed = torch.addcmul(mixed, e, gain[2] if h > 0 else gain[1] + gain[2])
                 own = [values(place) for place in range(n_fast)]
-                z_fast = call(self.fast, mixed, attn_ctx, own, recomputed=recomputed)
+                z_fast = self.fast(mixed, attn_ctx, own, recomputed)
             mixed = torch.addcmul(embedding[-1], z_slow, gain[-2])
             mixed = torch.addcmul(mixed, z_fast if self.fast else e, gain[-1])
             own = [values(n_fast + place) for place in range(len(self.slow.blocks))]
-            z_slow = call(self.slow, mixed, attn_ctx, own, recomputed=recomputed)
+            z_slow = self.slow(mixed, attn_ctx, own, recomputed - n_fast)
             yield e + project(z_slow, self.out)
             if detach:
                 z_slow, z_fast = z_slow.detach(), z_fast.detach()
@@ -333,10 +335,15 @@ class HRMModule(nn.Module):
         self.blocks = nn.ModuleList(Block(config, window) for window in windows)
 
     def forward(
-        self, z: Tensor, attn_ctx: AttentionContext, values: Sequence[TokenValue | None]
+        self,
+        z: Tensor,
+        attn_ctx: AttentionContext,
+        values: Sequence[TokenValue | None],
+        recomputed: int = 0,
     ) -> Tensor:
-        for block, value in zip(self.blocks, values, strict=True):
-            z = block(z, attn_ctx, value)
+        """The state (N, D) after the blocks; the first `recomputed` keep no activations."""
+        for n, (block, value) in enumerate(zip(self.blocks, values, strict=True)):
+            z = call(block, z, attn_ctx, value, recomputed=n < recomputed)
         return rms_norm(z)
 
 

@@ -283,7 +283,7 @@ def memory(device: torch.device, sizes: Sizes, options: argparse.Namespace) -> I
         rows = []
         for row in sorted(plan.rows, key=lambda row: (row.n_rows != 4, row.n_rows)):
             known = {"compiled": compiled, "rows": row.n_rows, "context": row.context}
-            known |= {"recompute": in_words(row.activation_checkpointing, model)}
+            known |= {"recompute": in_words(row.recomputed, model)}
             known["estimated GiB"] = row.memory.peak / GIB
             rows.append((known, partial(measured, row)))
         yield from attempts(rows, options)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import HRMConfig, ModelConfig, OptimConfig, shaped
 from hearth.cli import run_script
 from hearth.training.optim import build_optimizers
-from hearth.training.planning import FILLED, GIB, Memory, estimate_memory, everything
+from hearth.training.planning import FILLED, GIB, Memory, estimate_memory
 from model import Model
 
 CARDS = (8, 10, 12, 16, 24, 32)  # GiB; a display attached takes its part of the share left free
@@ -87,7 +87,7 @@ def memory_of(depth: int, context: int, momentum: str, head: HRMConfig | None) -
         build_optimizers(model, OptimConfig(momentum_dtype=momentum), 1e-3),
         n_rows=1,
         context=context,
-        activation_checkpointing=everything(model),
+        recomputed=len(model.blocks),
         accumulates=True,
         on_card=True,
     )

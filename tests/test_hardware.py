@@ -16,7 +16,7 @@ from hearth import hardware
 from hearth.decoding.engine import Rules, Sampling, _Row, draw
 from hearth.training import loop, planning
 from hearth.training.optim import build_optimizers
-from model import Recomputed, build_model, compute_dtype
+from model import build_model, compute_dtype
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 
@@ -222,7 +222,7 @@ def test_a_plan_for_apples_chip_is_by_estimate(apple) -> None:
     plan = planning.make_plan(model, optimizers, config.pretrain, stages=((512, 1.0),), n_steps=1)
     assert plan.room == int(planning.FILLED["mps"] * 12 * 2**30)
     chosen = plan.choose(None, torch.device("mps"))
-    assert chosen.activation_checkpointing == Recomputed()
+    assert chosen.recomputed == 0
     assert chosen.memory.peak <= plan.room
 
 

@@ -384,7 +384,7 @@ def accumulate_within_memory(
         except RuntimeError as error:
             if not hardware.is_out_of_memory(error):
                 raise
-            more = more_of(model.activation_checkpointing, model)
+            more = more_of(model.recomputed_blocks, model)
             if micro_tokens <= batch.row_length and more is None:
                 raise UserError(
                     f"Out of memory with one row of {batch.row_length} tokens. {SMALLER}"
@@ -394,10 +394,10 @@ def accumulate_within_memory(
         if micro_tokens > batch.row_length:
             micro_tokens = max(batch.row_length, micro_tokens // 2)
         else:
-            model.activation_checkpointing = more
+            model.recomputed_blocks = more
         log.say(
             f"Memory ran out: the micro-batch is {micro_tokens} tokens from here on, activations "
-            f"recomputed: {in_words(model.activation_checkpointing, model)}. Tokens per step stay "
+            f"recomputed: {in_words(model.recomputed_blocks, model)}. Tokens per step stay "
             "the same."
         )
 
@@ -456,8 +456,8 @@ def fit_micro_batch(job: Job) -> int:
         rows = plan.candidates(loop.micro_batch_tokens)
         measure(plan, rows, model, job.optimizers, seconds=60, until_no_gain=True)
     row = plan.choose(loop.micro_batch_tokens, model.device)
-    model.activation_checkpointing = row.activation_checkpointing
-    recomputed = in_words(row.activation_checkpointing, model)
+    model.recomputed_blocks = row.recomputed
+    recomputed = in_words(row.recomputed, model)
     told = "" if recomputed == "none" else f", activations recomputed: {recomputed}"
     log.say(f"micro-batch {row.n_rows} rows of {row.context} tokens{told}")
     if not row.fits(plan.room):

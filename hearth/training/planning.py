@@ -30,7 +30,6 @@ from model import (
     Block,
     HRMModule,
     Model,
-    Recomputed,
     attend_in_blocks,
     compute_dtype,
     query_block,
@@ -48,41 +47,24 @@ UTILISATION = 0.4
 # ----------------------------------------------------------------------- what is computed twice
 
 
-def everything(model: Model) -> Recomputed:
-    """All that can be recomputed."""
-    return Recomputed(model.head is not None, len(model.trunk))
+def more_of(n: int, model: Model) -> int | None:
+    """The next step on the way from no block to all, by quarters; None where all are recomputed."""
+    n_blocks = len(model.blocks)
+    return None if n == n_blocks else min(n_blocks, n + -(-n_blocks // 4))
 
 
-def more_of(recomputed: Recomputed, model: Model) -> Recomputed | None:
-    """The next step on the way from nothing to everything: the head, then a quarter of the trunk
-    at a time; None where all of it is recomputed.
-    """
-    if recomputed == everything(model):
-        return None
-    if model.head is not None and not recomputed.head:
-        return recomputed._replace(head=True)
-    quarter = -(-len(model.trunk) // 4)
-    return recomputed._replace(blocks=min(len(model.trunk), recomputed.blocks + quarter))
-
-
-def share_recomputed(recomputed: Recomputed, model: Model) -> float:
+def share_recomputed(n: int, model: Model) -> float:
     """Of a forward pass, by the weights it multiplies with."""
-    head = model.head.block_passes() if model.head and recomputed.head else []
-    again, whole = (
-        sum(p.numel() for block in blocks for p in block.parameters())
-        for blocks in ([*model.trunk[: recomputed.blocks], *head], model.block_passes())
-    )
-    return again / whole
+    first, passes = {id(block) for block in model.blocks[:n]}, model.block_passes()
+    weights = [sum(p.numel() for p in block.parameters()) for block in passes]
+    again = (w for w, block in zip(weights, passes, strict=True) if id(block) in first)
+    return sum(again) / sum(weights)
 
 
-def in_words(recomputed: Recomputed, model: Model) -> str:
-    """none, head, all, or such as head + 4 of 15."""
-    if recomputed == everything(model):
-        return "all"
-    if not recomputed.blocks:
-        return "head" if recomputed.head else "none"
-    head = "head + " if recomputed.head else ""
-    return f"{head}{recomputed.blocks} of {len(model.trunk)}"
+def in_words(n: int, model: Model) -> str:
+    """none, all, or such as 4 of 15."""
+    n_blocks = len(model.blocks)
+    return {0: "none", n_blocks: "all"}.get(n, f"{n} of {n_blocks}")
 
 
 # ---------------------------------------------------------------------------------------- estimated
@@ -100,8 +82,8 @@ class Memory:
     block: int
     loss: int  # gradient of the embedding, and a chunk of logits
     update: int  # temporary matrices of the optimizer
-    # what the backward pass takes at its end, where the trunk's first blocks are recomputed
-    first_block: int = 0
+    # what it takes at its end, where the first blocks are recomputed and all gradients there
+    last_block: int = 0
 
     @property
     def peak(self) -> int:
@@ -109,7 +91,7 @@ class Memory:
         update.
         """
         at_loss = self.gradients + self.activations + max(self.loss, self.block)
-        at_end = self.weights + max(self.block, self.first_block)
+        at_end = self.weights + max(self.block, self.last_block)
         return max(self.weights + self.optimizer + max(at_loss, at_end), self.at_update)
 
     @property
@@ -124,7 +106,7 @@ def estimate_memory(
     *,
     n_rows: int,
     context: int,
-    activation_checkpointing: Recomputed,
+    recomputed: int,
     accumulates: bool,
     on_card: bool,
 ) -> Memory:
@@ -139,15 +121,14 @@ def estimate_memory(
                              cycle of deep supervision on
         optimizer            4 P under Muon, 8 P under AdamW, for bigrams next to nothing:
                              `Optimizers.state_bytes`
-        activations          8 N D for the embedding, 3 s N D for the output, 2 s N D for each
+        activations          8 N D for the embedding, 3 s N D for the output, 3 s N D for each
                              call of the HRM head,
-                             s `block_elements` for each pass, or s N D for a trunk's pass that is
+                             s `block_elements` for each pass of a block, or s N D for one that is
                              recomputed
-        block                2 s N F while one block's gradient is made, the head's module
-                             that is recomputed, and 4 V D: the embedding's gradient, waiting
-                             for that of its first use; a trunk's block that is recomputed less
-                             those behind it, whose activations are gone by then; of a first
-                             micro-batch the gradients of a head that is recomputed
+        block                2 s N F while one block's gradient is made, and 4 V D: the embedding's
+                             gradient, waiting for that of its first use; one that is recomputed,
+                             less those behind it, whose activations are gone by then, and, of a
+                             first micro-batch, with their gradients
         loss                 4 V D for the embedding's gradient, 4 V D for a chunk's part of
                              it, a chunk of logits; in
                              bfloat16 half as much again for their copies
@@ -165,18 +146,18 @@ def estimate_memory(
     def kept(block: Block) -> int:
         return s * block_elements(block, n_rows, context, varlen=varlen)
 
-    trunk = [kept(block) for block in model.trunk]
+    first = {id(block) for block in model.blocks[:recomputed]}
     activations = 8 * N * D + 3 * x + (0 if varlen else mask_bytes(model, n_rows, context))
-    head_again, n_again = activation_checkpointing
-    activations += n_again * x + sum(trunk[n_again:])
-    first_block = max(trunk[:n_again], default=0)
-    recomputed = max(0, first_block - sum(trunk[n_again:]))
-    for module in kept_calls(model):
-        inside = sum(map(kept, module.blocks)) + x
-        activations += 2 * x + (0 if head_again else inside)
-        recomputed = max(recomputed, inside if head_again else 0)
-    if head_again and not accumulates:  # made before the trunk gives back what it keeps
-        recomputed += 4 * sum(p.numel() for p in model.head.parameters()) if model.head else 0
+    calls = kept_calls(model)
+    again = 0  # what a recomputed block takes beyond those behind it, which are gone by then
+    freed = made = 0  # of the blocks behind: activations, gradients
+    for block in reversed([*model.trunk, *(b for module in calls for b in module.blocks)]):
+        if id(block) in first:
+            again = max(again, kept(block) - freed + (0 if accumulates else made))
+        held = x if id(block) in first else kept(block)
+        activations, freed = activations + held, freed + held
+        made += 4 * sum(p.numel() for p in block.parameters())
+    activations += 3 * x * len(calls)
     logits = 4 * V * min(N, LOGITS_PER_CHUNK // V if on_card else ROWS_PER_CHUNK)
     weights = 4 * model.n_parameters()
     return Memory(
@@ -184,8 +165,10 @@ def estimate_memory(
         gradients=weights if accumulates else gradients_between_cycles(model),
         optimizer=optimizers.state_bytes(),
         activations=activations,
-        block=recomputed + 2 * s * N * c.d_ff + 4 * V * D,
-        first_block=first_block + 2 * s * N * c.d_ff + 4 * V * D,
+        block=again + 2 * s * N * c.d_ff + 4 * V * D,
+        last_block=max(map(kept, model.blocks[:recomputed]), default=0)
+        + 2 * s * N * c.d_ff
+        + 4 * V * D,
         loss=4 * V * D + (logits + 4 * V * D if s == 4 else logits * 3 // 2 + 6 * V * D),
         update=max(
             (muon_bytes(part, on_card) for part in optimizers.parts if isinstance(part, Muon)),
@@ -322,7 +305,7 @@ class Row:
 
     n_rows: int  # in a micro-batch, of `context` tokens each
     context: int
-    activation_checkpointing: Recomputed
+    recomputed: int  # blocks, the first ones
     memory: Memory  # estimated
     peak: int | None = None  # measured, in bytes
     seconds: dict[int, float] = field(default_factory=dict)  # of a micro-batch, by context
@@ -400,7 +383,7 @@ class Plan:
         able = [row for row in rows if row.memory.peak <= self.room and not on_card]
         if not able:
             return min(rows, key=lambda row: row.memory.peak)
-        return min(able, key=lambda row: (*reversed(row.activation_checkpointing), -row.n_rows))
+        return min(able, key=lambda row: (row.recomputed, -row.n_rows))
 
 
 def make_plan(
@@ -427,13 +410,13 @@ def make_plan(
         sizes.add(max(1, loop.micro_batch_tokens // context))
     room = int(FILLED[kind] * memory / (n_ranks if kind == "cpu" else 1))
 
-    def row_of(n_rows: int, recomputed: Recomputed) -> Row:
+    def row_of(n_rows: int, recomputed: int) -> Row:
         estimated = estimate_memory(
             model,
             optimizers,
             n_rows=n_rows,
             context=context,
-            activation_checkpointing=recomputed,
+            recomputed=recomputed,
             accumulates=n_rows * context < a_rank,
             on_card=kind != "cpu",
         )
@@ -442,7 +425,7 @@ def make_plan(
     rows = []
     for n_rows in sorted(sizes):
         rows += rows_of_size(partial(row_of, n_rows), model, room)
-    rows.sort(key=lambda row: share_recomputed(row.activation_checkpointing, model))
+    rows.sort(key=lambda row: share_recomputed(row.recomputed, model))
     return Plan(
         rows,
         stages,
@@ -454,16 +437,12 @@ def make_plan(
     )
 
 
-def rows_of_size(row: Callable[[Recomputed], Row], model: Model, room: int) -> list[Row]:
-    """Nothing, the head and everything recomputed; between the last two, where the head alone does
-    not make it fit, as few of the trunk's blocks as do.
-    """
-    nothing, last = Recomputed(), everything(model)
-    head = nothing._replace(head=last.head)
-    few = (head._replace(blocks=n) for n in range(1, last.blocks))
-    fewest = next((again for again in few if row(again).fits(room)), None)
-    steps = [nothing, head, *([fewest] if fewest and not row(head).fits(room) else []), last]
-    return [row(again) for again in dict.fromkeys(steps)]
+def rows_of_size(row: Callable[[int], Row], model: Model, room: int) -> list[Row]:
+    """No block and all recomputed; where none does not fit, as few as do."""
+    n_blocks = len(model.blocks)
+    few = () if row(0).fits(room) else range(1, n_blocks)
+    fewest = next((n for n in few if row(n).fits(room)), n_blocks)
+    return [row(n) for n in dict.fromkeys((0, fewest, n_blocks))]
 
 
 def assume_speed(plan: Plan, model: Model, card: hardware.Card) -> None:
@@ -471,7 +450,7 @@ def assume_speed(plan: Plan, model: Model, card: hardware.Card) -> None:
     for row in plan.rows:
         if row.fits(plan.room):
             # a third of a step is forward
-            share = share_recomputed(row.activation_checkpointing, model)
+            share = share_recomputed(row.recomputed, model)
             rate = UTILISATION * plan.peak_flops / (1 + share / 3)
             row.seconds = {length: row.tokens * f / rate for length, f in plan.flops.items()}
             row.watts = float(card.watts)
@@ -495,13 +474,13 @@ def measure(
     """
     left = seconds
     rate = UTILISATION * plan.peak_flops  # FLOPs per second, until a pass was timed
-    before = model.activation_checkpointing
+    before = model.recomputed_blocks
     missing = optimizers.state_bytes() - state_bytes_now(optimizers)
     rows = rows if until_no_gain else sorted(rows, key=lambda row: row.tokens)
     for row in rows:
         if row.memory.peak > 1.2 * plan.room or (until_no_gain and not could_win(row, rows, plan)):
             continue
-        model.activation_checkpointing = row.activation_checkpointing
+        model.recomputed_blocks = row.recomputed
         for context in sorted({context for context, _ in plan.stages}, reverse=True):
             work = row.tokens * plan.flops[context]
             # of a fit one is run in any case: what was not run is not chosen
@@ -522,7 +501,7 @@ def measure(
             row.peak = max(row.peak + missing, plan.update_peak or row.memory.at_update)
         optimizers.zero_grad()
         hardware.free_memory(model.device)
-    model.activation_checkpointing = before
+    model.recomputed_blocks = before
     if not until_no_gain and not any(row.seconds or row.too_large for row in rows):
         time_short_pass(plan, rows[0], model, optimizers, rate * seconds)
 
@@ -533,7 +512,7 @@ def could_win(row: Row, rows: Sequence[Row], plan: Plan) -> bool:
     """
     fit = [other for other in rows if other.peak is not None and other.fits(plan.room)]
     for fewer, more in itertools.pairwise(fit):
-        same = fewer.activation_checkpointing == more.activation_checkpointing
+        same = fewer.recomputed == more.recomputed
         if same and plan.seconds_of(more) > 0.99 * plan.seconds_of(fewer):
             return False
     return all(row.n_rows > other.n_rows for other in fit)
@@ -615,7 +594,7 @@ def table(plan: Plan, chosen: Row, model: Model) -> list[str]:
     for row in plan.rows:
         size = f"{row.n_rows} × {row.context} = {log.count(row.tokens)}"
         mark = ">" if row is chosen else " "
-        line = f"  {mark} {size:>18}  {in_words(row.activation_checkpointing, model):<15}"
+        line = f"  {mark} {size:>18}  {in_words(row.recomputed, model):<15}"
         line += f"  {gib(row.memory.peak, 12)}  {gib(row.peak, 8)}"
         seconds = plan.seconds_of(row)
         if seconds is not None:

@@ -18,7 +18,7 @@ from hearth.training import attention, gradients
 from hearth.training.batches import Batch
 from hearth.training.optim import build_optimizers
 from hearth.training.planning import estimate_memory
-from model import DOORS, Recomputed, build_model
+from model import DOORS, build_model
 
 DEPTHS = (4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16, 18, 19, 21, 22, 24, 26)
 SECONDS = 6.0  # spent on the clock of one size
@@ -84,7 +84,7 @@ def tokens_per_second(config: Config, hours: float, device: torch.device) -> flo
         optimizers,
         n_rows=1,
         context=config.model.context,
-        activation_checkpointing=Recomputed(),
+        recomputed=0,
         accumulates=True,
         on_card=device.type != "cpu",
     )

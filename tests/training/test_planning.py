@@ -34,7 +34,6 @@ from hearth.training.planning import (
     Plan,
     Row,
     estimate_memory,
-    everything,
     in_words,
     make_plan,
     measure,
@@ -42,7 +41,7 @@ from hearth.training.planning import (
     share_recomputed,
     time_update,
 )
-from model import DOORS, Model, Recomputed, build_model
+from model import DOORS, Model, build_model
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -76,19 +75,25 @@ def plan_of(model: Model, optimizers: Optimizers) -> Plan:
 
 
 def some_blocks_recomputed(model: Model, optimizers: Optimizers) -> list[Row]:
-    """Rows of each size between the head alone and everything."""
-    again = Recomputed(model.head is not None, 1)
-    sizes = {"context": model.config.context, "activation_checkpointing": again}
+    """Rows of each size with the first block, and all but the last, recomputed."""
+    context = model.config.context
     return [
         Row(
             n_rows,
-            model.config.context,
+            context,
             again,
             estimate_memory(
-                model, optimizers, n_rows=n_rows, accumulates=n_rows == 1, on_card=False, **sizes
+                model,
+                optimizers,
+                n_rows=n_rows,
+                context=context,
+                recomputed=again,
+                accumulates=n_rows == 1,
+                on_card=False,
             ),
         )
         for n_rows in (1, 2)
+        for again in (1, len(model.blocks) - 1)
     ]
 
 
@@ -106,17 +111,11 @@ def test_estimated_memory_is_within_a_tenth_of_the_measured(
     plan = plan_of(model, optimizers)
     time_update(plan, model, optimizers)
     assert {row.n_rows for row in plan.rows} == {1, 2}
-    assert {in_words(row.activation_checkpointing, model) for row in plan.rows} == {
-        *("none", "all"),
-        *(("head",) if config.hrm else ()),
-    }
+    assert {in_words(row.recomputed, model) for row in plan.rows} == {"none", "all"}
     plan.rows += some_blocks_recomputed(model, optimizers)
     measure(plan, plan.rows, model, optimizers, seconds=math.inf)
     for row in plan.rows:
-        assert row.peak == pytest.approx(row.memory.peak, rel=0.1), (
-            row.n_rows,
-            row.activation_checkpointing,
-        )
+        assert row.peak == pytest.approx(row.memory.peak, rel=0.1), (row.n_rows, row.recomputed)
 
 
 class FusedNorm(torch.autograd.Function):
@@ -206,7 +205,7 @@ def traced_peaks(
 DEEP = replace(SMALL, hrm=HRMConfig(h_cycles=3, l_cycles=1, deep_supervision=True))
 
 
-@pytest.mark.parametrize("quarters", [None, 0, 1, 2, 3, 4])
+@pytest.mark.parametrize("quarters", range(5))
 @pytest.mark.parametrize(
     ("config", "n_rows", "context"),
     [
@@ -220,14 +219,12 @@ DEEP = replace(SMALL, hrm=HRMConfig(h_cycles=3, l_cycles=1, deep_supervision=Tru
     ids=["4x4096", "1x4096", "8x1024", "demo", "ungated", "deep"],
 )
 def test_a_cards_estimated_memory_is_within_a_tenth_of_a_traced_step(
-    config: ModelConfig, n_rows: int, context: int, quarters: int | None, monkeypatch
+    config: ModelConfig, n_rows: int, context: int, quarters: int, monkeypatch
 ) -> None:
     with torch.device("meta"):
         model = Model(config)
-    activation_checkpointing = Recomputed()
-    if quarters is not None:  # the head, and so much of the trunk
-        activation_checkpointing = Recomputed(True, quarters * len(model.trunk) // 4)
-    model.dtype, model.activation_checkpointing = torch.bfloat16, activation_checkpointing
+    recomputed = quarters * len(model.blocks) // 4
+    model.dtype, model.recomputed_blocks = torch.bfloat16, recomputed
     optimizers = build_optimizers(model, OptimConfig(), 1e-3)
     alone, accumulating = traced_peaks(model, n_rows, context, monkeypatch)
     for traced, accumulates in ((alone, False), (accumulating, True)):
@@ -236,7 +233,7 @@ def test_a_cards_estimated_memory_is_within_a_tenth_of_a_traced_step(
             optimizers,
             n_rows=n_rows,
             context=context,
-            activation_checkpointing=activation_checkpointing,
+            recomputed=recomputed,
             accumulates=accumulates,
             on_card=True,
         )
@@ -250,7 +247,7 @@ def test_the_largest_model_of_a_card_fits_it_in_a_traced_step(momentum: str, mon
     with torch.device("meta"):
         model = Model(config)
     assert model.n_parameters() > 730e6
-    model.dtype, model.activation_checkpointing = torch.bfloat16, everything(model)
+    model.dtype, model.recomputed_blocks = torch.bfloat16, len(model.blocks)
     optim = OptimConfig(momentum_dtype=momentum)
     _, traced = traced_peaks(model, 1, 1024, monkeypatch, optim)
     depth = len(model.trunk)
@@ -273,7 +270,7 @@ def test_measuring_leaves_weights_optimizer_and_recomputation_as_they_were() -> 
     before = [p.detach().clone() for p in model.parameters()]
     plan = plan_of(model, optimizers)
     measure(plan, plan.rows, model, optimizers, seconds=math.inf)
-    assert model.activation_checkpointing == Recomputed()
+    assert model.recomputed_blocks == 0
     assert all(p.grad is None for p in model.parameters())
     assert planning.state_bytes_now(optimizers) == 0
     for p, was in zip(model.parameters(), before, strict=True):
@@ -314,7 +311,7 @@ def test_where_a_whole_row_takes_too_long_a_short_one_tells_the_speed() -> None:
     assert all(row.peak is None for row in plan.rows)
 
 
-STEPS = {"none": Recomputed(), "head": Recomputed(True, 0), "all": Recomputed(True, 2)}
+STEPS = {"none": 0, "some": 2, "all": 4}
 
 
 def row(n_rows: int, recomputed: str, gigabytes: float, seconds: float | None = None) -> Row:
@@ -333,10 +330,10 @@ CPU, CARD = torch.device("cpu"), torch.device("cuda")
 
 
 def test_on_a_card_the_fastest_that_fits_is_chosen() -> None:
-    slow, fast, huge = row(2, "none", 9, 2.0), row(8, "head", 9, 6.0), row(16, "none", 12, 1.0)
+    slow, fast, huge = row(2, "none", 9, 2.0), row(8, "some", 9, 6.0), row(16, "none", 12, 1.0)
     assert plan_with(slow, fast, huge).choose(None, CARD) is fast
     assert plan_with(slow, fast, huge).choose(1024, CARD) is slow
-    as_fast = row(4, "head", 5, 3.02)
+    as_fast = row(4, "some", 5, 3.02)
     assert plan_with(slow, fast, as_fast).choose(None, CARD) is as_fast
     fast.too_large = True
     assert plan_with(slow, fast, huge).choose(None, CARD) is slow
@@ -356,7 +353,7 @@ def test_on_a_cpu_no_clock_has_a_say_in_the_choice() -> None:
     assert plan_with(small, large, huge, row(4, "all", 3, 0.1)).choose(None, CPU) is large
     # nothing fits: the smallest
     chosen = plan_with(huge, row(1, "all", 11)).choose(None, CPU)
-    assert chosen.activation_checkpointing == STEPS["all"]
+    assert chosen.recomputed == STEPS["all"]
 
 
 def test_the_whole_runs_time_counts_each_stage_and_every_update() -> None:
@@ -420,17 +417,15 @@ def test_what_is_recomputed_is_counted_into_the_assumed_time() -> None:
     plan = make_plan(model, optimizers, loop, stages=((4096, 1.0),), n_steps=1, card=card)
     planning.assume_speed(plan, model, card)
     rows = [row for row in plan.rows if row.n_rows == 1]
-    told = [in_words(row.activation_checkpointing, model) for row in rows]
-    assert told == ["none", "head", "all"]
-    none, head, whole = map(plan.seconds_of, rows)
-    assert none < head < whole
+    assert [in_words(row.recomputed, model) for row in rows] == ["none", "all"]
+    none, whole = map(plan.seconds_of, rows)
     assert whole == pytest.approx(none * 4 / 3)
 
 
 def test_the_way_from_nothing_to_everything_recomputes_ever_more_and_ends() -> None:
     with torch.device("meta"):
         for config in (PRESETS["12gb"].model, replace(DENSE, n_layer=5), SMALL):
-            model, steps = Model(config), [Recomputed()]
+            model, steps = Model(config), [0]
             while (more := more_of(steps[-1], model)) is not None:
                 steps.append(more)
             shares = [share_recomputed(step, model) for step in steps]
@@ -439,31 +434,28 @@ def test_the_way_from_nothing_to_everything_recomputes_ever_more_and_ends() -> N
             assert shares[-1] == 1
             assert in_words(steps[0], model) == "none"
             assert in_words(steps[-1], model) == "all"
-            assert len({in_words(step, model) for step in steps}) == len(steps) <= 6
+            assert len({in_words(step, model) for step in steps}) == len(steps) <= 5
 
 
-@pytest.mark.parametrize(("gib", "told"), [(12, "head + "), (10, "head + ")])
-def test_as_few_blocks_are_recomputed_as_make_a_micro_batch_fit(gib: int, told: str) -> None:
+@pytest.mark.parametrize("gib", [12, 10])
+def test_as_few_blocks_are_recomputed_as_make_a_micro_batch_fit(gib: int) -> None:
     with torch.device("meta"):
         model = Model(PRESETS["16gb"].model)
     model.dtype, loop = torch.bfloat16, settled(PRESETS["16gb"]).pretrain
     optimizers = build_optimizers(model, OptimConfig(), 1e-3)
     card = hardware.CARDS["RTX 4070"]._replace(gib=gib)
     plan = make_plan(model, optimizers, loop, stages=((4096, 1.0),), n_steps=1, card=card)
-    n_blocks = len(model.trunk)
-    partly = [row for row in plan.rows if 0 < row.activation_checkpointing.blocks < n_blocks]
+    partly = [row for row in plan.rows if 0 < row.recomputed < len(model.blocks)]
     assert partly
     for found in partly:
-        assert in_words(found.activation_checkpointing, model).startswith(told)
-        assert 0.9 * plan.room < found.memory.peak <= plan.room
-        again = found.activation_checkpointing
+        assert found.memory.peak <= plan.room
         fewer = estimate_memory(
             model,
             optimizers,
             n_rows=found.n_rows,
             context=4096,
-            activation_checkpointing=again._replace(blocks=again.blocks - 1),
-            accumulates=True,
+            recomputed=found.recomputed - 1,
+            accumulates=found.tokens < loop.tokens_per_step,
             on_card=True,
         )
         assert fewer.peak > plan.room
@@ -491,7 +483,7 @@ def test_a_fit_stops_where_more_tokens_at_once_are_no_faster(monkeypatch) -> Non
     assert [row.n_rows for row in run] == [1, 2, 4, 8, 16, 32, 64]
     plan, run = fitted(monkeypatch, lambda row: 0.01 * row.n_rows, room_gb=100)
     assert [row.n_rows for row in run] == [1, 2]
-    assert {row.activation_checkpointing for row in run} == {Recomputed()}
+    assert {row.recomputed for row in run} == {0}
     assert plan.choose(None, CARD).n_rows == 1
 
 
@@ -499,7 +491,7 @@ def test_a_fit_recomputes_only_for_more_tokens_at_once(monkeypatch) -> None:
     plan, run = fitted(monkeypatch, lambda row: 0.1 + 0.001 * row.n_rows, room_gb=0.03)
     fit = [row for row in run if row.fits(plan.room)]
     assert [row.n_rows for row in fit] == sorted({row.n_rows for row in fit})
-    assert fit[-1].activation_checkpointing == Recomputed(True, 1)
+    assert fit[-1].recomputed == 3
     assert plan.choose(None, CARD) is fit[-1]
 
 
@@ -510,8 +502,8 @@ def test_compilation_does_not_eat_the_time_of_a_fit(monkeypatch) -> None:
     first: set = set()
 
     def compiles_first(model: Model, batch: Batch) -> float:
-        seconds = 0.1 if (len(batch.ids), model.activation_checkpointing) in first else 1000.0
-        first.add((len(batch.ids), model.activation_checkpointing))
+        seconds = 0.1 if (len(batch.ids), model.recomputed_blocks) in first else 1000.0
+        first.add((len(batch.ids), model.recomputed_blocks))
         clock[0] += seconds
         return seconds
 
@@ -546,10 +538,7 @@ def test_on_a_card_the_largest_model_is_planned_within_a_tenth() -> None:
     few = [row for row in plan.rows if row.n_rows in (1, 4)]
     measure(plan, few, model, optimizers, seconds=120)
     for row in few:
-        assert row.peak == pytest.approx(row.memory.peak, rel=0.1), (
-            row.n_rows,
-            row.activation_checkpointing,
-        )
+        assert row.peak == pytest.approx(row.memory.peak, rel=0.1), (row.n_rows, row.recomputed)
 
 
 def test_a_cards_preset_on_a_machine_without_one_says_how_long_and_what_else(
