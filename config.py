@@ -112,7 +112,7 @@ class TokenizerConfig:
 class HRMConfig:
     """The hierarchical reasoning head: a fast module L and a slow module H, called after the trunk.
 
-    The defaults are what measured best per FLOP at 1M parameters (EXPERIMENTS.md).
+    Each called once is what measured best per FLOP (EXPERIMENTS.md).
     """
 
     l_layer: int = 2  # blocks in L

@@ -23,7 +23,7 @@ from config import (
     settled,
     shaped,
 )
-from model import Model
+from model import Model, windows
 
 CARDS = ["8gb", "12gb", "16gb", "24gb"]
 
@@ -54,8 +54,13 @@ def test_every_depth_gives_a_shape_that_can_be_built(depth: int) -> None:
     assert len(built.value_embeddings) == depth // 2
     tables = sum(table.numel() for table in built.tables)
     assert 0.99 < model.n_weights / (built.n_parameters() - tables) <= 1
+    thirds = (model.n_layer, model.hrm.l_layer, model.hrm.h_layer)
+    assert sum(thirds) == depth
+    assert max(thirds) - min(thirds) <= 2
     plain = shaped(replace(model, hrm=None), depth)
     assert (plain.n_layer, plain.hrm) == (depth, None)
+    # what a head costs is not what its blocks see
+    assert windows(plain) == windows(model)
 
 
 def test_the_rule_fills_in_only_what_is_left_open() -> None:

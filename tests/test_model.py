@@ -372,6 +372,7 @@ def test_flops_count_every_pass(tiny: ModelConfig) -> None:
     seen = sum(sum(min(t + 1, w or 32) for t in range(32)) / 32 for w in windows)
     assert dense.flops_per_token(32) == pytest.approx(6 * n + 12 * 32 * seen)
     deep = Model(tiny)
+    assert [block.window for block in deep.blocks] == [6, None] * 3  # trunk, L and H
     assert len(deep.block_passes()) == 3 + 2 * (2 * 1 + 2)
     supervised = Model(replace(tiny, hrm=replace(tiny.hrm, deep_supervision=True)))
     more = supervised.flops_per_token(32) - deep.flops_per_token(32)
