@@ -163,7 +163,9 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def seconds_of(runs: list[dict[str, Any]], task: str, arm: str) -> float:
-    return sum(r["cpu_seconds"] for r in runs if (r["task"], r["arm"]) == (task, arm))
+    """Of a run in the mean; 0 where there is none."""
+    of = [r["cpu_seconds"] for r in runs if (r["task"], r["arm"]) == (task, arm)]
+    return statistics.fmean(of) if of else 0.0
 
 
 if __name__ == "__main__":

@@ -317,7 +317,7 @@ def plan(copies: list[str]) -> Iterator[Row]:
             seconds = 60.0 * MINUTES[depth]
             yield Row("head", depth=depth, seconds=seconds, lr=2.0, text="unseen", change=change)
     nanogpt = {"side": "nanogpt", "lr": 1e-3, "batch": BATCH_OF_RIVALS}
-    for row in ({"seconds": 90.0}, {"seconds": 600.0} | nanogpt):
+    for row in ({"seconds": 60.0}, {"seconds": 90.0}, {"seconds": 600.0} | nanogpt):
         yield Row("race", depth=6, text="unseen", **row)
     for depth, seconds in ((4, 75.0), (5, 300.0), (6, 300.0)):  # beside those of the races
         yield Row("law", depth=depth, seconds=seconds, text="unseen")
