@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -192,16 +192,21 @@ def test_a_signal_to_one_process_stops_all_and_saves_once(
 # -------------------------------------------------------------------------- what processes agree on
 
 
-def in_two(work: Callable[..., None], folder: Path, *given: object) -> list[int]:
-    """Exit codes of two processes that run `work(rank, folder, *given)`, each told what it is."""
+def in_two(
+    work: Callable[..., None], folder: Path, *given: object, wait_for: Sequence[int] = (0, 1)
+) -> list[int]:
+    """Exit codes of two processes that run `work(rank, folder, *given)`, each told what it is; one
+    that is not waited for is killed once the other has ended.
+    """
     context, port = multiprocessing.get_context("forkserver"), free_port()
     ranks = [
         context.Process(target=as_rank, args=(work, rank, port, folder, *given)) for rank in (0, 1)
     ]
     for rank in ranks:
         rank.start()
+    for rank in wait_for:
+        ranks[rank].join(240)
     for rank in ranks:
-        rank.join(240)
         rank.kill()
     return [rank.exitcode for rank in ranks]
 
@@ -344,7 +349,7 @@ def fall_silent(rank: int, folder: Path) -> None:
 
 
 def test_a_process_that_falls_silent_ends_those_that_wait_for_it(tmp_path: Path) -> None:
-    code, _ = in_two(fall_silent, tmp_path)
+    code, _ = in_two(fall_silent, tmp_path, wait_for=[0])
     assert code == 2
     assert "Rank 1 of 2" in (tmp_path / "said.0").read_text()
     assert "shows no more life" in (tmp_path / "said.0").read_text()
