@@ -186,15 +186,13 @@ class Model(nn.Module):
         """Fuse the blocks' small operations while training; attention stays as it is, so no layout
         of documents and no stage of a curriculum recompiles anything.
         """
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.compiled = True
+        for block in self.blocks:
+            block.compiled = True
 
     def multiply_with(self, linear: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Use `linear`, not F.linear, for the blocks' products while gradients are taken."""
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.linear = linear
+        for block in self.blocks:
+            block.linear = linear
 
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

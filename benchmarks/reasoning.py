@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +141,13 @@ def table(runs: list[dict[str, Any]]) -> str:
     """Right symbols and right rows in per cent over the trained sizes, a seed after the other."""
 
     def cell(task: str, arm: str, what: str) -> str:
-        of = sorted((r for r in runs if (r["task"], r["arm"]) == (task, arm)), key=by_seed)
+        of = sorted(
+            (r for r in runs if (r["task"], r["arm"]) == (task, arm)), key=itemgetter("seed")
+        )
         return ", ".join(f"{100 * mean(r, what):.1f}" for r in of) or "–"
 
     def mean(r: dict[str, Any], what: str) -> float:
         return statistics.fmean(r["sizes"][str(size)][what] for size in TASKS[r["task"]].sizes)
-
-    def by_seed(r: dict[str, Any]) -> int:
-        return r["seed"]
 
     lines = ["| task | plain: symbols | rows | head: symbols | rows | CPU seconds, head / plain |"]
     lines.append("|" + "---|" * 6)

@@ -137,10 +137,9 @@ def own_weights(model: Model) -> dict[str, Tensor]:
     `.weight`.
     """
     modules = {id(table) for table in model.tables}
-    for module in model.modules():
-        if isinstance(module, Block):
-            matrices = (getattr(module, n) for n in ("q", "k", "v", "o", "gate", "up", "down"))
-            modules |= {id(matrix) for matrix in matrices}
+    for block in model.blocks:
+        matrices = (getattr(block, n) for n in ("q", "k", "v", "o", "gate", "up", "down"))
+        modules |= {id(matrix) for matrix in matrices}
     names = {"embedding": "embed_tokens.weight", "head.out": "head.out.weight"}
     found = {
         names.get(name, f"{name}.weight" if id(p) in modules else name): p.detach().contiguous()

@@ -146,35 +146,48 @@ def estimate_memory(
     def kept(block: Block) -> int:
         return s * block_elements(block, n_rows, context, varlen=varlen)
 
-    first = {id(block) for block in model.blocks[:recomputed]}
-    activations = 8 * N * D + 3 * x + (0 if varlen else mask_bytes(model, n_rows, context))
-    calls = kept_calls(model)
-    again = 0  # what a recomputed block takes beyond those behind it, which are gone by then
-    freed = made = 0  # of the blocks behind: activations, gradients
-    for block in reversed([*model.trunk, *(b for module in calls for b in module.blocks)]):
-        if id(block) in first:
-            again = max(again, kept(block) - freed + (0 if accumulates else made))
-        held = x if id(block) in first else kept(block)
-        activations, freed = activations + held, freed + held
-        made += 4 * sum(p.numel() for p in block.parameters())
-    activations += 3 * x * len(calls)
+    first = model.blocks[:recomputed]
+    passes = [*model.trunk, *(block for module in kept_calls(model) for block in module.blocks)]
+    inside, again = kept_by_passes(passes, first, kept, x, accumulates=accumulates)
+    beside = 8 * N * D + 3 * x * (1 + len(kept_calls(model)))
+    a_gradient = 2 * s * N * c.d_ff + 4 * V * D
     logits = 4 * V * min(N, LOGITS_PER_CHUNK // V if on_card else ROWS_PER_CHUNK)
     weights = 4 * model.n_parameters()
     return Memory(
         weights=weights,
         gradients=weights if accumulates else gradients_between_cycles(model),
         optimizer=optimizers.state_bytes(),
-        activations=activations,
-        block=again + 2 * s * N * c.d_ff + 4 * V * D,
-        last_block=max(map(kept, model.blocks[:recomputed]), default=0)
-        + 2 * s * N * c.d_ff
-        + 4 * V * D,
+        activations=beside + inside + (0 if varlen else mask_bytes(model, n_rows, context)),
+        block=again + a_gradient,
+        last_block=max(map(kept, first), default=0) + a_gradient,
         loss=4 * V * D + (logits + 4 * V * D if s == 4 else logits * 3 // 2 + 6 * V * D),
         update=max(
             (muon_bytes(part, on_card) for part in optimizers.parts if isinstance(part, Muon)),
             default=0,
         ),
     )
+
+
+def kept_by_passes(
+    passes: Sequence[Block],
+    first: Sequence[Block],
+    kept: Callable[[Block], int],
+    x: int,
+    *,
+    accumulates: bool,
+) -> tuple[int, int]:
+    """Bytes that passes keep for the backward pass, of the `first` blocks, which are recomputed,
+    their input x alone; and what such a one takes then beyond those behind it, which are gone, but
+    have left their gradients in a first micro-batch.
+    """
+    recomputed = {id(block) for block in first}
+    held = again = gradients = 0
+    for block in reversed(passes):
+        if id(block) in recomputed:
+            again = max(again, kept(block) - held + (0 if accumulates else gradients))
+        held += x if id(block) in recomputed else kept(block)
+        gradients += 4 * sum(p.numel() for p in block.parameters())
+    return held, again
 
 
 def block_elements(block: Block, n_rows: int, context: int, *, varlen: bool) -> int:
