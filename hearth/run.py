@@ -16,7 +16,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -235,8 +235,7 @@ def settings_of(stage: str, config: Config) -> dict[str, Any]:
     found = {
         name: cli.plain(value)
         for name, value in cli.flat(config).items()
-        if name.rpartition(".")[2] not in FREE
-        and any(name == read or name.startswith(read + ".") for read in STAGES[stage].reads)
+        if _is_counted(name, STAGES[stage].reads)
     }
     if "model.token_shift" in found:  # the head's own settings are there only where it is
         found["model.hrm"] = config.model.hrm is not None
@@ -257,6 +256,12 @@ def settings_of(stage: str, config: Config) -> dict[str, Any]:
         # its own ones take their place
         del found["optim.weight_decay"], found["optim.momentum_warmup_steps"]
     return found
+
+
+def _is_counted(name: str, reads: Iterable[str]) -> bool:
+    """Whether a setting may change the result of what reads these settings or parts of them."""
+    inside = any(name == read or name.startswith(read + ".") for read in reads)
+    return inside and name.rpartition(".")[2] not in FREE
 
 
 def _what_is_read(source: Any) -> dict[str, Any]:
@@ -385,9 +390,8 @@ class Run:
         """Write down the settings in force; what is free stays as it was when the run began."""
         settings = cli.plain(self.config)
         if saved is not None:
-            counted = {name for stage in STAGES for name in settings_of(stage, self.config)}
-            counted.add("data")
-            counted |= {f"{stage}.sources" for stage in STAGES}
+            read = {"chat.name", "chat.owner"}.union(*(stage.reads for stage in STAGES.values()))
+            counted = {name for name in cli.flat(self.config) if _is_counted(name, read)}
             settings = _only(counted, settings, cli.plain(saved))
         settings |= {"runs": "runs", "name": None}  # of the folder, which may be moved
         preset = cli.plain(PRESETS.get(self.config.preset, self.config))

@@ -70,6 +70,23 @@ def test_a_setting_of_a_stage_not_begun_is_accepted_and_written_down(tmp_path: P
     assert asked(demo(tmp_path)).pretrain.lr == 0.5
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--data.text_files", "books", "--data.text_column", "story"),
+        ("--mid.files", "chat.jsonl", "--mid.calls", "--mid.exclude_files", "tests.jsonl"),
+        ("--chat.name", "Ada", "--chat.owner", "Bo"),
+    ],
+)
+def test_what_a_stage_not_begun_will_read_is_written_down(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    begin(demo(tmp_path))
+    once = asked(demo(tmp_path), *words)
+    begin(once)
+    assert asked(demo(tmp_path)) == once != demo(tmp_path)
+
+
 def test_a_setting_that_a_stage_has_used_is_refused_with_both_values_and_the_remedy(
     tmp_path: Path,
 ) -> None:
