@@ -86,6 +86,8 @@ class DataConfig:
         if n_weights not in (0, n_files):
             said = f"data.text_weights holds {n_weights} weights for {n_files} text_files"
             found.append(f"{said}: give one for each")
+        if not found and not any(source.weight for source in self.corpora()):
+            found.append("data: every corpus has weight 0; give one a weight above 0")
         return found
 
     def corpora(self) -> tuple[TextSource, ...]:

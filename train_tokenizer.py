@@ -34,6 +34,7 @@ BATCH_CHARS = 1 << 20  # text encoded in one call
 REPORT_BYTES = 2_000_000  # held-out text of each corpus that the report measures
 # bytes that training takes: at least, and for each byte of the sample
 TRAINING_MEMORY = (500e6, 3.0)
+PIECE = 100_000  # characters of a long document that the tokenizer's sample takes or leaves
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,10 @@ def get_tokenizer(config: Config, corpora: list[Corpus]) -> Tokenizer:
         config.run_dir / "tokenizer", "tokenizer", tokenizer_settings(config, corpora)
     )
     if folder.finished and (folder.folder / FILE).exists():
-        return Tokenizer.load(folder.folder, run.command(config, "train_tokenizer.py"))
+        try:
+            return Tokenizer.load(folder.folder)
+        except UserError:  # the same text gives the same entries
+            log.say(f"{folder.folder / FILE} is damaged, so the tokenizer is trained again")
     shares = sample_shares(config, corpora)
     n_bytes = sum(
         share * corpus.text_bytes("train") for share, corpus in zip(shares, corpora, strict=True)
@@ -162,18 +166,20 @@ def sample_shares(config: Config, corpora: list[Corpus]) -> list[float]:
 
 
 def sample_texts(corpora: list[Corpus], shares: list[float], seed: int) -> Iterator[list[str]]:
-    """Training text of all corpora, spread evenly over each."""
+    """Training text of all corpora, spread evenly over each; of a long document, pieces."""
     for corpus, share in zip(corpora, shares, strict=True):
         if share <= 0:
             continue
         draw = np.random.default_rng(seed)
         with log.progress(corpus.text_bytes("train"), "B", f"reading {corpus.source.name}") as bar:
             for texts in corpus.batches("train"):
-                yield [
-                    text
-                    for text, u in zip(texts, draw.random(len(texts)), strict=True)
-                    if u < share
+                pieces = [
+                    text[start : start + PIECE]
+                    for text in texts
+                    for start in range(0, len(text), PIECE)
                 ]
+                chances = draw.random(len(pieces))
+                yield [piece for piece, u in zip(pieces, chances, strict=True) if u < share]
                 bar.update(sum(map(len, texts)))
 
 

@@ -106,3 +106,8 @@ def test_all_problems_are_reported_at_once() -> None:
         "sft1.epochs",
     ):
         assert word in str(caught.value)
+
+
+def test_corpora_that_all_weigh_nothing_are_refused() -> None:
+    with pytest.raises(UserError, match="every corpus has weight 0"):
+        Config(data=DataConfig(text_files=("a", "b"), text_weights=(0.0, 0.0)))

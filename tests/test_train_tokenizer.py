@@ -7,7 +7,8 @@ import random
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,38 @@ def test_held_out_documents_are_not_in_the_sample(config: Config) -> None:
     for corpus in corpora:
         assert not sample & set(texts_of(corpus.text, "validation"))
         assert set(texts_of(corpus.text, "train")) <= sample
+
+
+@dataclass
+class Books:
+    """What `sample_texts` asks of a corpus: a few documents far longer than others."""
+
+    source: TextSource = TextSource("books")
+    texts: tuple[str, ...] = ("a" * 4_000_000, "b" * 4_000_000)
+
+    def text_bytes(self, split: str) -> int:
+        return sum(map(len, self.texts))
+
+    def batches(self, split: str) -> Iterator[list[str]]:
+        yield list(self.texts)
+
+
+def test_the_sample_holds_its_share_of_a_few_long_documents() -> None:
+    (pieces,) = train_tokenizer.sample_texts([Books()], [0.5], 0)
+    assert sum(map(len, pieces)) == pytest.approx(4_000_000, rel=0.2)
+    assert {piece[0] for piece in pieces} == {"a", "b"}
+
+
+def test_a_damaged_tokenizer_is_trained_again_and_keeps_its_shards(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = copy_of(config, tmp_path)
+    file = again.run_dir / "tokenizer" / "tokenizer.json"
+    whole, tokens = file.read_text(), tokens_of(again)
+    file.write_text(whole.replace("merges", "margins"))
+    train_tokenizer.main(again, Options())
+    assert "is damaged" in capsys.readouterr().out
+    assert (file.read_text(), tokens_of(again)) == (whole, tokens)
 
 
 def test_training_again_gives_the_same_bytes(config: Config, tmp_path: Path) -> None:
