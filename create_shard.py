@@ -16,7 +16,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from config import FINE_TUNING, ChatSource, Config, SFTConfig, TextSource
+from config import FINE_TUNING, ChatSource, Config, SFTConfig, TextSource, UserError
 from hearth import cli, log, run
 from hearth.data.ingest import (
     CHAT_UNIT_BYTES,
@@ -61,7 +61,12 @@ def main(config: Config, options: Options) -> None:
     with run.working_on(config, makes=("text",), redo=options.redo, creates=True) as work:
         work.begin("text", {})
         with work.stage("text"):
-            make_text(config, text, verify=options.verify)
+            try:
+                make_text(config, text, verify=options.verify)
+            except UserError:
+                if not any(text.rglob("*.arrow")):  # what the error advises may be done at once
+                    work.remove("text")
+                raise
         for stage, sources in chat_sets(config).items():
             with work.stage(stage):
                 make_conversations(config, stage, sources, work, verify=options.verify)

@@ -381,9 +381,13 @@ class Run:
         """Remove a stage and all that follow it."""
         names = list(STAGES)
         for name in names[names.index(stage) :]:
-            self._stages.pop(name, None)
-            for folder in STAGES[name].folders:
-                shutil.rmtree(self.folder / folder, ignore_errors=True)
+            self.remove(name)
+
+    def remove(self, stage: str) -> None:
+        """Remove a stage alone: it may be begun with other inputs then."""
+        self._stages.pop(stage, None)
+        for folder in STAGES[stage].folders:
+            shutil.rmtree(self.folder / folder, ignore_errors=True)
         self._write()
 
     def save_settings(self, saved: Config | None) -> None:

@@ -537,6 +537,18 @@ def test_corpus_without_usable_text_is_a_users_error(
             make(config)
 
 
+def test_what_the_error_of_a_first_start_advises_may_be_done_at_once(
+    files: Path, tmp_path: Path
+) -> None:
+    rows = [{"id": f"number {i}", "story": text} for i, text in enumerate(make_texts(40))]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = configured(tmp_path, files, text_files=(str(tmp_path / "x.jsonl"),))
+    with pytest.raises(UserError, match="Name it with --data.text_column"):
+        make(config)
+    named = replace(config, data=replace(config.data, text_column="story"))
+    assert sum(len(texts_of(make(named) / "own", split)) for split in SPLITS) == 40
+
+
 def test_other_settings_are_refused_with_old_new_and_remedy(
     files: Path, made: Path, tmp_path: Path
 ) -> None:
