@@ -312,15 +312,19 @@ def plan(copies: list[str]) -> Iterator[Row]:
             yield Row("shape", depth=depth, change=change, **same)
         for copy in copies:
             yield Row("idea", depth=depth, copy=copy, **same)
-        # the rule beside itself at twice its rate, with and without the head
+    for factor in (0.5, 2.0):  # is the rule's rate the plain one's too?
+        yield Row("head", lr=factor, change=PLAIN, **same)
+    for depth, seed in ((4, 0), (6, 0), (6, 1), (9, 0)):  # and races at twice the rate
         for change in ("", PLAIN):
-            seconds = 60.0 * MINUTES[depth]
-            yield Row("head", depth=depth, seconds=seconds, lr=2.0, text="unseen", change=change)
+            here = {"depth": depth, "seconds": 60.0 * MINUTES[depth], "text": "unseen"}
+            yield Row("head", lr=2.0, seed=seed, change=change, **here)
     nanogpt = {"side": "nanogpt", "lr": 1e-3, "batch": BATCH_OF_RIVALS}
     for row in ({"seconds": 60.0}, {"seconds": 90.0}, {"seconds": 600.0} | nanogpt):
         yield Row("race", depth=6, text="unseen", **row)
     for depth, seconds in ((4, 75.0), (5, 300.0), (6, 300.0)):  # beside those of the races
         yield Row("law", depth=depth, seconds=seconds, text="unseen")
+    for depth in (4, 5):  # beside 6 blocks of the race
+        yield Row("hours", depth=depth, seconds=600.0, text="unseen")
     yield Row("batch", depth=4, batch=2048, **same)
     for batch in (1024, 2048, 4096):
         yield Row("batch", seconds=90.0, batch=batch)
