@@ -19,11 +19,11 @@ from typing import Annotated
 
 import tyro
 
-from config import FINE_TUNING, PRESETS, Config, UserError
+from config import FINE_TUNING, Config, UserError
 from hearth import cli, hardware, run
 from hearth.decoding.engine import Weights
 from hearth.serving.commands import Terminal
-from hearth.serving.conversation import Chat
+from hearth.serving.conversation import Chat, chat_settings
 from hearth.serving.terminal import lines_of, neutral, new_screen, show
 from hearth.training import checkpoint
 
@@ -54,6 +54,8 @@ def main(config: Config, options: Options) -> None:
     """Open the chat; or answer the prompt given, the lines of the pipe, or the preset's sample
     questions.
     """
+    if "" in options.stop:
+        raise UserError("--stop holds an empty text, which every answer begins with.")
     chat = load(options.checkpoint, config, options)
     chat.think, chat.think_tokens, chat.stop = options.think, options.think_tokens, options.stop
     chat.set_cycles(options.cycles)
@@ -86,8 +88,7 @@ def load(name: str | None, config: Config, options: Options) -> Chat:
     """
     folder = run.find_checkpoint(name, config)
     loaded = checkpoint.load_for_inference(folder, hardware.pick_device(config.device))
-    untouched = config.chat == PRESETS[config.preset].chat
-    drawing = loaded.config.chat if options.checkpoint and untouched else config.chat
+    drawing = chat_settings(config, loaded.config if options.checkpoint else None)
     return Chat(loaded, folder, drawing, weights=options.weights)
 
 

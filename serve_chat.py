@@ -26,6 +26,7 @@ from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Weights
 from hearth.decoding.scheduler import QUEUE, ROWS, EngineThread
 from hearth.serving.api import Safety, build_app, uvicorn_settings
+from hearth.serving.conversation import chat_settings
 from hearth.serving.requests import Served
 from hearth.serving.workers import Loader, WorkerPool
 from hearth.training import checkpoint
@@ -91,7 +92,8 @@ def check(options: Options) -> Safety:
     if options.early_exit is not None and not options.early_exit >= 0:
         raise UserError(f"--early_exit is {options.early_exit:g}; give at least 0 nats.")
     names = [] if loopback else [socket.gethostname().lower()]
-    hosts = tuple(name.lower() for name in (*Safety.hosts, *names, *options.allow_hosts))
+    names += [in_link(options.host), *options.allow_hosts]
+    hosts = tuple(name.lower() for name in (*Safety.hosts, *names))
     return Safety(hosts, not loopback, options.allow_origins, key)
 
 
@@ -121,7 +123,7 @@ def describe(name: str, folder: Path, config: Config, options: Options) -> Serve
     if options.cycles is not None and saved.model.hrm is None:
         raise UserError(f"{name} has no reasoning head: it has no cycles to set.")
     state = checkpoint.read_state(folder)
-    chat = saved.chat if options.checkpoint else config.chat
+    chat = chat_settings(config, saved if options.checkpoint else None)
     return Served(
         name,
         state.get("stage", "base"),
@@ -171,9 +173,13 @@ def listen(options: Options) -> socket.socket:
 
 
 def link(options: Options, listener: socket.socket) -> str:
-    host = "localhost" if is_loopback(options.host) else options.host
-    host = f"[{host}]" if ":" in host else host
-    return f"http://{host}:{listener.getsockname()[1]}/"
+    host = "localhost" if options.host == "127.0.0.1" else options.host
+    return f"http://{in_link(host)}:{listener.getsockname()[1]}/"
+
+
+def in_link(host: str) -> str:
+    """A host's name or address as links and a Host header write it."""
+    return f"[{host}]" if ":" in host else host
 
 
 def new_server(app: object) -> Any:

@@ -64,6 +64,7 @@ class ScriptedEngines:
     def __init__(self, tokenizer: Tokenizer, answer: Callable[[str], str]) -> None:
         self.tokenizer, self.answer, self.pause = tokenizer, answer, 0.0
         self.jobs: list[Job] = []
+        self.n_reused = 0  # tokens of each prompt that a cache held
         self.fail_after: int | None = None
 
     @property
@@ -81,7 +82,7 @@ class ScriptedEngines:
 
     def _say(self, job: Job) -> None:
         tokenizer = self.tokenizer
-        job.emit(Read(len(job.request.prompt), 0))
+        job.emit(Read(len(job.request.prompt), self.n_reused))
         text = self.answer(tokenizer.decode(job.request.prompt))
         thinking, closed, content = text.partition("</think>")
         ids = tokenizer.encode(text)

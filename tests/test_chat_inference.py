@@ -124,6 +124,11 @@ def test_json_gives_ids_text_and_timings(checkpoints: Path, capsys, piped) -> No
     assert reports[1]["reused_tokens"] > 0
 
 
+def test_an_empty_text_to_stop_at_is_refused(checkpoints: Path) -> None:
+    with pytest.raises(UserError, match="--stop holds an empty text"):
+        chat_inference.main(CONFIG, Options(prompt="one", stop=("x", "")))
+
+
 def test_json_counts_the_cycles_of_the_head(checkpoints: Path, capsys, piped) -> None:
     piped(None)
     for early_exit, fewer in ((None, False), (1e9, True)):

@@ -4,6 +4,7 @@ answers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -21,8 +23,8 @@ import stages
 from chat_server import CONFIG, write_checkpoint
 
 import serve_chat
-from config import Config, UserError
-from serve_chat import Options, check, describe, find_checkpoints, is_loopback
+from config import PRESETS, Config, UserError
+from serve_chat import Options, check, describe, find_checkpoints, is_loopback, link
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,17 @@ def test_nothing_to_serve_names_the_command_that_makes_it(config: Config, tmp_pa
         describe("x", tmp_path, config, Options(checkpoint=str(tmp_path)))
 
 
+def test_a_checkpoint_by_name_draws_as_it_was_made_unless_the_command_line_says(
+    config: Config, runs: Path
+) -> None:
+    options = Options(checkpoint=str(runs / "demo" / "sft1"))
+    ((name, folder),) = find_checkpoints(config, options).items()
+    other = replace(config, preset="8gb", chat=PRESETS["8gb"].chat)
+    assert describe(name, folder, other, options).chat == replace(CONFIG.chat, seed=None)
+    said = replace(other, chat=replace(other.chat, tool_calls=0, system="Be brief."))
+    assert describe(name, folder, said, options).chat == said.chat
+
+
 def test_cycles_without_a_head_are_refused(tmp_path: Path) -> None:
     headless = replace(CONFIG, model=replace(CONFIG.model, hrm=None))
     folder = write_checkpoint(tmp_path, "sft2", headless)
@@ -88,7 +101,18 @@ def test_other_machines_are_let_in_only_with_a_key_or_by_name(
     assert check(Options(host=host)).api_key == "from the environment"
 
 
-def test_a_key_is_not_shown() -> None:
+@pytest.mark.parametrize(
+    ("host", "named"),
+    [("127.0.0.1", "localhost"), ("127.0.0.2", "127.0.0.2"), ("box.lan", "box.lan"), ("::1", "[")],
+)
+def test_the_link_that_is_printed_leads_to_the_server(host: str, named: str) -> None:
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        options = Options(host=host, no_key=True)
+        there = urlsplit(link(options, listener))
+    assert there.netloc.rpartition(":")[0] in check(options).hosts
+    assert there.netloc.startswith(named)
+
     assert "secret" not in repr(check(Options(api_key="secret")))
 
 

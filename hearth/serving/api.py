@@ -259,11 +259,13 @@ class Guard:
             headers["content-security-policy"] = "default-src 'none'; frame-ancestors 'none'"
         origin = request.headers.get("origin")
         if origin in self.safety.origins:
+            asked = request.headers.get("access-control-request-headers", "")
+            allowed = ["authorization", "content-type", *re.findall(r"[\w-]+", asked)]
             del headers["cross-origin-resource-policy"]
             headers |= {
                 "access-control-allow-origin": origin,
                 "access-control-allow-methods": "GET, POST",
-                "access-control-allow-headers": "authorization, content-type",
+                "access-control-allow-headers": ", ".join(allowed),
                 "vary": "origin",
             }
         return [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
@@ -389,7 +391,7 @@ class Api:
             Request(tuple(prompt), rules, seed, request.n_top)
             for seed in _seeds(request.seed, request.n)
         ]
-        under_way = self._begin(served, wanted, request.stop, chat=not served.is_base)
+        under_way = self._begin(served, wanted, request.stop, request.n, chat=not served.is_base)
         style = ChatStyle(served, f"chatcmpl-{uuid.uuid4().hex}", request)
         return await _respond(http, under_way, style, len(prompt))
 
@@ -410,15 +412,15 @@ class Api:
             for ids in prompts
             for _ in range(request.n)
         ]
-        under_way = self._begin(served, wanted, request.stop, chat=False)
+        under_way = self._begin(served, wanted, request.stop, request.n, chat=False)
         style = CompletionStyle(served, f"cmpl-{uuid.uuid4().hex}", request, prompts)
         return await _respond(http, under_way, style, sum(map(len, prompts)))
 
     def _begin(
-        self, served: Served, wanted: Sequence[Request], stops: Sequence[str], *, chat: bool
+        self, served: Served, wanted: Sequence[Request], stops: Sequence[str], n: int, *, chat: bool
     ) -> UnderWay:
         try:
-            return UnderWay(self.engines, served, wanted, stops, chat=chat)
+            return UnderWay(self.engines, served, wanted, stops, n, chat=chat)
         except Full as error:
             raise Refused(429, f"The server is busy: {error}.", code="queue_full") from None
 
@@ -444,7 +446,9 @@ class Broken(Exception):
 
 
 class UnderWay:
-    """The answers to one request: iterate over what becomes of them. `close` gives up the rest."""
+    """The answers to one request, `n` to each prompt: iterate over what becomes of them. `close`
+    gives up the rest.
+    """
 
     def __init__(
         self,
@@ -452,6 +456,7 @@ class UnderWay:
         served: Served,
         wanted: Sequence[Request],
         stops: Sequence[str],
+        n: int,
         *,
         chat: bool,
     ) -> None:
@@ -461,7 +466,8 @@ class UnderWay:
             AnswerText(served.tokenizer, stops, chat, tools.handed_back if tools else frozenset())
             for tools in (one.rules.tools for one in wanted)
         ]
-        self.n_cached = 0
+        self._n = n
+        self._n_reused: dict[int, int] = {}  # of each answer's prompt
         self.scores: dict[int, PromptScores] = {}
         self._open = set(range(len(wanted)))
 
@@ -473,7 +479,14 @@ class UnderWay:
             return emit
 
         self._jobs = engines.submit(served.name, wanted, [emit_of(i) for i in range(len(wanted))])
-        self._seen_cached: set[int] = set()
+
+    @property
+    def n_cached(self) -> int:
+        """Tokens of the prompts, each counted once, that the cache held for one of its answers."""
+        most: dict[int, int] = {}
+        for index, n in self._n_reused.items():
+            most[index // self._n] = max(n, most.get(index // self._n, 0))
+        return sum(most.values())
 
     def close(self) -> None:
         for job in self._jobs:
@@ -495,9 +508,7 @@ class UnderWay:
             if isinstance(event, Failed):
                 raise Broken(event.message)
             if isinstance(event, Read):
-                if index not in self._seen_cached:
-                    self._seen_cached.add(index)
-                    self.n_cached += event.n_reused
+                self._n_reused.setdefault(index, event.n_reused)
                 yield index, "read", event.n_read
             elif isinstance(event, PromptScores):
                 yield index, "scores", event.scores

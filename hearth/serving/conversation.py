@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from config import REASONING_PROMPT, ChatConfig, UserError
+from config import PRESETS, REASONING_PROMPT, ChatConfig, Config, UserError
 from hearth.data.chat_format import (
     Answer,
     AnswerReader,
@@ -65,6 +65,19 @@ class Timing:
     @property
     def cycles_per_token(self) -> float:
         return self.n_cycles / max(1, len(self.ids))
+
+
+def chat_settings(config: Config, named: Config | None) -> ChatConfig:
+    """How answers are drawn: as this run says, or where it says nothing of its own, as the run of a
+    checkpoint `named` by hand did.
+    """
+    untouched = config.chat == PRESETS[config.preset].chat
+    return named.chat if named and untouched else config.chat
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """`text` up to the first of the texts that end an answer."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]
 
 
 class Chat:
@@ -289,9 +302,8 @@ class Chat:
                 yield kind, text
                 continue
             held += text
-            found = [at for stop in self.stop if (at := held.find(stop)) >= 0]
-            if found:
-                yield "content", held[: min(found)]
+            if (kept := before_stop(held, self.stop)) != held:
+                yield "content", kept
                 self.timing.finish = "stop"
                 return
             safe = next(
@@ -337,7 +349,7 @@ class Chat:
         t, answer = self.timing, self._answer()
         return {
             "checkpoint": str(self.folder),
-            "text": answer.content,
+            "text": before_stop(answer.content, self.stop),
             "thinking": answer.thinking,
             "calls": [part for part in answer.parts if "tool" in part],
             "ids": t.ids,

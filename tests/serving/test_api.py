@@ -537,6 +537,17 @@ def test_a_second_turn_reads_only_what_is_new(client: openai.OpenAI) -> None:
     assert second.usage.prompt_tokens_details.cached_tokens > 0.7 * first.usage.prompt_tokens
 
 
+def test_of_a_prompt_with_several_answers_no_token_is_cached_twice(models: list[Served]) -> None:
+    says = ScriptedEngines(models[0].tokenizer, lambda prompt: "the cat")
+    says.n_reused = 3
+    with serve(says, models) as address:
+        found = post(address, "/v1/chat/completions", {"messages": HELLO, "n": 4})
+        assert found.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 3
+        two = {"prompt": ["the cat", "on a mat"], "n": 2, "max_tokens": 2}
+        found = post(address, "/v1/completions", two)
+        assert found.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 6
+
+
 # ---------------------------------------------------------------------------------- what is refused
 
 LONG = "the cat " * 400
@@ -790,10 +801,15 @@ def test_pages_of_other_origins_may_not_ask(models: list[Served]) -> None:
         assert reply.headers["access-control-allow-origin"] == "https://ours.example"
         preflight = httpx.options(
             f"{address}/v1/chat/completions",
-            headers={"Origin": "https://ours.example", "Access-Control-Request-Method": "POST"},
+            headers={
+                "Origin": "https://ours.example",
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "content-type,x-stainless-os",
+            },
         )
         assert preflight.status_code == 204
-        assert "authorization" in preflight.headers["access-control-allow-headers"]
+        for name in ("authorization", "x-stainless-os"):
+            assert name in preflight.headers["access-control-allow-headers"].split(", ")
         assert post(address, "/v1/models", body, Origin="https://evil.example").status_code == 403
 
 

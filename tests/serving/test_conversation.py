@@ -204,6 +204,7 @@ def test_stop_texts_end_an_answer_and_never_show(chat: Chat, stops: tuple[str, .
     assert (
         say(chat, "one")
         == whole[: min([at for stop in stops if (at := whole.find(stop)) >= 0], default=99)]
+        == chat.report()["text"]
     )
 
 

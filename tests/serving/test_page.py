@@ -161,6 +161,26 @@ def test_an_answer_is_stopped_and_continued(visit: Visit, says: ScriptedEngines)
     assert says.jobs[0].cancelled
 
 
+def test_of_an_answer_continued_after_a_reload_no_token_is_shown_at_another_ones_place(
+    visit: Visit, says: ScriptedEngines
+) -> None:
+    says.pause = 0.2
+    visit.send("Tell me")
+    visit.has_said(4)
+    visit.click("Stop")
+    visit.settle()
+    before = int(visit.page.locator(".status").last.inner_text().split()[0])
+    visit.page.reload()
+    visit.page.wait_for_selector("article.answer")
+    says.pause, says.answer = 0.0, lambda prompt: " and more"
+    visit.click("Continue this answer")
+    visit.settle()
+    n_tokens = len(says.tokenizer.encode(" and more"))
+    assert visit.page.locator(".status").last.inner_text().startswith(f"{before + n_tokens} tokens")
+    visit.page.locator("article.answer .body").last.hover(position={"x": 4, "y": 8})
+    assert not visit.page.locator("#tip").is_visible()
+
+
 def test_escape_stops_an_answer(visit: Visit, says: ScriptedEngines) -> None:
     says.pause = 0.05
     visit.send("Tell me")
