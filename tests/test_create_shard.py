@@ -202,6 +202,18 @@ def test_corpus_without_held_out_documents_holds_out_the_lowest_hash(
     assert texts_of(text, "validation") == texts_of(tmp_path / "a/demo/text/own", "validation")
 
 
+@pytest.mark.parametrize("note", [2, 3])  # whose hashes are higher than the book's
+def test_a_document_that_is_most_of_the_text_is_not_held_out(
+    files: Path, tmp_path: Path, note: int
+) -> None:
+    book = "\n\n".join(make_texts(3000, 5))
+    (tmp_path / "book.txt").write_text(book)
+    (tmp_path / "note.txt").write_text(f"A note of its own, number {note}, beside a book. " * 3)
+    config = configured(tmp_path, files, text_files=(str(tmp_path / "*.txt"),))
+    train = texts_of(make(config) / "own", "train")
+    assert sum(map(len, train)) > len(book) / 2
+
+
 def test_near_duplicates_are_dropped_as_an_option(files: Path, tmp_path: Path) -> None:
     pytest.importorskip("datasketch", reason="needs the extra near-duplicates")
     draw = random.Random(0)
@@ -413,7 +425,7 @@ def test_a_lone_book_is_held_out_from_a_border_of_its_pieces_on(
     assert "\n\n".join([*train, *held_out]) == whole
     assert len(held_out) == max(1, round(share * (len(train) + len(held_out))))
     said = lines_about_books(capsys)
-    assert f"this is one document, so its last {len(held_out)} of" in said
+    assert f"one document is all of this, so the last {len(held_out)} of" in said
 
 
 def test_the_fallback_holds_out_one_whole_book(files: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from typing import Any, Literal, NamedTuple
 from hearth.data.tokenizer import ASSISTANT, SYSTEM, USER, Tokenizer
 
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+PART = ("text", "tool", "arguments", "result")  # the fields of a part of an assistant's content
 TOOLS_PROMPT = "You can call these functions, each with a JSON object of its arguments:"
 
 Message = dict[str, Any]
@@ -103,7 +104,7 @@ def render_turn(message: Message, tokenizer: Tokenizer) -> Rendered:
     """One turn, from its role token to its `<|end|>`: a conversation is `<|bos|>` and its turns end
     to end.
     """
-    role, parts, thinking = _checked(message)
+    role, parts, thinking = checked(message)
     ids, loss = [tokenizer.special[ROLES[role]]], [False]
 
     def say(*said: int, learnt: bool = True) -> None:
@@ -363,7 +364,7 @@ def _call_text(part: Part) -> str:
     return f"{part['tool']} {part['arguments']}" if part["arguments"] else part["tool"]
 
 
-def _checked(message: Message) -> tuple[str, list[str | Part], str | None]:
+def checked(message: Message) -> tuple[str, list[str | Part], str | None]:
     """Role, parts of the content (texts and calls) and thinking of a message; ValueError says what
     is wrong with it.
     """
@@ -388,19 +389,23 @@ def _checked_parts(content: Sequence[Any]) -> list[str | Part]:
     parts: list[str | Part] = []
     for part in content:
         found = dict(part) if isinstance(part, dict) else {}
-        if isinstance(text := found.get("text"), str):
-            if parts and isinstance(parts[-1], str):
-                text = parts.pop() + text
-            parts.append(text)
-            continue
-        result = found.get("result")
-        given = (found.get("tool"), found.get("arguments"), "" if result is None else result)
-        if not all(isinstance(one, str) for one in given) or " " in found["tool"]:
+        given = {name for name in PART if found.get(name) is not None}
+        is_call = {"tool", "arguments"} <= given <= {"tool", "arguments", "result"}
+        if (
+            not (is_call or given == {"text"})
+            or not all(isinstance(found[name], str) for name in given)
+            or (is_call and " " in found["tool"])
+        ):
             raise ValueError(
                 f"a part of its content is {json.dumps(part, default=str)[:80]}, must be a text "
                 "or a call: tool (a name without spaces), arguments and result as texts"
             )
-        parts.append(found)
+        if is_call:
+            parts.append(found)
+        elif parts and isinstance(parts[-1], str):
+            parts[-1] += found["text"]
+        else:
+            parts.append(found["text"])
     return parts
 
 

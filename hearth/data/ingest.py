@@ -109,14 +109,25 @@ def chat_filter(source: ChatSource, exclude: Sequence[ChatSource] = ()) -> Docum
 
 
 def question_keys_of(source: ChatSource) -> set[int]:
-    """The keys of all questions in a test set. Raises `UserError` where it holds none."""
-    rows = Source(source).rows(START, whole_rows)
-    keys = {key for batch in rows for item in batch.items for key in question_keys(item)}
+    """The keys of all questions in a test set; says which rows hold none. Raises `UserError` where
+    none does.
+    """
+    keys: set[int] = set()
+    unread: list[str] = []
+    for rows in Source(source).rows(START, whole_rows):
+        for number, item in enumerate(rows.items, rows.first):
+            found = question_keys(item)
+            keys |= found
+            if not found:
+                unread.append(f"{readable(rows.name)}, row {number}")
     if not keys:
         raise UserError(
             f"{source.name}: no question was found in this test set, so none can be kept out. A "
             f"row needs one of the columns {', '.join(QUESTION_COLUMNS)}, or messages."
         )
+    if unread:
+        shown = "; ".join(unread[: LOST_SHOWN[0]])
+        log.say(f"{source.name}: no question in {len(unread)} rows of this test set: {shown}")
     return keys
 
 
@@ -475,10 +486,11 @@ class Ingest:
 
     def _held_out_otherwise(self, tally: Tally) -> dict[str, int]:
         """What to hold out where hashes put every document on one side: the document with the
-        lowest one, or the last pieces of a lone document.
+        lowest one, or the last pieces where one document is all or most of the text.
         """
         n = self.n_documents
-        if tally.lowest < tally.highest:
+        alone = tally.lowest == tally.highest
+        if not alone and 2 * tally.n_lowest <= n:
             log.say(
                 f"{self.name}: all documents fell on one side by their hashes, so the one with "
                 "the lowest hash is held out, whole. Reading again."
@@ -486,8 +498,9 @@ class Ingest:
             return {"hold_out_below": tally.lowest + 1}
         held_out = min(n - 1, max(1, round(self.share * n)))
         log.say(
-            f"{self.name}: this is one document, so its last {held_out} of {n} pieces are held "
-            "out: they measure how it continues, not how another text is predicted. Reading again."
+            f"{self.name}: one document is {'all' if alone else 'most'} of this, so the last "
+            f"{held_out} of {n} pieces are held out: they measure how it continues, not how "
+            "another text is predicted. Reading again."
         )
         return {"hold_out_from": n - held_out}
 
@@ -566,6 +579,7 @@ class Tally:
         self.reasoning: Counter[str] = Counter()
         self.samples: list[list[Any]] = []  # rank and beginning
         self.lowest, self.highest = 2**64, -1  # of the hashes that decide the split
+        self.n_lowest = 0  # pieces of the document with the lowest one
         # by number: name, kept, lost, and how often it was read in which way
         self.files: dict[str, list[Any]] = {}
 
@@ -578,7 +592,7 @@ class Tally:
                 "reason": bad.reason,
                 "file": readable(rows.name),
                 "row": rows.first + i,
-                "detail": readable(bad.detail[:200]),
+                "detail": readable(str(bad.detail)[:200]),
             }
             text = "" if isinstance(item, Rejected) else readable(begin[:200])
             self.examples.append(facts | {"text": text})
@@ -588,7 +602,7 @@ class Tally:
         self.lengths[str(document.n_bytes.bit_length())] += 1
         if document.reasoning:
             self.reasoning[document.reasoning] += 1
-        self.lowest, self.highest = min(self.lowest, key), max(self.highest, key)
+        self._range(key, key, 1)
         file = self._file(rows)
         file[1] += 1
         read_as = ", ".join(filter(None, (document.layout, rows.read_as)))
@@ -598,6 +612,13 @@ class Tally:
         if len(self.samples) < SAMPLES or rank < self.samples[-1][0]:
             begin = document.text[:600].decode(errors="ignore")
             self.samples = sorted([*self.samples, [rank, begin]])[:SAMPLES]
+
+    def _range(self, lowest: int, highest: int, n_lowest: int) -> None:
+        """Take in hashes from `lowest`, of so many pieces, to `highest`."""
+        if lowest < self.lowest:
+            self.lowest, self.n_lowest = lowest, 0
+        self.n_lowest += n_lowest if lowest == self.lowest else 0
+        self.highest = max(self.highest, highest)
 
     def _file(self, rows: Rows) -> list[Any]:
         number = str(min(rows.file, FILES_SHOWN))
@@ -616,8 +637,7 @@ class Tally:
             told(example)
         samples = [[int(rank), str(begin)] for rank, begin in facts["samples"]]
         self.samples = sorted(self.samples + samples)[:SAMPLES]
-        self.lowest = min(self.lowest, int(facts["lowest"]))
-        self.highest = max(self.highest, int(facts["highest"]))
+        self._range(int(facts["lowest"]), int(facts["highest"]), int(facts["n_lowest"]))
         for number, (name, kept, lost, read_as) in facts["files"].items():
             file = self.files.setdefault(str(int(number)), [str(name), 0, 0, {}])
             file[1], file[2] = file[1] + int(kept), file[2] + int(lost)

@@ -1,16 +1,18 @@
 """Rows of conversations in any of the usual layouts, recognised by their columns, as messages.
 
 In: a row as a dict. Out: a list of `Message`s, or a `Rejected` with its reason.
-Knows nothing of token ids and of the chat format: everything here is plain text.
+Knows nothing of token ids: everything here is plain text. What a turn may hold, `chat_format` says.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 from config import REASONING_PROMPT
+from hearth.data.chat_format import checked
 from hearth.data.cleaning import Rejected, text_hash
 
 
@@ -35,18 +37,29 @@ def conversation(
     taken, else the worked solution; where that is too long as well the row is dropped, for a
     thought is never cut. None is any length.
     """
+    try:
+        messages = converted(row, max_chars, calls=calls)
+        return messages if isinstance(messages, Rejected) else finished(messages, max_chars)
+    except MALFORMED as error:
+        return Rejected("malformed row", f"{type(error).__name__}: {error}")
+
+
+# what a row raises whose columns hold something else than their layout has there
+MALFORMED = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError)
+
+
+def converted(
+    row: Any, max_chars: int | None = None, *, calls: bool = False
+) -> list[Message] | Rejected:
+    """The turns of a row as its layout has them, before they are `finished`. Raises `MALFORMED`."""
     if not isinstance(row, dict):
         return Rejected("unknown layout", "a text without ### Human: and ### Assistant:")
     columns = layout(row)
     if columns is None:
         return Rejected("unknown layout", "columns " + ", ".join(map(str, row)))
     convert = LAYOUTS[columns]
-    try:
-        settings = {_problem: (max_chars,), _question: (calls,)}.get(convert, ())
-        messages = convert(row, *settings)
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        return Rejected("malformed row", f"{type(error).__name__}: {error}")
-    return messages if isinstance(messages, Rejected) else finished(messages, max_chars)
+    settings = {_problem: (max_chars,), _question: (calls,)}.get(convert, ())
+    return convert(row, *settings)
 
 
 def layout(row: dict[str, Any]) -> tuple[str, ...] | None:
@@ -55,10 +68,13 @@ def layout(row: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def finished(messages: list[Message], max_chars: int | None = None) -> list[Message] | Rejected:
-    """Messages with their thoughts split off, checked, and with a system turn where they reason."""
+    """Messages with their thoughts split off, checked, and with a system turn where they reason.
+    Raises ValueError for a turn that cannot be rendered.
+    """
     for message in messages:
         if message["role"] not in ROLES:
             return Rejected("tool use", message["role"])
+        checked(message)
         if (
             message["role"] == "assistant"
             and message["thinking"] is None
@@ -85,7 +101,12 @@ def finished(messages: list[Message], max_chars: int | None = None) -> list[Mess
 def text_of(message: Message) -> str:
     """What is said in a turn, without its calls."""
     content = message["content"]
-    return content if isinstance(content, str) else "".join(p.get("text", "") for p in content)
+    return content if isinstance(content, str) else joined(content)
+
+
+def joined(parts: list[dict[str, str]]) -> str:
+    """The texts among the parts of a content, one behind another."""
+    return "".join(part.get("text") or "" for part in parts)
 
 
 FOUND_RIGHT = ("correctness_math_verify", "correctness_llama")  # either one's word is enough
@@ -102,10 +123,14 @@ ROLES = {
 }
 
 
-def turn(role: str, content: Any, thinking: str | None = None) -> Message:
+def turn(role: str, content: Any, thinking: Any = None) -> Message:
+    """A message by any name of its role. Raises TypeError for a content that is none."""
     if not isinstance(content, str) and not is_parts(content):
         raise TypeError(f"a turn holds {type(content).__name__}, not text")
-    return {"role": ROLES.get(role, role), "content": content, "thinking": thinking}
+    role = ROLES.get(role, role)
+    if role != "assistant" and is_texts(content):
+        content = joined(content)
+    return {"role": role, "content": content, "thinking": thinking}
 
 
 def is_parts(content: Any) -> bool:
@@ -113,6 +138,11 @@ def is_parts(content: Any) -> bool:
     return isinstance(content, list) and all(
         isinstance(part, dict) and ("tool" in part or set(part) == {"text"}) for part in content
     )
+
+
+def is_texts(content: Any) -> bool:
+    """Whether it is parts without calls."""
+    return isinstance(content, list) and all(isinstance(p.get("text"), str) for p in content)
 
 
 def _pair(
@@ -149,6 +179,8 @@ def _messages(row: dict[str, Any]) -> list[Message]:
     found = []
     for item in row["messages"] if row.get("messages") is not None else row["conversations"]:
         role = item.get("role") or item["from"]
+        if not isinstance(role, str):
+            raise TypeError(f"a role is {type(role).__name__}, not a name")
         content = item["content"] if "content" in item else item["value"]
         thinking = item.get("thinking")
         if isinstance(content, list) and not is_parts(content):
@@ -199,7 +231,9 @@ def reasoning_taken(row: Any, max_chars: int | None) -> str | None:
     """Which reasoning `conversation` takes of a row with generations, for the count; None for any
     other row.
     """
-    if not isinstance(row, dict) or not row.get("generations"):
+    if not isinstance(row, dict) or LAYOUTS.get(layout(row)) is not _problem:
+        return None
+    if not row.get("generations"):
         return None
     if verified_generation(row, max_chars):
         return "a verified generation"
@@ -300,29 +334,39 @@ LAYOUTS: dict[tuple[str, ...], Callable[..., list[Message] | Rejected]] = {
 
 # ---------------------------------------------------------------------------------- test questions
 
-# where a row's question stands: the first that is there
-QUESTION_COLUMNS = (
+QUESTION_COLUMNS = (  # where a row's question may stand
     *("question_stem", "question", "query", "problem", "instruction", "prompt", "context"),
 )
+# Layouts whose user may ask more than these columns hold. The turns of the others do not, and those
+# with choices hold the same request in every row.
+ASKED_IN_TURNS = (_messages, _instruction, _prompt, _transcript)
 WORD = re.compile(r"[^\W_]+")
 AROUND = re.compile(r"^question | answer$")  # what a test writes around its question
 LEAST_WORDS = 8  # of a paragraph that is looked for by itself
 
 
 def question_keys(row: Any) -> set[int]:
-    """Hashes of what a row asks, as its words alone: of each question and each longer paragraph of
-    one. Two rows that ask the same share one, whatever their layout, case and punctuation.
+    """Hashes of what a row asks, as its words alone: of each question and each longer line and
+    paragraph of one; none of a row that cannot be read. Two rows that ask the same share one,
+    whatever their layout, case and punctuation.
     """
-    if not isinstance(row, dict):
-        return set()
-    texts = [row[name] for name in QUESTION_COLUMNS if isinstance(row.get(name), str)][:1]
-    if not texts:
-        turns = _messages(row) if {"messages", "conversations"} & row.keys() else []
-        texts = [text_of(message) for message in turns if message["role"] == "user"]
+    texts = questions(row) if isinstance(row, dict) else []
     words = [normalised(text) for text in texts]
-    lines = [normalised(line) for text in texts for line in text.splitlines()]
-    longer = [line for line in lines if line.count(" ") + 1 >= LEAST_WORDS]
+    parts = [part for text in texts for part in (*text.splitlines(), *text.split("\n\n"))]
+    longer = [part for part in map(normalised, parts) if part.count(" ") + 1 >= LEAST_WORDS]
     return {text_hash(text.encode()) for text in (*words, *longer) if text}
+
+
+def questions(row: dict[str, Any]) -> list[str]:
+    """The texts of a row that ask something: its question columns, and what its user says."""
+    texts = [row[name] for name in QUESTION_COLUMNS if isinstance(row.get(name), str)]
+    if LAYOUTS.get(layout(row)) not in ASKED_IN_TURNS:
+        return texts
+    with contextlib.suppress(*MALFORMED):
+        messages = converted(row)
+        if not isinstance(messages, Rejected):
+            texts += [text_of(message) for message in messages if message["role"] == "user"]
+    return texts
 
 
 def normalised(text: str) -> str:

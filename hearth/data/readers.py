@@ -11,10 +11,10 @@ import csv
 import glob
 import io
 import json
-import sys
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +29,10 @@ SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".json", ".csv", ".
 PIECE_CHARS = 16_384
 READ_ROWS = 256  # rows read at once,
 READ_BYTES = 4 << 20  # or about this many bytes of text
+JSON_CHARS = 1 << 20  # of a .json file read at once, more where one object is longer
+CUT_CHARS = 16  # so near the end of a text, a number or an error of JSON may be due to its cut
+MAX_FIELD = 2**31 - 1  # characters of a field of CSV: the largest long of C on Windows
+BEYOND = "beyond the header"  # the key of the fields of CSV that have no column
 
 # columns with their types → the column to read, None for all as a dict
 Pick = Callable[[dict[str, Any]], str | None]
@@ -299,7 +303,7 @@ def _jsonl(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
     if not isinstance(lines, io.BufferedIOBase):
         lines = io.BufferedReader(lines, 1 << 20)  # type: ignore[arg-type]
     with lines:
-        yield from _picked(file, (_parsed(line) for line in islice(lines, row, None)), pick)
+        yield from _picked(file, lines, row, pick, _parsed)
 
 
 def _parsed(line: bytes) -> Any:
@@ -314,47 +318,105 @@ def _parsed(line: bytes) -> Any:
 
 
 def _json(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
-    yield from _picked(file, islice(_json_items(file), row, None), pick)
+    yield from _picked(file, _json_items(file), row, pick)
 
 
 def _json_items(file: SourceFile) -> Iterator[Any]:
     """The objects of a JSON array, or of JSON values one after another, without holding the whole
-    file.
+    file. One that is broken is a `Rejected`; behind it the next line that begins an object is read.
     """
     decoder = json.JSONDecoder()
     with io.TextIOWrapper(file.open(), encoding="utf-8-sig", errors="surrogateescape") as stream:
-        text, at, ended = "", 0, False
-        while True:
-            at = _skip(text, at)
+        text, row = _Window(stream), 0
+        while text.skip_separators():
             try:
-                if at < len(text):
-                    value, stop = decoder.raw_decode(text, at)
-                    if stop < len(text) or ended:
-                        yield value
-                        at = stop
-                        continue
+                value, stop = decoder.raw_decode(text.text, text.at)
+                is_cut = stop > len(text.text) - CUT_CHARS  # of a number
             except (ValueError, RecursionError) as error:
-                if ended:
-                    yield Rejected("not JSON", str(error))
-                    return
-            if ended:
-                return
-            more = stream.read(max(1 << 20, len(text) - at))
-            text, at, ended = text[at:] + more, 0, not more
+                value, stop = Rejected("not JSON", getattr(error, "msg", str(error))), None
+                is_cut = _may_be_cut(error, len(text.text))
+            if is_cut and not text.ended:
+                text.read_more()
+                continue
+            if stop is not None:
+                text.at = stop
+            elif not text.go_to_next_object():
+                value = Rejected("unreadable rest of file", f"from row {row} on: {value.detail}")
+            yield value
+            row += 1
 
 
-def _skip(text: str, at: int) -> int:
-    """Past what stands between the objects of an array."""
-    while at < len(text) and text[at] in " \t\r\n,[]":
-        at += 1
-    return at
+def _may_be_cut(error: Exception, n_chars: int) -> bool:
+    """Whether an error of JSON may be gone once more than `n_chars` characters are read."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.msg.startswith("Unterminated string") or error.pos > n_chars - CUT_CHARS
+
+
+class _Window:
+    """A part of a text that is read block by block; what lies before `at` is forgotten."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self.stream, self.text, self.at, self.ended = stream, "", 0, False
+        self._first_column = 0  # in its line, of the first character of `text`
+
+    def read_more(self) -> None:
+        """At least as much again as is not used yet."""
+        more = self.stream.read(max(JSON_CHARS, len(self.text) - self.at))
+        self._first_column = self._column()
+        self.text, self.at, self.ended = self.text[self.at :] + more, 0, not more
+
+    def _column(self) -> int:
+        newline = self.text.rfind("\n", 0, self.at)
+        return self.at - newline - 1 if newline >= 0 else self._first_column + self.at
+
+    def skip_separators(self) -> bool:
+        """Past what stands between the objects of an array; False at the end of the text."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n,[]":
+                self.at += 1
+            if self.at < len(self.text) or self.ended:
+                return self.at < len(self.text)
+            self.read_more()
+
+    def go_to_next_object(self) -> bool:
+        """To the next line that begins an object; False where there is none. A line that is
+        indented more than the broken object at `at` begins a part of that.
+        """
+        column = min(self._column(), JSON_CHARS)
+        indent = f"0,{column}" if self.text[self.at] == "{" else "0,"
+        line = re.compile(rf"\n[ \t]{{{indent}}}(?=\{{)")
+        self.at += 1
+        while not (found := line.search(self.text, self.at)):
+            newline = self.text.rfind("\n", self.at)
+            self.at = len(self.text) if newline < 0 or self.ended else newline
+            if self.ended:
+                return False
+            self.read_more()
+        self.at = found.end()
+        return True
 
 
 def _csv(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
-    csv.field_size_limit(sys.maxsize)
+    """Rows by the columns of the first line, which also tells what separates two fields."""
+    csv.field_size_limit(MAX_FIELD)
     with _text(file, newline="") as stream:
-        lines = csv.DictReader(stream, restkey="beyond the header")
-        yield from _picked(file, islice(lines, row, None), pick)
+        header = next((line for line in stream if line.strip()), "")
+        lines = chain([header], stream)
+        rows = csv.DictReader(lines, restkey=BEYOND, delimiter=_separator(header))
+        yield from _picked(file, rows, row, pick, _within_header)
+
+
+def _separator(header: str) -> str:
+    """The one of comma, semicolon and tab that makes most columns."""
+    return max(",;\t", key=lambda separator: len(next(csv.reader([header], delimiter=separator))))
+
+
+def _within_header(row: dict[str, Any]) -> dict[str, Any] | Rejected:
+    beyond = row.pop(BEYOND, [])
+    if any(beyond):
+        return Rejected("more fields than the header", f"{len(beyond)} more: {', '.join(beyond)}")
+    return row
 
 
 def _plain(file: SourceFile, row: int, pick: Pick) -> Iterator[list[Any]]:
@@ -430,21 +492,39 @@ READERS: dict[str, Callable[[SourceFile, int, Pick], Iterator[list[Any]]]] = {
 
 
 def _pick(file: SourceFile, pick: Pick, kinds: dict[str, Any]) -> str | None:
-    name = pick(kinds)
+    try:
+        name = pick(kinds)
+    except UserError as error:
+        raise UserError(f"{file.path}: {error}") from None
     if name is not None:
         column = f"column {name!r}"
         file.read_as = f"{column}, {file.read_as}" if file.read_as else column
     return name
 
 
-def _picked(file: SourceFile, items: Iterable[Any], pick: Pick) -> Iterator[list[Any]]:
-    """Batches of dict rows, or of the one column that `pick` names when it sees the first row."""
+def _picked(
+    file: SourceFile,
+    items: Iterable[Any],
+    row: int,
+    pick: Pick,
+    parse: Callable[[Any], Any] = lambda item: item,
+) -> Iterator[list[Any]]:
+    """Batches of dict rows from `row` on, or of the one column that `pick` names when it sees the
+    first dict of the file, so that reading from any place on takes the same.
+
+    parse: makes rows of items; those before `row` that need not be seen are left as they are.
+    """
     name, asked, batch, n_chars = None, False, [], 0
     try:
-        for item in items:
+        for number, raw in enumerate(items):
+            if asked and number < row:
+                continue
+            item = parse(raw)
             if not asked and isinstance(item, dict):
                 kinds = {key: type(value) for key, value in item.items()}
                 name, asked = _pick(file, pick, kinds), True
+            if number < row:
+                continue
             value = _value(item, name)
             batch.append(value)
             n_chars += len(value) if isinstance(value, str) else 1000

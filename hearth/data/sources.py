@@ -187,8 +187,8 @@ def remember_contents(files: list[SourceFile], folder: Path, name: str) -> None:
                 file.content = checksum(here)
             now[str(here)] = [*state, file.content]
             bar.update(file.size)
-    if now != known and folder.is_dir():
-        write_json(path, now)
+    if known | now != known and folder.is_dir():  # others of this folder were read beside these
+        write_json(path, known | now)
 
 
 def _demo_world() -> Any:

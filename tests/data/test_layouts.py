@@ -1,12 +1,19 @@
 """Layouts of conversations: recognised by their columns, and a reason for what cannot be used."""
 
+import json
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from config import REASONING_PROMPT
+from config import REASONING_PROMPT, ChatSource, UserError
+from hearth.data import ingest, sources
+from hearth.data.chat_format import render
 from hearth.data.cleaning import Rejected
 from hearth.data.layouts import BY_LETTER, conversation, question_keys, reasoning_taken
+from hearth.data.shard_folder import SPLITS
+from hearth.data.tokenizer import Tokenizer
 
 CALL = {"tool": "calculate", "arguments": "2+3", "result": "5"}
 THOUGHT = {"role": "system", "content": REASONING_PROMPT, "thinking": None}
@@ -173,6 +180,16 @@ LAYOUTS = {
         },
         said(("user", "2 + 3?"), ("assistant", [CALL, {"text": "5"}])),
     ),
+    "a text as parts of each turn": (
+        {
+            "messages": [
+                {"role": "system", "content": [{"text": "Be "}, {"text": "kind."}]},
+                {"from": "human", "content": [{"text": "hi"}]},
+                {"role": "assistant", "content": [{"text": "yes?"}]},
+            ]
+        },
+        said(("system", "Be kind."), ("user", "hi"), ("assistant", [{"text": "yes?"}])),
+    ),
     "transcript": (
         {"text": "### Human: Who? ### Assistant: Ann."},
         said(("user", "Who?"), ("assistant", "Ann.")),
@@ -240,6 +257,84 @@ def test_row_that_cannot_be_used_has_a_reason(row: Any, reason: str) -> None:
     assert found.reason == reason
 
 
+def talk(asked: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user"} | asked, {"role": "assistant"} | answer]}
+
+
+HI, YES = {"content": "hi"}, {"content": "yes?"}
+ODD = {  # rows and a part of what is said of each
+    "thinking true": (talk(HI, YES | {"thinking": True}), "its thinking is bool, must be text"),
+    "thinking a list": (talk(HI, YES | {"thinking": ["a"]}), "its thinking is list, must be text"),
+    "a user who thinks": (talk(HI | {"thinking": "hm"}, YES), "only the assistant thinks"),
+    "arguments an object": (
+        talk(HI, {"content": [{"tool": "search", "arguments": {"q": "x"}}]}),
+        "arguments and result as texts",
+    ),
+    "a result that is a number": (talk(HI, {"content": [CALL | {"result": 5}]}), "result as texts"),
+    "a space in a tool's name": (
+        talk(HI, {"content": [CALL | {"tool": "a tool"}]}),
+        "a name without spaces",
+    ),
+    "text and call in one part": (
+        talk(HI, {"content": [{"text": "5", "tool": 5}]}),
+        "a text or a call",
+    ),
+    "text null": (
+        talk(HI, {"content": [{"text": None}]}),
+        'a part of its content is {"text": null',
+    ),
+    "a user's text null": (talk({"content": [{"text": None}]}, YES), "its content is list"),
+    "a user who calls": (talk({"content": [CALL]}, YES), "its content is list, must be text"),
+    "role a number": (talk(HI | {"role": 5}, YES), "a role is int"),
+    "role a list": (talk(HI | {"role": ["user"]}, YES), "a role is list"),
+    "from null": ({"conversations": [{"from": None, "value": "x"}]}, "a role is NoneType"),
+    "a solution that is a number": (
+        {"problem": "1+1?", "solution": 2, "answer": "2"},
+        "its thinking is int",
+    ),
+    "an answer without end": (
+        {"question": "Which?", "choices": ["a", "b"], "answer": float("inf")},
+        "cannot convert float infinity",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_row_that_is_no_conversation_is_malformed_and_says_why(name: str) -> None:
+    row, why = ODD[name]
+    found = conversation(row)
+    assert isinstance(found, Rejected)
+    assert found.reason == "malformed row"
+    assert why in found.detail
+
+
+def chats_in(folder: Path, rows: list[Any], name: str = "chat") -> ChatSource:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ChatSource(name, files=(str(folder / f"{name}.jsonl"),))
+
+
+def kept_in(folder: Path) -> list[list[dict[str, Any]]]:
+    return [t for split in SPLITS for t in sources.read_conversations(folder, split)]
+
+
+def test_odd_rows_are_dropped_by_name_and_what_is_kept_can_be_rendered(tmp_path: Path) -> None:
+    good = [row for row, _ in LAYOUTS.values()]
+    good.append(talk(HI, YES) | {"generations": 7})  # a column that its layout does not read
+    good.append(
+        talk(HI, {"content": [CALL | {"text": None, "id": 7, "more": {"a": 1}}, {"text": "5"}]})
+    )
+    rows = [*good, *(row for row, _ in ODD.values()), *good]
+    folder = tmp_path / "out"
+    manifest = ingest.write_chat_shards(chats_in(tmp_path, rows), folder, 0.1)
+    assert manifest["dropped"] == {"malformed row": len(ODD)}
+    named = [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()]
+    assert [example["row"] for example in named] == [len(good) + i for i in range(len(ODD))]
+    kept, tokenizer = kept_in(folder), Tokenizer.train(["the cat sat on the mat"] * 9, 384)
+    assert len(kept) == 2 * len(good)
+    assert all(any(render(messages, tokenizer).loss) for messages in kept)
+
+
 def test_calculations_of_gsm8k_become_calls_where_they_are_asked_for() -> None:
     solution = "She sold 48/2 = <<48/2=24>>24 clips.\nIn all 48+24 = <<48+24=72>>72.\n#### 72"
     row = {"question": "How many clips?", "answer": solution}
@@ -275,3 +370,77 @@ def test_one_question_has_one_key_in_every_layout() -> None:
     other = {"question": question.replace("apples", "pears"), "answer": "#### 2"}
     assert key not in question_keys(other)
     assert question_keys("no dict") == question_keys({"text": question}) == set()
+
+
+QUESTION = "How many apples has Tom left after he eats three of his ten apples?"
+OTHER = "How many pears has Tom left after he eats three of his ten pears?"
+
+
+def asking(question: str) -> list[dict[str, Any]]:
+    """Rows of several layouts that all ask the same."""
+    chat = talk({"content": question}, {"content": "7"})
+    return [
+        chat,
+        chat | {"prompt": "p1"},
+        chat | {"prompt": "p1", "messages": None, "conversations": chat["messages"]},
+        talk({"content": [{"text": f"Please:\n{question}"}]}, {"content": "7"}),
+        {"instruction": "Solve this problem.", "input": question, "output": "7"},
+        {"instruction": "Solve:", "input": question.replace(" after", "\nafter"), "output": "7"},
+        {"text": f"### Human: {question}\n### Assistant: 7", "messages": None},
+        {"prompt": f"Below …\n\n### Instruction:\n{question}\n\n### Response:\n", "response": "7"},
+        {"question": "About Tom", "context": question, "answer": "7"},
+    ]
+
+
+def test_a_question_of_a_test_set_is_kept_out_in_every_layout(tmp_path: Path) -> None:
+    rows = [row for question in (QUESTION, OTHER) for row in asking(question)]
+    source = chats_in(tmp_path, rows)
+    for number, test in enumerate([{"question": QUESTION}, *asking(QUESTION)]):
+        test_set = chats_in(tmp_path / f"{number}", [test], "tests")
+        keys = ingest.question_keys_of(test_set)
+        assert [bool(keys & question_keys(row)) for row in rows[:9]] == [True] * 9
+    folder = tmp_path / "out"
+    test_set = chats_in(tmp_path, [{"question": QUESTION}], "tests")
+    manifest = ingest.write_chat_shards(source, folder, 0.3, exclude=[test_set])
+    assert manifest["dropped"] == {"question of a test set": 9}
+    assert all("pears" in str(messages) for messages in kept_in(folder))
+
+
+def test_choices_and_the_request_for_a_letter_are_no_question() -> None:
+    choices = ["none of these has ever been seen by anyone", "one"]
+    rows = [{"question": f"{q}?", "choices": choices, "answer": 0} for q in ("Who", "What")]
+    assert not question_keys(rows[0]) & question_keys(rows[1])
+
+
+MALFORMED_TESTS = [{"messages": [{"content": "hi"}]}, {"messages": "a text"}, {"messages": [5]}, 7]
+
+
+def test_malformed_rows_of_a_test_set_are_named_and_the_others_kept_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked_alone = {"messages": [{"role": "user", "content": QUESTION}]}
+    test_set = chats_in(tmp_path, [*MALFORMED_TESTS, asked_alone], "tests")
+    assert question_keys({"question": QUESTION}) == ingest.question_keys_of(test_set)
+    said = capsys.readouterr().out
+    assert "tests: no question in 4 rows of this test set" in said
+    assert f"{test_set.files[0]}, row 0; " in said
+    with pytest.raises(UserError, match="tests: no question was found"):
+        ingest.question_keys_of(chats_in(tmp_path, MALFORMED_TESTS, "tests"))
+
+
+def test_files_are_hashed_once_with_and_without_test_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: Counter[str] = Counter()
+    checksum = sources.checksum
+
+    def counting(path: Path) -> str:
+        hashed[path.name] += 1
+        return checksum(path)
+
+    monkeypatch.setattr(sources, "checksum", counting)
+    source = chats_in(tmp_path, asking(OTHER))
+    test_sets = [chats_in(tmp_path, [{"question": f"{n}?"}], f"tests{n}") for n in range(2)]
+    for _ in range(3):
+        ingest.write_chat_shards(source, tmp_path / "out", 0.3, exclude=test_sets)
+    assert hashed == {"chat.jsonl": 1, "tests0.jsonl": 1, "tests1.jsonl": 1}

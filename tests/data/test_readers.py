@@ -160,6 +160,20 @@ def dropped(path: Path) -> tuple[list[str], list[tuple[int, str]]]:
     return kept, lost
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_the_first_object_names_the_column_wherever_reading_begins(
+    tmp_path: Path, suffix: str
+) -> None:
+    rows = [7, *({("text", "content", "other")[i % 3]: f"{i}"} for i in range(20))]
+    path = tmp_path / f"a{suffix}"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    files, pick = local_files([str(path)]), column_picker(own(path))
+    whole = places(read_rows(files, (0, 0), pick))
+    assert sum(isinstance(item, str) for _, item in whole) == 7
+    for i in range(len(whole)):
+        assert places(read_rows(files, (0, i), column_picker(own(path)))) == whole[i:]
+
+
 def test_bad_lines_of_jsonl_are_counted_by_row_and_the_rest_kept(tmp_path: Path) -> None:
     lines = [
         b'{"text": "good one"}',
@@ -215,7 +229,7 @@ def test_file_cut_short_is_reported_and_what_came_before_is_kept(
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     kept, lost = dropped(path)
     assert len(lost) == 1
-    assert lost[0][1] in ("unreadable file", "not JSON")
+    assert lost[0][1] in ("unreadable file", "unreadable rest of file")
     assert kept == TEXTS[: len(kept)]
     # the index of a parquet file stands at its end
     assert len(kept) >= (0 if suffix == ".parquet" else 280)
@@ -249,6 +263,97 @@ def test_damaged_row_group_is_counted_and_the_others_kept(tmp_path: Path) -> Non
     assert lost == [(row, "unreadable rows") for row in range(150, 300)]
 
 
+BROKEN = (
+    '{"text": "a quote " too many"}',
+    '{"text": "no quote at the end}',
+    '{"text": "no brace at the end"',
+    '{"text": ["no bracket at the end"}',
+    '{"text": "a line\nin a text"}',
+    "oops",
+    "{'text': 'x'}",
+    '{"text": NULL}',
+    '{"text": "x", "deep": ' + '{"a":' * 100_000 + "1",
+)
+FRAMES = {  # what stands around and between the objects of a .json file
+    "lines": ("", "\n", "\n"),
+    "array": ("[\n", ",\n", "\n]"),
+    "array from its first line on": ("[", ",\n", "]"),
+}
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_object_of_a_json_file_loses_itself_alone(
+    tmp_path: Path, frame: str, broken: str
+) -> None:
+    begin, between, end = FRAMES[frame]
+    for place in (0, 5, 20):
+        rows = [json.dumps({"text": f"text {i}"}) for i in range(20)]
+        (tmp_path / "a.json").write_text(
+            begin + between.join([*rows[:place], broken, *rows[place:]]) + end
+        )
+        kept, lost = dropped(tmp_path / "a.json")
+        assert kept == [f"text {i}" for i in range(20)]
+        assert lost == [(place, "not JSON" if place < 20 else "unreadable rest of file")]
+
+
+def test_parts_of_a_broken_object_are_no_rows(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "parts": [{"text": "part"}] * 3} for i in range(9)]
+    text = json.dumps(rows, indent=2).replace('"text 4"', '"text" 4')
+    (tmp_path / "a.json").write_text(text)
+    kept, lost = dropped(tmp_path / "a.json")
+    assert kept == [f"text {i}" for i in (0, 1, 2, 3, 5, 6, 7, 8)]
+    assert lost == [(4, "not JSON")]
+
+
+def test_a_json_file_that_cannot_be_read_on_says_from_which_row(tmp_path: Path) -> None:
+    rows = ", ".join(json.dumps({"text": f"text {i}"}) for i in range(20))
+    (tmp_path / "a.json").write_text(f"[{rows}]".replace('"text 4"', '"text" 4'))
+    (batch,) = read_rows(local_files([str(tmp_path)]), (0, 0), column_picker(own(tmp_path)))
+    assert batch.items[:4] == [f"text {i}" for i in range(4)]
+    reason = "from row 4 on: Expecting ',' delimiter"
+    assert batch.items[4:] == [Rejected("unreadable rest of file", reason)]
+
+
+@pytest.mark.parametrize("chars", [1, 2, 3, 7, 1 << 20])
+def test_a_json_file_gives_the_same_whatever_is_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chars: int
+) -> None:
+    values = ['\\ " \ud83c\udf89 \n', -1.25e-7, 123, True, None, float("-inf"), {}, ["a", {}]]
+    good = json.dumps([{"text": value, "x": values} for value in values], indent=2)
+    lines = [json.dumps({"text": value}) for value in values]
+    broken = "\n".join([*lines, *BROKEN[:-1], *lines, " 12", "34.5e1", "nul", '{"text": "c'])
+    items = {}
+    for n_chars in (1 << 20, chars):
+        monkeypatch.setattr(readers, "JSON_CHARS", n_chars)
+        found = []
+        for number, text in enumerate((good, broken)):
+            path = tmp_path / f"{number}.json"
+            path.write_text(text)
+            found += places(read_rows(local_files([str(path)]), (0, 0), lambda _: None))
+        items[n_chars] = found
+    assert items[chars] == items[1 << 20]
+    assert [item for _, item in items[chars]][: len(values)] == json.loads(good)
+
+
+def test_of_a_json_file_only_a_block_is_held_past_a_broken_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+
+    class Watched(readers._Window):
+        def read_more(self) -> None:
+            super().read_more()
+            held.append(len(self.text))
+
+    monkeypatch.setattr(readers, "_Window", Watched)
+    monkeypatch.setattr(readers, "JSON_CHARS", 1000)
+    rows = [json.dumps({"text": f"text {i}"}) for i in range(2000)]
+    (tmp_path / "a.json").write_text("\n".join([BROKEN[0], *rows]))
+    assert len(dropped(tmp_path / "a.json")[0]) == 2000
+    assert max(held) < 3000
+
+
 @pytest.mark.parametrize("suffix", [".jsonl.zst", ".jsonl.gz"])
 def test_damaged_compressed_file_is_reported_and_what_came_before_is_kept(
     tmp_path: Path, suffix: str
@@ -279,16 +384,43 @@ def test_empty_file_is_reported_and_the_next_is_read(tmp_path: Path, empty: str)
 def test_bad_rows_of_csv_are_counted_by_row_and_the_rest_kept(tmp_path: Path) -> None:
     lines = [
         b"id,text",
-        b"1,good one,and,more",
+        b"1,good one,,",
         b"2",
         b"3,\xff\xfe bad",
         b"4,nul \0 inside",
-        '5,"gööd ""two""\nover lines"'.encode(),
+        b"5,a comma, and more",
+        '6,"gööd ""two""\nover lines"'.encode(),
     ]
     (tmp_path / "a.csv").write_bytes(b"\n".join(lines))
     kept, lost = dropped(tmp_path / "a.csv")
     assert kept == ["good one", 'gööd "two"\nover lines']
-    assert lost == [(1, "null"), (2, "invalid UTF-8"), (3, "NUL bytes")]
+    assert lost == [
+        (1, "null"),
+        (2, "invalid UTF-8"),
+        (3, "NUL bytes"),
+        (4, "more fields than the header"),
+    ]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_the_header_of_csv_tells_what_separates_fields(tmp_path: Path, separator: str) -> None:
+    texts = ["plain words", "a comma, a semicolon; and a\ttab"]
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=separator)
+        writer.writerows([["text", "a, b; or c", "id"], *([text, "x", "1"] for text in texts)])
+    assert dropped(tmp_path / "a.csv") == (texts, [])
+
+
+def test_csv_is_read_where_a_long_of_c_has_32_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limit(size: int) -> None:
+        if size >= 2**31:
+            raise OverflowError("Python int too large to convert to C long")
+
+    monkeypatch.setattr(csv, "field_size_limit", limit)
+    (tmp_path / "a.csv").write_text("text\ngood one\n")
+    assert dropped(tmp_path / "a.csv") == (["good one"], [])
 
 
 ACCENTS = "Été à Noël: “ça va”, dit le garçon — 20 €.\n"
@@ -311,11 +443,13 @@ def test_text_of_the_usual_encodings_is_read_and_named(
     head, lines = ("text\n", 40_000) if suffix == ".csv" else ("", 800)
     plain = "plain words, "  # what is not ASCII comes after the first megabyte, and once in a long
     text = (plain * 10 + "\n") * (lines // 4) + (plain * 5 + ACCENTS) * 20
+    if suffix == ".csv":
+        text = text.replace(",", ";")
     path.write_bytes((head + text).encode(encoding))
     rows = list(read_rows(local_files([str(path)]), (0, 0), column_picker(own(path))))
     found = [item for r in rows for item in r.items]
     if suffix == ".csv":
-        assert found[-1] == (plain * 5 + ACCENTS).split(",")[0]
+        assert found[-1] == (plain * 5 + ACCENTS).replace(",", ";").strip()
         assert len(found) == text.count("\n")
     else:
         assert "".join(piece + "\n" for piece in found) == text

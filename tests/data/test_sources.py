@@ -33,7 +33,7 @@ def test_unclear_text_column_lists_the_columns(
     tmp_path: Path, column: str | None, message: str
 ) -> None:
     (tmp_path / "a.jsonl").write_text('{"title": "a", "story": "b"}\n')
-    with pytest.raises(UserError, match=rf"{message}.*title, story"):
+    with pytest.raises(UserError, match=rf"a.jsonl: .*{message}.*title, story"):
         list(text_documents(own(tmp_path, column=column)))
 
 
