@@ -69,10 +69,11 @@ def score_all(config: Config, options: Options) -> None:
     """The same, of several processes in each of them: they share the items of a task, the first one
     alone keeps and draws.
     """
+    check(options)
     wanted = options.compare or options.checkpoint
-    folders = [run.find_checkpoint(name, config) for name in wanted or (None,)]
+    folders = [run.find_checkpoint(name, config).resolve() for name in wanted or (None,)]
     columns = [score_checkpoint(folder, config, options) for folder in folders]
-    print_table(folders, columns)
+    print_table(heads_of(folders, config), columns)
     if not log.is_first():
         return
     runs = list(dict.fromkeys(run_folder(folder, config) for folder in folders))
@@ -81,7 +82,15 @@ def score_all(config: Config, options: Options) -> None:
     if options.compare and len(runs) > 1:
         page = report.compare(runs, config)
     if page:
-        log.say(f"report: {page}")
+        log.say(f"report: {near(page)}")
+
+
+def check(options: Options) -> None:
+    """Raises `UserError` for a number of items that cannot be scored."""
+    for name in ("limit", "n_questions"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; give at least 1.")
 
 
 def of_run(folder: Path, config: Config) -> Config:
@@ -91,7 +100,14 @@ def of_run(folder: Path, config: Config) -> Config:
 
 def run_folder(folder: Path, config: Config) -> Path:
     """The run that a checkpoint belongs to; one that lies elsewhere counts to the run at hand."""
-    return folder.parent.parent if folder.parent.name in run.TRAINED else config.run_dir
+    mine = folder.parent.name not in run.TRAINED or folder.parent.parent == config.run_dir.resolve()
+    return config.run_dir if mine else folder.parent.parent
+
+
+def near(path: Path) -> Path:
+    """A path as it is written from the current folder, where it lies below that."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def score_checkpoint(folder: Path, config: Config, options: Options) -> list[Score]:
@@ -101,11 +117,11 @@ def score_checkpoint(folder: Path, config: Config, options: Options) -> list[Sco
     book = ScoreBook(run_dir / "report" / "score.json", folder, loaded.state, options.limit)
     store = Path(config.runs) / "tasks"
     bench = Bench(loaded, run_dir, Path(files) if files else None, store, options.limit)
-    log.say(f"score of {folder}")
+    log.say(f"score of {near(folder)}")
     found: list[Score] = []
     left_out: dict[str, list[str]] = {}  # reason → tasks
     for name in tasks_wanted(loaded, options):
-        known = book.known(name) if options.compare else None
+        known = noted(name, book, options) if options.compare else None
         try:
             found += scored(name, bench, book, options) if known is None else known
         except UserError as error:
@@ -139,6 +155,12 @@ def tasks_wanted(loaded: Loaded, options: Options) -> list[str]:
     # beside chat models its places in the table stay empty
     alone = chats or len(options.compare) < 2
     return [name for name in singles if alone or name not in talks]
+
+
+def noted(name: str, book: ScoreBook, options: Options) -> list[Score] | None:
+    """One task's scores in the run's book, None where there are none of as many items."""
+    n_questions = chat_tasks.n_world_questions(options.limit, options.n_questions)
+    return book.known(name, n_questions if name == "world" else None)
 
 
 def scored(name: str, bench: Bench, book: ScoreBook, options: Options) -> list[Score]:
@@ -181,14 +203,25 @@ def lm_eval_scores(bench: Bench, options: Options) -> list[Score]:
     return lm_eval_adapter.lm_eval_scores(bench.loaded, options.lm_eval, **looks)
 
 
-def print_table(folders: Sequence[Path], columns: Sequence[Sequence[Score]]) -> None:
+def heads_of(folders: Sequence[Path], config: Config) -> list[str]:
+    """What checkpoints are called in the table, as on the page: by their stage, of several runs by
+    run and stage; one that lies elsewhere by its folder.
+    """
+    places = [run_folder(folder, config) for folder in folders]
+    runs = list(dict.fromkeys(places))
+    names = dict(zip(runs, report.run_names(runs), strict=True)) if len(runs) > 1 else {}
+    heads = []
+    for folder, place in zip(folders, places, strict=True):
+        facts = {"run": names.get(place), "stage": folder.parent.name}
+        is_of_run = folder.parent.name in run.TRAINED
+        heads.append(report.checkpoint_name(facts) if is_of_run else str(near(folder)))
+    return heads
+
+
+def print_table(heads: Sequence[str], columns: Sequence[Sequence[Score]]) -> None:
     """Several checkpoints' scores side by side."""
-    if len(folders) < 2:
+    if len(heads) < 2:
         return
-    heads = [
-        "/".join(folder.parts[-3:-1]) if folder.parent.name in report.STAGES else str(folder)
-        for folder in folders
-    ]
     width = max(18, *(len(head) + 2 for head in heads))
     cells = [{score.task: str(score) for score in column} for column in columns]
     log.say()

@@ -45,6 +45,20 @@ def test_the_furthest_checkpoint_goes_to_transformers(
     assert "model.safetensors" in said
 
 
+def test_an_empty_folder_that_a_shell_stands_in_is_filled(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_of(tokenizer, tmp_path / "runs", "portable")
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.chdir(out)
+    export_model.main(config, export_model.Options(to=("huggingface", ".")))
+    assert Path("model.safetensors").is_file()  # seen from the shell's own folder
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "out"}
+    with pytest.raises(UserError, match="out exists and is no empty folder"):
+        export_model.main(config, export_model.Options(to=("huggingface", ".")))
+
+
 @pytest.mark.parametrize("named", ["base", "{runs}/demo/base", "{runs}/demo/base/step-00000005"])
 def test_a_stage_or_a_folder_can_be_named(tokenizer: Tokenizer, tmp_path: Path, named: str) -> None:
     config = run_of(tokenizer, tmp_path, "portable")

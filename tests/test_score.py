@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -89,6 +90,67 @@ def test_comparing_takes_scores_that_are_there(
     assert rows[-1].count("±") == 2
     with pytest.raises(TypeError):
         score.main(run, replace(options, limit=5))  # another limit is another score
+
+
+def test_a_world_score_over_other_questions_is_scored_again(run: Config) -> None:
+    for n in (2, 4):
+        score.main(run, Options(compare=("sft2",), tasks=("world",), n_questions=n))
+        assert [s["n"] for s in scores_of(run) if s["task"] == "world"] == [n]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [Options(limit=0), Options(limit=-3), Options(n_questions=0), Options(n_questions=-1)],
+)
+def test_less_than_one_item_is_refused_before_anything_is_loaded(
+    options: Options, run: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "load_for_inference", None)
+    with pytest.raises(UserError, match=r"--\w+ is -?\d; give at least 1"):
+        score.main(run, options)
+
+
+def test_every_spelling_of_a_checkpoint_adds_to_the_one_book_of_its_run(
+    run: Config, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "demo"
+    shutil.copytree(run.run_dir, folder)
+    shutil.rmtree(folder / "report", ignore_errors=True)
+    draws = replace(run, runs="runs", report=ReportConfig(draw=True))
+    tasks = ("copa", "winograd", "arc_easy", "lambada_openai")
+    ways = (
+        (tmp_path, "runs/demo"),
+        (tmp_path, str(folder)),
+        (folder, "."),
+        (folder / "sft2", "."),
+    )
+    before = {path for path in tmp_path.rglob("*") if files not in path.parents}
+    for (here, name), task in zip(ways, tasks, strict=True):
+        monkeypatch.chdir(here)
+        options = Options(checkpoint=(name,), tasks=(task,), files=str(files), limit=2)
+        score.main(draws, options)
+    book = report.read_scores(folder / "report" / "score.json")
+    assert {s["task"] for s in book} == set(tasks)
+    made = {path for path in tmp_path.rglob("*") if files not in path.parents} - before
+    assert all(folder / "report" in (path, *path.parents) for path in made)
+
+
+def test_runs_of_one_name_stand_side_by_side_in_the_table_and_on_the_page(
+    run: Config, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [tmp_path / "a" / "runs" / "demo", tmp_path / "b" / "runs2" / "demo"]
+    for folder in folders:
+        shutil.copytree(run.run_dir, folder)
+        shutil.rmtree(folder / "report", ignore_errors=True)
+    compare = tuple(map(str, folders))
+    score.main(run, Options(compare=compare, tasks=("copa",), files=str(files), limit=4))
+    out = capsys.readouterr().out
+    page = (folders[0] / "report" / "compare-runs2-demo.md").read_text(encoding="utf-8")
+    for head in ("runs/demo sft2", "runs2/demo sft2"):
+        assert out.count(head) == 1
+        assert head in page
+    (row,) = [line for line in page.splitlines() if line.startswith("| copa")]
+    assert row.count("±") == 2
 
 
 def test_the_battery_of_two_checkpoints_stands_side_by_side(

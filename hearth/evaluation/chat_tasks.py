@@ -187,11 +187,17 @@ CHAT: dict[str, tuple[str, Callable[[dict[str, Any]], ChatQuestion], float, int]
 }
 
 
+def n_world_questions(limit: int | None, n_questions: int) -> int:
+    """How many questions about the demo world are asked: no more than there are."""
+    most = len(demo_world.ASKED) * len(demo_world.all_facts())
+    return min(n_questions if limit is None else limit, most)
+
+
 def world_scores(bench: Bench, n_questions: int) -> tuple[list[Score], list[dict[str, Any]]]:
     """The demo world's held-out questions, answered exactly or not: the share of all and by kind;
     and every question with its answer.
     """
-    questions = demo_world.held_out_questions(bench.limit or n_questions)
+    questions = demo_world.held_out_questions(n_world_questions(bench.limit, n_questions))
     replies = ask(bench.loaded, [(q.prompt, q.thinking) for q in questions], 160, "world")
     by_kind: dict[str, list[bool]] = defaultdict(list)
     asked = []

@@ -100,9 +100,8 @@ class ScoreBook:
     """
 
     def __init__(self, path: Path, folder: Path, state: dict[str, Any], limit: int | None) -> None:
-        self.path, self.limit = path, limit
-        facts = ((name, state[name]) for name in ("stage", "step", "tokens"))
-        self.place = {"checkpoint": str(folder), **dict(facts)}
+        self.path, self.folder, self.limit = path, folder.resolve(), limit
+        self.facts = {name: state[name] for name in ("stage", "step", "tokens")}
         self.book = read_json(path)
         self.book["scores"] = [
             record
@@ -110,21 +109,32 @@ class ScoreBook:
             if record.get("stage") != state["stage"] or self._is_here(record)
         ]
 
+    @property
+    def _name(self) -> str:
+        """How the book writes the checkpoint: runs/<run>/<stage>/<step>, wherever that lies and is
+        scored from; in full where it is of no run's folder.
+        """
+        run_dir = self.path.resolve().parent.parent
+        if self.folder.is_relative_to(run_dir):
+            return str(self.folder.relative_to(run_dir.parent.parent))
+        return str(self.folder)
+
     def _is_here(self, record: dict[str, Any], **facts: Any) -> bool:
-        return (self.place | facts).items() <= record.items()
+        same = (self.facts | facts).items() <= record.items()
+        return same and is_path_of(self.folder, record.get("checkpoint"))
 
     def keep(self, source: str, scores: Iterable[Score]) -> None:
         """Note the scores of a task in place of earlier ones."""
         kept = [r for r in self.book["scores"] if not self._is_here(r, source=source)]
-        facts = {**self.place, "source": source, "limit": self.limit}
+        facts = {"checkpoint": self._name, **self.facts, "source": source, "limit": self.limit}
         self.book["scores"] = kept + [{**facts, **asdict(score)} for score in scores]
         if log.is_first():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.book)
 
-    def known(self, source: str) -> list[Score] | None:
+    def known(self, source: str, n: int | None = None) -> list[Score] | None:
         """The scores of a task as they were noted of this very checkpoint at this limit, None where
-        they were not.
+        they were not, or where all its items were not the `n` that are asked for.
         """
         facts, kinds = {"source": source, "limit": self.limit}, get_type_hints(Score)
         mine = [
@@ -133,7 +143,19 @@ class ScoreBook:
             if self._is_here(record, **facts)
         ]
         whole = all(isinstance(r[name], kinds[name] | int) for r in mine for name in kinds)
-        return [Score(**record) for record in mine] if mine and whole else None
+        if not mine or not whole or n not in (None, max(r["n"] for r in mine)):
+            return None
+        return [Score(**record) for record in mine]
+
+
+def is_path_of(folder: Path, written: Any) -> bool:
+    """Whether a book means `folder`, which is resolved: by the end of its path, or by a path from
+    here, as books of earlier versions have it.
+    """
+    if not isinstance(written, str):
+        return False
+    path = Path(written)
+    return folder.parts[-len(path.parts) :] == path.parts or path.resolve() == folder
 
 
 # ------------------------------------------------------------------------------------ bits per byte

@@ -57,8 +57,9 @@ def write(checkpoint: Path, loaded: Loaded, out: Path) -> None:
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write into that becomes `out` once all is written; `UserError` where `out` holds
-    something already.
+    something already. An empty one stays: a shell may stand in it.
     """
+    out = out.absolute()  # "." alone has no name
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is no empty folder. Remove it, or name another one.")
     part = out.with_name(f".part-{out.name}")
@@ -67,8 +68,10 @@ def new_folder(out: Path) -> Iterator[Path]:
         part.mkdir(parents=True)
         yield part
         if out.exists():
-            out.rmdir()
-        os.replace(part, out)
+            for path in part.iterdir():
+                os.replace(path, out / path.name)
+        else:
+            os.replace(part, out)
     except OSError as error:
         raise UserError(f"{out} could not be written: {error}.") from error
     finally:

@@ -46,6 +46,7 @@ from hearth.storage import write_text
 
 # the stages of training in the order of the road: folder's name → title
 STAGES = {name: ROAD[name].title for name in TRAINED}
+CURVES = 8  # of several runs in a chart at most: each takes a line of the legend above them
 POINTS = 300  # points of a curve at most; more are averaged, and their extremes shown as a band
 BUSY_SHARE = 0.05  # of the time of a run that trains, at most, goes into drawing
 
@@ -63,11 +64,22 @@ def write(config: Config) -> Path:
 
 def compare(folders: Sequence[Path], config: Config) -> Path:
     """Draw several runs side by side; gives the page's path, in the first one's report."""
-    runs = [Run(folder, config) for folder in folders]
-    stem = "compare-" + "-".join(run.name for run in runs[1:])
+    named = zip(folders, run_names(folders), strict=True)
+    runs = [Run(folder, config, name) for folder, name in named]
+    stem = "compare-" + "-".join(run.name.replace("/", "-") for run in runs[1:])
     title = " and ".join(run.name for run in runs)
     going = any(run.going for run in runs)
     return _write(runs[0].folder / "report", stem, title, comparison_of(runs), going=going)
+
+
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """What several runs are called: as much of the end of their paths as tells them apart."""
+    paths = [folder.resolve() for folder in folders]
+    for n in range(1, max(len(path.parts) for path in paths)):
+        names = [Path(*path.parts[-n:]).as_posix() for path in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return [path.as_posix() for path in paths]
 
 
 def _write(folder: Path, stem: str, title: str, sections: list[Section], *, going: bool) -> Path:
@@ -232,8 +244,8 @@ class Trace:
 class Run:
     """What a run's folder holds, each part empty where it is missing."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
-        self.folder, self.name = Path(folder), Path(folder).resolve().name
+    def __init__(self, folder: Path, config: Config, name: str | None = None) -> None:
+        self.folder, self.name = Path(folder), name or Path(folder).resolve().name
         stages = [self.folder / name for name in STAGES]
         self.traces = [Trace(stage) for stage in stages if (stage / "metrics.jsonl").is_file()]
         saved = [trace.config for trace in self.traces if trace.config]
@@ -843,15 +855,34 @@ def stage_comparison(runs: list[Run], stage: str) -> list[Chart]:
         for chart in (*drawn, curve(trace, *speed, x=tokens)):
             if chart:
                 charts.setdefault(chart.title, []).append((name, chart))
-    return [merged(title, found, [run.name for run in runs]) for title, found in charts.items()]
+    names = [run.name for run in runs]
+    return [chart for title, found in charts.items() for chart in merged(title, found, names)]
 
 
-def merged(title: str, charts: list[tuple[str, Chart]], runs: list[str]) -> Chart:
-    """One chart with the curves of several: a colour a run, a kind of line a figure."""
+def merged(title: str, charts: list[tuple[str, Chart]], runs: list[str]) -> list[Chart]:
+    """The curves of several charts in one, or in more where there are many figures: a colour a run,
+    a kind of line a figure.
+    """
     names = list(dict.fromkeys(s.name for _, chart in charts for s in chart.series))
-    series = [
+    most = max(1, CURVES // len(runs))
+    x, y = charts[0][1].x, charts[0][1].y
+    found = []
+    for first in range(0, len(names), most):
+        some = names[first : first + most]
+        ends = " to ".join(dict.fromkeys((some[0], some[-1])))
+        part_title = title if len(names) <= most else f"{title}: {ends}"
+        series = tuple(merged_series(charts, runs, some, alone=len(names) == 1))
+        found.append(Chart(part_title, series, x, y))
+    return found
+
+
+def merged_series(
+    charts: list[tuple[str, Chart]], runs: list[str], names: list[str], *, alone: bool
+) -> list[Series]:
+    """The curves of the figures named, by run; a figure that stands `alone` needs no name."""
+    return [
         Series(
-            f"{run}: {s.name}" if len(names) > 1 else run,
+            run if alone else f"{run}: {s.name}",
             s.x,
             s.y,
             style=s.style,
@@ -860,8 +891,8 @@ def merged(title: str, charts: list[tuple[str, Chart]], runs: list[str]) -> Char
         )
         for run, chart in charts
         for s in chart.series
+        if s.name in names
     ]
-    return Chart(title, tuple(series), charts[0][1].x, charts[0][1].y)
 
 
 def difference_table(runs: list[Run]) -> Table | Note:

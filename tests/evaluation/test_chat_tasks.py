@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from scored import make_run
 
 from config import Config
+from hearth.data import demo_world
 from hearth.data.chat_format import Answer
 from hearth.evaluation import chat_tasks
 from hearth.evaluation.chat_tasks import Reply
+from hearth.evaluation.scores import Bench
 from hearth.reporting import report
 from hearth.training import checkpoint
 from hearth.training.checkpoint import Loaded
@@ -125,3 +129,19 @@ def test_a_reply_tells_stopping_and_thinking_from_the_ids(
         (False, False),
         (True, True),
     ]
+
+
+def test_no_more_questions_about_the_world_are_asked_than_there_are(
+    run: Config, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = Reply(Answer(None, "9"), True, True)
+    monkeypatch.setattr(chat_tasks, "ask", lambda _, asked, *__: [reply] * len(asked))
+    bench = Bench(loaded, run.run_dir, None, run.run_dir, None)
+    found = {
+        limit: chat_tasks.world_scores(replace(bench, limit=limit), 10**6)[0][0].n
+        for limit in (7, 5000, None)
+    }
+    assert found[7] == 7
+    assert found[5000] == found[None]
+    with pytest.raises(ValueError, match="must lie between"):
+        demo_world.held_out_questions(found[None] + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +110,64 @@ def test_a_score_with_a_field_of_the_wrong_type_is_scored_again(
     book["scores"][0][name] = wrong
     path.write_text(json.dumps(book))
     assert ScoreBook(path, Path("a"), state, None).known("copa") is None
+
+
+def test_a_checkpoint_is_the_same_however_its_path_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"stage": "base", "step": 1, "tokens": 1}
+    run_dir = tmp_path / "runs" / "demo"
+    folder, elsewhere = run_dir / "base" / "step-1", tmp_path / "elsewhere"
+    for made in (folder, elsewhere):
+        made.mkdir(parents=True)
+    book = run_dir / "report" / "score.json"
+    spellings = (
+        (tmp_path, Path("runs/demo/base/step-1")),
+        (elsewhere, folder),
+        (elsewhere, Path("../runs/demo/base/step-1")),
+        (run_dir, Path("base/step-1")),
+        (folder, Path()),
+    )
+    for i, (here, spelling) in enumerate(spellings):
+        monkeypatch.chdir(here)
+        noted = ScoreBook(book, spelling, state, None)
+        noted.keep(f"task {i}", [Score(f"task {i}", "accuracy", 0.5)])
+        assert all(noted.known(f"task {j}") for j in range(i + 1))
+    assert {s["checkpoint"] for s in report.read_json(book)["scores"]} == {
+        str(Path("runs/demo/base/step-1"))
+    }
+
+
+@pytest.mark.parametrize("written", ["runs/demo/base/step-1", "../runs/demo/base/step-1", None])
+def test_a_book_with_paths_as_they_were_given_is_read(
+    written: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None stands for the whole path."""
+    state = {"stage": "base", "step": 1, "tokens": 1}
+    folder, path = tmp_path / "runs/demo/base/step-1", tmp_path / "runs/demo/report/score.json"
+    for made in (folder, path.parent, tmp_path / "here"):
+        made.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    score = {"task": "copa", "metric": "accuracy", "value": 0.5, "n": 1, "seconds": 1.0}
+    score |= {"cut": 0, "headline": False, "stderr": None, "chance": None, "shots": None}
+    facts = {"checkpoint": written or str(folder), "source": "copa", "limit": None}
+    path.write_text(json.dumps({"scores": [score | state | facts]}))
+    assert ScoreBook(path, folder, state, None).known("copa") is not None
+
+
+def test_scores_of_the_run_that_a_folder_was_copied_from_are_not_its_own(tmp_path: Path) -> None:
+    state, found = {"stage": "base", "step": 1, "tokens": 1}, [Score("copa", "accuracy", 0.5)]
+    first, second = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
+    ScoreBook(first / "report" / "score.json", first / "base/step-1", state, None).keep("x", found)
+    shutil.copytree(first, second)
+    for run_dir, known in ((first, found), (second, None)):
+        book = ScoreBook(run_dir / "report" / "score.json", run_dir / "base/step-1", state, None)
+        assert book.known("x") == known
+
+
+def test_scores_of_another_number_of_items_are_not_known(tmp_path: Path) -> None:
+    state = {"stage": "base", "step": 1, "tokens": 1}
+    book = ScoreBook(tmp_path / "score.json", Path("a"), state, None)
+    found = [Score("world", "accuracy", 0.5, n=20), Score("world: facts", "accuracy", 0.5, n=3)]
+    book.keep("world", found)
+    assert [book.known("world", n) for n in (20, 200, 3, None)] == [found, None, None, found]

@@ -625,6 +625,48 @@ def test_two_runs_stand_side_by_side(config: Config) -> None:
     )
 
 
+def test_runs_are_named_by_as_much_of_their_paths_as_tells_them_apart(tmp_path: Path) -> None:
+    for ends, names in (
+        (["a/runs/demo", "b/runs/mine"], ["demo", "mine"]),
+        (["a/runs/demo", "b/runs2/demo"], ["runs/demo", "runs2/demo"]),
+        (["a/runs/demo", "b/runs/demo", "mine"], ["a/runs/demo", "b/runs/demo", None]),
+        (["a/runs/demo", "a/runs/../runs/demo"], ["demo", "demo"]),
+    ):
+        found = report.run_names([tmp_path / end for end in ends])
+        wanted = zip(found, names, strict=True)
+        assert all(name == want for name, want in wanted if want is not None)
+        assert found[-1].endswith(Path(ends[-1]).name)
+    assert report.run_names([Path("/demo"), Path("/a/demo")]) == ["/demo", "a/demo"]
+
+
+def test_runs_of_one_name_keep_their_curves_and_scores_apart(config: Config) -> None:
+    other = config.run_dir.parent / "second" / config.run_dir.name
+    shutil.copytree(config.run_dir, other)
+    path = report.compare([config.run_dir, other], config)
+    assert path.name == "compare-second-a & b.html"
+    markdown = path.with_suffix(".md").read_text()
+    first, second = f"{config.run_dir.parent.name}/a & b", "second/a & b"
+    for head in (f"{first} base", f"{second} base", f"{first}: sea", f"{second}: sea"):
+        assert head in markdown.replace("\\_", "_")
+    assert re.search(
+        r"\| arc\\_easy +\| accuracy +\| +40\.0% ± 2\.0 \| +40\.0% ± 2\.0 \|", markdown
+    )
+
+
+@pytest.mark.parametrize("n_runs", [2, 3])
+def test_many_figures_of_runs_with_long_names_are_all_drawn(n_runs: int) -> None:
+    runs = [f"a rather long name of a run, {i}" for i in range(n_runs)]
+    figures = [f"figure {i}" for i in range(7)]
+    series = tuple(page.Series(name, (1.0, 2.0), (3.0, 2.0)) for name in figures)
+    one = page.Chart("Loss", series, "", "")
+    charts = report.merged("Loss", [(run, one) for run in runs], runs)
+    drawn = [series.name for chart in charts for series in chart.series]
+    assert sorted(drawn) == sorted(f"{run}: {name}" for run in runs for name in figures)
+    assert len({chart.title for chart in charts}) == len(charts)
+    for chart in charts:
+        assert "<g" in page.draw(chart)
+
+
 # ------------------------------------------------------------------------------------- in a browser
 
 
