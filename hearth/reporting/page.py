@@ -256,7 +256,8 @@ VARIABLES = {
 }
 # of every figure, in inches: the page shows it about 1.4 times as large, on a phone as on a wide
 # screen
-WIDTH = 3.7
+WIDTH, HEIGHT = 3.7, 2.35
+LINE, FITTING_LINES = 0.153, 4  # of text above the curves: inches of one; more make it higher
 DASHES = ("-", (0, (5, 2)), (0, (5, 2, 1, 2)), (0, (1, 1.5)))
 
 
@@ -314,12 +315,13 @@ def paint_chart(figure: Any, chart: Chart) -> None:
     """Curves, the curriculum's marks, a grid, units."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    figure.set_size_inches(WIDTH, 2.35)
     named = len(chart.series) > 1
     columns = legend_columns([series.name for series in chart.series])
     lines = -(-len(chart.series) // columns) * named + bool(chart.marks)  # of text above the curves
+    height = HEIGHT + LINE * max(0, lines - FITTING_LINES)
+    figure.set_size_inches(WIDTH, height)
     # the layout is fixed: one that measures its letters takes twice as long
-    axes = figure.add_axes((0.155, 0.17, 0.815, 0.79 - 0.065 * lines))
+    axes = figure.add_axes((0.155, 0.4 / height, 0.815, 1 - (0.5 + LINE * lines) / height))
     for i, series in enumerate(chart.series):
         colour = COLOURS[(i if series.colour is None else series.colour) % len(COLOURS)]
         dashes = DASHES[series.dash % len(DASHES)]

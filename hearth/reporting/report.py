@@ -46,7 +46,6 @@ from hearth.storage import write_text
 
 # the stages of training in the order of the road: folder's name → title
 STAGES = {name: ROAD[name].title for name in TRAINED}
-CURVES = 8  # of several runs in a chart at most: each takes a line of the legend above them
 POINTS = 300  # points of a curve at most; more are averaged, and their extremes shown as a band
 BUSY_SHARE = 0.05  # of the time of a run that trains, at most, goes into drawing
 
@@ -855,34 +854,15 @@ def stage_comparison(runs: list[Run], stage: str) -> list[Chart]:
         for chart in (*drawn, curve(trace, *speed, x=tokens)):
             if chart:
                 charts.setdefault(chart.title, []).append((name, chart))
-    names = [run.name for run in runs]
-    return [chart for title, found in charts.items() for chart in merged(title, found, names)]
+    return [merged(title, found, [run.name for run in runs]) for title, found in charts.items()]
 
 
-def merged(title: str, charts: list[tuple[str, Chart]], runs: list[str]) -> list[Chart]:
-    """The curves of several charts in one, or in more where there are many figures: a colour a run,
-    a kind of line a figure.
-    """
+def merged(title: str, charts: list[tuple[str, Chart]], runs: list[str]) -> Chart:
+    """One chart with the curves of several: a colour a run, a kind of line a figure."""
     names = list(dict.fromkeys(s.name for _, chart in charts for s in chart.series))
-    most = max(1, CURVES // len(runs))
-    x, y = charts[0][1].x, charts[0][1].y
-    found = []
-    for first in range(0, len(names), most):
-        some = names[first : first + most]
-        ends = " to ".join(dict.fromkeys((some[0], some[-1])))
-        part_title = title if len(names) <= most else f"{title}: {ends}"
-        series = tuple(merged_series(charts, runs, some, alone=len(names) == 1))
-        found.append(Chart(part_title, series, x, y))
-    return found
-
-
-def merged_series(
-    charts: list[tuple[str, Chart]], runs: list[str], names: list[str], *, alone: bool
-) -> list[Series]:
-    """The curves of the figures named, by run; a figure that stands `alone` needs no name."""
-    return [
+    series = [
         Series(
-            run if alone else f"{run}: {s.name}",
+            f"{run}: {s.name}" if len(names) > 1 else run,
             s.x,
             s.y,
             style=s.style,
@@ -891,8 +871,8 @@ def merged_series(
         )
         for run, chart in charts
         for s in chart.series
-        if s.name in names
     ]
+    return Chart(title, tuple(series), charts[0][1].x, charts[0][1].y)
 
 
 def difference_table(runs: list[Run]) -> Table | Note:

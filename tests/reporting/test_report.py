@@ -659,12 +659,10 @@ def test_many_figures_of_runs_with_long_names_are_all_drawn(n_runs: int) -> None
     figures = [f"figure {i}" for i in range(7)]
     series = tuple(page.Series(name, (1.0, 2.0), (3.0, 2.0)) for name in figures)
     one = page.Chart("Loss", series, "", "")
-    charts = report.merged("Loss", [(run, one) for run in runs], runs)
-    drawn = [series.name for chart in charts for series in chart.series]
-    assert sorted(drawn) == sorted(f"{run}: {name}" for run in runs for name in figures)
-    assert len({chart.title for chart in charts}) == len(charts)
-    for chart in charts:
-        assert "<g" in page.draw(chart)
+    chart = report.merged("Loss", [(run, one) for run in runs], runs)
+    names = [f"{run}: {name}" for run in runs for name in figures]
+    assert [series.name for series in chart.series] == names
+    assert "<g" in page.draw(chart)
 
 
 # ------------------------------------------------------------------------------------- in a browser
