@@ -536,7 +536,7 @@ def shaped(model: ModelConfig, depth: int) -> ModelConfig:
         d_model=width,
         n_head=n_head,
         n_kv_head=max(fits),
-        d_ff=64 * math.ceil(width / 24) if model.gated_mlp else 4 * width,
+        d_ff=64 * round(width / 24) if model.gated_mlp else 4 * width,
         n_value_embeddings=depth // 2 if model.n_value_embeddings else 0,
         bigram_rows=bigram_rows_for(vocab_size) if model.bigram_rows else 0,
         hrm=hrm,

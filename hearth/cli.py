@@ -117,13 +117,15 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 # ---------------------------------------------------------------------------------- config → words
 
 
+def without_head(model: ModelConfig) -> ModelConfig:
+    """The plain model of as many blocks: the head's join the trunk."""
+    return replace(model, hrm=None, n_layer=model.n_blocks)
+
+
 def portable(model: ModelConfig) -> ModelConfig:
-    """The same size as a Qwen3 (`config.PORTABLE`): the head's blocks join the trunk."""
-    hrm = model.hrm
-    head_blocks = hrm.h_layer + (hrm.l_layer if hrm.l_cycles else 0) if hrm else 0
+    """The same size as a Qwen3 (`config.PORTABLE`)."""
     d_ff = model.d_ff if model.gated_mlp else 64 * round(model.d_ff / 96)  # as many weights
-    n_layer = model.n_layer + head_blocks
-    return replace(model, n_layer=n_layer, d_ff=d_ff, shape="portable", **PORTABLE)
+    return replace(without_head(model), d_ff=d_ff, shape="portable", **PORTABLE)
 
 
 def words_of(config: Config, base: Config | None = None) -> list[str]:
@@ -139,7 +141,7 @@ def words_of(config: Config, base: Config | None = None) -> list[str]:
         base = replace(base, model=portable(base.model))
     elif config.model.hrm is None and base.model.hrm is not None:
         words += ["--model.hrm", "None"]
-        base = replace(base, model=replace(base.model, hrm=None))
+        base = replace(base, model=without_head(base.model))
     before = flat(base)
     for name, value in flat(config).items():
         if name in WHOLE_RUN or before.get(name) == value:
@@ -220,7 +222,7 @@ class Script:
                     "--model.hrm takes None only (the plain dense model); the head's own fields "
                     "are --model.hrm.FIELD."
                 )
-            base = replace(base, model=replace(base.model, hrm=None))
+            base = replace(base, model=without_head(base.model))
         shape = take_option(words, "--model.shape")
         if shape not in (None, base.model.shape, "portable"):
             raise UserError(f"--model.shape is {shape!r}, must be hearth or portable.")

@@ -222,3 +222,17 @@ def test_a_pipe_that_lacks_a_character_gets_a_question_mark(monkeypatch) -> None
     cli.run_script(lambda: log.say("curriculum  1024 → 2048 · 4 × 5"))
     sys.stdout.flush()
     assert raw.getvalue().split() == "curriculum 1024 ? 2048 · 4 × 5".encode("cp1252").split()
+
+
+@pytest.mark.parametrize("depth", [(), ("--depth", "7")])
+@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize("words", [("--model.hrm", "None"), ("--model.shape", "portable")])
+def test_a_model_without_the_head_has_as_many_blocks_and_asking_twice_changes_nothing(
+    preset: str, depth: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    script, asked = cli.Script(""), ["--preset", preset, *depth, *words]
+    made, _ = script.parse(asked)
+    n_blocks = int(depth[1]) if depth else PRESETS[preset].model.n_blocks
+    assert (made.model.hrm, made.model.n_layer) == (None, n_blocks)
+    assert script.parse(asked, saved=lambda folder: made)[0] == made
+    assert script.parse(["--preset", preset, *cli.words_of(made)])[0].model == made.model
