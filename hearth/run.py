@@ -361,9 +361,13 @@ class Run:
         except InputsChanged as error:
             raise self.stale(stage, error.differences) from error
 
-    def require_consistent(self) -> None:
-        """Raises UserError where a setting contradicts what a stage has used already."""
+    def require_consistent(self, before: str | None = None) -> None:
+        """Raises UserError where a setting contradicts what a stage, of those `before` one where
+        that is to be made again, has used already.
+        """
         for stage in STAGES:
+            if stage == before:
+                return
             if (then := self.begun(stage)) is None:
                 continue
             now = settings_of(stage, self.config)
@@ -452,9 +456,9 @@ def working_on(
             )
         saved = load_settings(folder)
         run = Run(config, record or {"version": VERSION, "stages": {}})
+        run.require_consistent(before=redo)
         if redo is not None:
             run.remove_from(redo)
-        run.require_consistent()
         run.save_settings(saved)
         _note_ready(folder)
         yield run

@@ -240,6 +240,18 @@ def test_redo_removes_the_stage_and_what_follows_and_nothing_else_does(tmp_path:
         pass
 
 
+def test_a_redo_that_is_refused_removes_nothing(tmp_path: Path) -> None:
+    made = demo(tmp_path)
+    begin(made, "text", "tokenizer", "base", "sft1")
+    before = sorted(made.run_dir.rglob("*"))
+    with (
+        pytest.raises(UserError, match=r"Tokenizer.*seed was 0, is 7"),
+        run.working_on(asked(made, "--seed", "7"), makes=("base",), redo="base"),
+    ):
+        pass
+    assert sorted(made.run_dir.rglob("*")) == before
+
+
 def test_a_run_of_an_earlier_version_is_said_to_be_one(tmp_path: Path) -> None:
     (demo(tmp_path).run_dir / "base").mkdir(parents=True)
     with pytest.raises(UserError, match="earlier version"):
