@@ -549,6 +549,17 @@ def test_corpus_without_usable_text_is_a_users_error(
             make(config)
 
 
+def test_a_redo_with_a_file_that_is_missing_removes_nothing(
+    files: Path, made: Path, tmp_path: Path
+) -> None:
+    copy(made, tmp_path)
+    config = configured(tmp_path, files, text_files=("nope.txt",))
+    before = sorted(config.run_dir.rglob("*"))
+    with pytest.raises(UserError, match=r"nope\.txt"):
+        create_shard.main(config, create_shard.Options(redo="text"))
+    assert sorted(config.run_dir.rglob("*")) == before
+
+
 def test_what_the_error_of_a_first_start_advises_may_be_done_at_once(
     files: Path, tmp_path: Path
 ) -> None:
