@@ -271,8 +271,9 @@ class PretrainConfig(LoopConfig):
             for stage in self.stages
             if not 0 < stage.context <= context or context % stage.context
         ]
-        if (self.micro_batch_tokens or self.tokens_per_step or context) % context:
-            found.append(f"pretrain: the micro-batch must be a multiple of model.context {context}")
+        asked = "micro_batch_tokens" if self.micro_batch_tokens else "tokens_per_step"
+        if (getattr(self, asked) or context) % context:
+            found.append(f"pretrain.{asked} must be a multiple of model.context {context}")
         return found
 
 
@@ -549,8 +550,13 @@ def bigram_rows_for(vocab_size: int) -> int:
 
 
 def batch_for(tokens: int, context: int) -> int:
-    """Tokens of an optimizer step for a run of `tokens`: a power of two, a row at least."""
-    return max(context, 2 ** round(math.log2(BATCH * (tokens / 1e6) ** BATCH_GROWTH)))
+    """Tokens of an optimizer step for a run of `tokens`: whole rows, about a power of two."""
+    return whole_rows(2 ** round(math.log2(BATCH * (tokens / 1e6) ** BATCH_GROWTH)), context)
+
+
+def whole_rows(tokens: int, context: int) -> int:
+    """The multiple of `context` that is nearest to `tokens`, a row at least."""
+    return max(1, round(tokens / context)) * context
 
 
 def lr_for(model: ModelConfig, steps: int) -> float:
@@ -582,7 +588,7 @@ def settled(config: Config) -> Config:
         name: replace(
             stage,
             lr=stage.lr or FINE_TUNING_LR * lr,
-            tokens_per_step=stage.tokens_per_step or max(stage.context, batch // 4),
+            tokens_per_step=stage.tokens_per_step or whole_rows(batch // 4, stage.context),
         )
         for name in FINE_TUNING
         if (stage := getattr(config, name))

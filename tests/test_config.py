@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from config import (
+    FINE_TUNING,
     FINE_TUNING_LR,
     PRESETS,
     TOKENS_PER_WEIGHT,
@@ -16,6 +17,7 @@ from config import (
     ModelConfig,
     PretrainConfig,
     SFTConfig,
+    Stage,
     TextSource,
     UserError,
     batch_for,
@@ -86,6 +88,23 @@ def test_the_learning_rate_falls_with_width_and_steps_the_batch_grows_with_the_t
     assert lr_for(large, 1000) < lr_for(small, 1000)
     assert lr_for(large, 9000) < lr_for(large, 1000)
     assert batch_for(10**9, 4096) > batch_for(10**8, 4096) >= batch_for(10**4, 4096) == 4096
+
+
+@pytest.mark.parametrize("context", [1024, 1536, 3072])
+def test_steps_by_the_rule_hold_whole_rows_of_any_context(context: int) -> None:
+    card = PRESETS["16gb"]
+    longest = (Stage(context=context // 2, share=0.5), Stage(context=context, share=0.5))
+    made = settled(
+        replace(
+            card,
+            model=replace(card.model, context=context, window=context),
+            pretrain=replace(card.pretrain, stages=longest),
+            **{name: replace(getattr(card, name), context=context) for name in FINE_TUNING},
+        )
+    )
+    for stage in ("pretrain", *FINE_TUNING):
+        assert getattr(made, stage).tokens_per_step % context == 0
+    assert made.pretrain.tokens_per_step == pytest.approx(65_536, rel=0.05)
 
 
 def test_all_problems_are_reported_at_once() -> None:
