@@ -28,11 +28,11 @@ from hearth.data.shard_folder import inputs_of_tokens, is_finished, read_manifes
 from hearth.data.token_shards import TokenShards
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Engine, Sampling
-from hearth.training import attention, checkpoint, distributed
+from hearth.training import attention, distributed
 from hearth.training.batches import PretrainingBatches, validation_batches
 from hearth.training.eight_bit import linear_that_pays
 from hearth.training.held_out import evaluate_loss, probe_head
-from hearth.training.loop import fit_stage
+from hearth.training.loop import fit_stage, is_done
 from hearth.training.optim import build_optimizers
 from hearth.training.planning import (
     GIB,
@@ -81,7 +81,7 @@ def main(config: Config, options: Options) -> None:
         tokenizer, train, held_out = open_data(config, work)
         work.begin("base", {f"tokens of {s.folder.name}": s.fingerprint for s in train})
         folder = config.run_dir / "base"
-        if checkpoint.is_finished(folder):
+        if is_done(folder):
             log.say(f"pretraining: done, {run.newest(folder)}")
         else:
             require_able_machine(config)

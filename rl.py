@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from config import Config, UserError, settled
+from config import FINE_TUNING, Config, UserError, settled
 from hearth import cli, hardware, log, run
 from hearth.data.chat_format import CHAT_TEMPLATE
 from hearth.data.token_shards import TokenShards
@@ -92,7 +92,7 @@ def practise(
         model.compile_blocks()
     model.load_state_dict(before.model.state_dict())
     rollouts = Rollouts(model, tokenizer, environments, config.rl, seed=config.seed, teach=teach)
-    exam = Exam(config, environments, rollouts, folder)
+    exam = Exam(config, environments, rollouts, start, folder)
     if log.is_first():
         with distributed.alone():
             exam.sit("before", start)
@@ -124,10 +124,15 @@ def practise(
 
 def last_fine_tuning(config: Config, work: run.Run) -> Path:
     """The checkpoint that the stage starts from; raises UserError where it is not finished."""
-    before = run.TRAINED[run.TRAINED.index("rl") - 1]
+    before = ["base", *run.fine_tuning(config)][-1]
     folder, begun = config.run_dir / before, work.begun("rl")
     if begun is not None and not folder.exists() and Path(begun["starts_from"]).is_dir():
         return Path(begun["starts_from"])  # of another run
+    if before == "base":
+        raise UserError(
+            f"Reinforcement learning starts from a model that was fine-tuned: {config.run_dir} has "
+            "no conversations. Give it some, as with --sft1.files, or start --from another run."
+        )
     if not checkpoint.is_finished(folder):
         command = run.command(config, run.STAGES[before].script)
         raise UserError(
@@ -158,9 +163,15 @@ class Exam:
     """
 
     def __init__(
-        self, config: Config, environments: Sequence[Environment], rollouts: Rollouts, folder: Path
+        self,
+        config: Config,
+        environments: Sequence[Environment],
+        rollouts: Rollouts,
+        start: Path,
+        folder: Path,
     ) -> None:
-        self.config, self.environments, self.folder = config, environments, folder
+        self.config, self.environments = config, environments
+        self.start, self.folder = start, folder
         self.player = rollouts.player
         self.problems = {
             (e.name, split): e.fixed(split, config.rl.n_held_out, config.seed)
@@ -181,7 +192,9 @@ class Exam:
         return measure(player, environment, self.problems[environment.name, split], n)
 
     def _remember(self, right: float) -> None:
-        """Keep the checkpoint just saved where no other did better; at step 0 there is none yet."""
+        """Keep the checkpoint just saved where no other did better, nor that of step 0, which is
+        the start's.
+        """
         newest = run.newest(self.folder)
         step = checkpoint.read_state(newest)["step"] if newest else 0
         best = read_json(self.folder / BEST) if step else {}
@@ -203,9 +216,10 @@ class Exam:
         state = checkpoint.read_state(last)
         if "weights_of_step" in state:
             return
-        if best["step"] not in (0, state["step"]):
-            replace_file(self.folder / "best" / WEIGHTS, last / WEIGHTS)
-        write_json(last / "state.json", {**state, "weights_of_step": best["step"] or state["step"]})
+        if best["step"] != state["step"]:
+            kept = self.folder / "best" if best["step"] else self.start
+            replace_file(kept / WEIGHTS, last / WEIGHTS)
+        write_json(last / "state.json", {**state, "weights_of_step": best["step"]})
         said = (
             f"step {best['step']} of {state['step']}: {best['right']:.1%} of held-out answers right"
         )
@@ -259,12 +273,16 @@ def elsewhere(loaded: Loaded, config: Config) -> dict[str, float]:
     """What practice may cost: held-out loss of the last fine-tuning, and the demo's own questions,
     where the run has them.
     """
-    found, loop = {}, loaded.config.sft2
-    for source in loaded.config.sets("sft2"):
-        folder = config.run_dir / "chat_tokens" / "sft2" / source.name
+    found: dict[str, float] = {}
+    stage = (run.fine_tuning(loaded.config) or list(FINE_TUNING))[-1]
+    loop = getattr(loaded.config, stage)
+    for source in loaded.config.sets(stage):
+        folder = config.run_dir / "chat_tokens" / stage / source.name
         if not (folder / "manifest.json").is_file():
             continue
         shards = TokenShards(folder, "validation", run.command(config, "sft.py"))
+        if not shards.n_documents:
+            continue
         batches = held_out_conversations(
             shards,
             context=loop.context,

@@ -41,7 +41,7 @@ from hearth.storage import checksum
 from hearth.training import checkpoint, distributed
 from hearth.training.batches import ConversationBatches, held_out_conversations
 from hearth.training.held_out import evaluate_loss
-from hearth.training.loop import fit_stage
+from hearth.training.loop import fit_stage, is_done
 from model import Model, build_model
 
 WEIGHTS = "model.safetensors"
@@ -151,7 +151,7 @@ def prepare(
         texts = write_texts(config, sets, loop, remake=work.begun(name) is None)
     used = {"weights": checksum(start / WEIGHTS), **texts}
     work.begin(name, used, starts_from=str(start))
-    if checkpoint.is_finished(folder):
+    if is_done(folder):
         log.say(f"{run.STAGES[name].title.lower()}: done, {run.newest(folder)}")
         return start, []
     tokenizer = Tokenizer.load(start / "tokenizer")

@@ -14,7 +14,7 @@ import torch
 from training.test_distributed import free_port
 
 import rl
-from config import PRESETS, Config, Stage, UserError
+from config import FINE_TUNING, PRESETS, Config, Stage, UserError
 from hearth import run
 from hearth.data.chat_format import render
 from hearth.data.tokenizer import Tokenizer
@@ -137,10 +137,11 @@ def test_the_last_checkpoint_holds_the_weights_that_did_best(unbroken: tuple[Pat
     last = run.newest(here / "rl")
     state = checkpoint.read_state(last)
     assert state["stage"] == "rl"
-    assert state["weights_of_step"] == (best["step"] or state["step"])
-    if best["step"]:
-        kept = (here / "rl" / "best" / "model.safetensors").read_bytes()
-        assert (last / "model.safetensors").read_bytes() == kept
+    assert state["weights_of_step"] == best["step"]
+    start = Path(json.loads((here / "config.json").read_text())["stages"]["rl"]["starts_from"])
+    kept = here / "rl" / "best" if best["step"] else start
+    name = "model.safetensors"
+    assert (last / name).read_bytes() == (kept / name).read_bytes()
     settings = replace(run.load_settings(here), runs=str(here.parent), name="demo")
     assert run.find_checkpoint(None, settings) == last
 
@@ -227,6 +228,33 @@ def test_without_a_finished_fine_tuning_the_command_that_makes_it_is_named(tmp_p
         pytest.raises(UserError, match=r"holds no finished checkpoint\. Run `uv run sft\.py"),
     ):
         rl.last_fine_tuning(config, work)
+
+
+def test_it_starts_from_the_last_stage_that_the_run_has(tmp_path: Path) -> None:
+    without = {name: replace(getattr(PRESETS["demo"], name), epochs=0) for name in FINE_TUNING}
+    config = replace(PRESETS["demo"], runs=str(tmp_path), name="some", **without)
+    config.run_dir.mkdir(parents=True)
+    with run.working_on(config, makes=["rl"]) as work:
+        with pytest.raises(UserError, match="has no conversations"):
+            rl.last_fine_tuning(config, work)
+        config = replace(config, sft1=PRESETS["demo"].sft1)
+        with pytest.raises(UserError, match=r"starts from .*sft1, which holds no"):
+            rl.last_fine_tuning(config, work)
+
+
+def test_weights_that_practice_only_made_worse_are_not_kept(tmp_path: Path) -> None:
+    start, folder = tmp_path / "start", tmp_path / "rl"
+    for place, weights in ((start, "first"), (folder / "step-00000002", "worse")):
+        place.mkdir(parents=True)
+        (place / "model.safetensors").write_text(weights)
+    (folder / "step-00000002" / "state.json").write_text(
+        json.dumps({"stage": "rl", "step": 2, "steps": 2, "tokens": 9})
+    )
+    (folder / "best.json").write_text('{"step": 0, "right": 0.5, "looked": 2}')
+    exam = object.__new__(rl.Exam)
+    exam.start, exam.folder = start, folder
+    exam.keep_best()
+    assert (folder / "step-00000002" / "model.safetensors").read_text() == "first"
 
 
 def test_the_environments_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:

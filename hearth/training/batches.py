@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -277,18 +278,21 @@ class ConversationBatches:
         conversations = [
             (corpus, start, end)
             for corpus, reader in enumerate(shards)
-            for start, end in zip(
-                np.concatenate([[0], reader.ends[:-1]]).tolist(), reader.ends.tolist(), strict=True
-            )
+            for start, end in pairwise([0, *reader.ends.tolist()])
         ]
         self._conversations = np.array(conversations, dtype=np.int64).reshape(-1, 3)
         if not len(self._conversations):
             raise UserError(
-                "There is not one conversation to train on. Check the files that --sft1.files "
-                "names."
+                f"There is not one conversation of at most {config.context} tokens, the stage's "
+                "context, to train on. Check its files."
             )
         self._share = np.array([weights[c] for c in self._conversations[:, 0]])
         self._rows = self._plan(seed)
+        if not self._rows:
+            raise UserError(
+                f"{config.epochs:g} epochs of {len(self._share)} conversations are none. Give the "
+                "stage more epochs."
+            )
         self.n_steps = max(1, len(self._rows) // self.rows_per_step)
 
     def _plan(self, seed: int) -> list[np.ndarray]:

@@ -261,6 +261,9 @@ def train(job: Job, progress: Progress, stop: StopSignal) -> Progress:
             with distributed.alone():
                 look_back(job, progress, run_log, evaluating=evaluating)
     bar.close()
+    if stopping := int(distributed.largest([stop.number], model.device)[0]):
+        log.say(f"Stopped after the last step, saved in {job.folder}. Continue with: {job.command}")
+        raise SystemExit(128 + stopping)
     return progress
 
 
@@ -280,6 +283,14 @@ def misses_evaluation(job: Job, step: int, run_log: log.RunLog) -> bool:
     """
     due = step % job.loop.eval_every_steps == 0 or step == job.batches.n_steps
     return due and (step > 0 or job.looks_before) and not run_log.holds("eval", step)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a stage is trained, and evaluated at its end: a kill may have come between."""
+    if not checkpoint.is_finished(folder):
+        return False
+    step, metrics = checkpoint.read_state(newest(folder))["step"], folder / "metrics.jsonl"
+    return not metrics.is_file() or log.RunLog(folder, step).holds("eval", step)
 
 
 def look_back(job: Job, progress: Progress, run_log: log.RunLog, *, evaluating: bool) -> None:

@@ -198,6 +198,17 @@ def test_weights_say_how_often_a_set_is_seen(conversations: list[TokenShards]) -
     assert (ids >= 1000).sum() == 2 * (conversations[0].n_tokens - conversations[0].n_documents)
 
 
+def test_no_conversation_and_an_epoch_of_none_are_a_users_error(
+    conversations: list[TokenShards], tmp_path: Path
+) -> None:
+    empty = TokenShards(write(tmp_path / "empty", [], [], held_out=()), "train")
+    with pytest.raises(UserError, match="not one conversation of at most 32 tokens"):
+        ConversationBatches([empty], [1.0], SFT, pad=PAD, seed=0)
+    few = replace(SFT, epochs=1e-9)
+    with pytest.raises(UserError, match="1e-09 epochs of 30 conversations are none"):
+        ConversationBatches(conversations[:1], [1.0], few, pad=PAD, seed=0)
+
+
 def test_loss_covers_masked_targets_only_and_never_crosses_conversations(
     conversations: list[TokenShards],
 ) -> None:

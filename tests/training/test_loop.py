@@ -258,6 +258,39 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_its_number(
 
 
 @posix
+def test_a_signal_in_the_last_evaluation_ends_the_script_too(tmp_path: Path, tiny, words) -> None:
+    job, progress = make_job(tmp_path, tiny, words)
+
+    def evaluate() -> dict[str, float]:
+        if progress.step == job.batches.n_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    with pytest.raises(SystemExit) as caught:
+        loop.fit(replace(job, evaluate=evaluate), progress)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert loop.is_done(tmp_path)
+
+
+def test_a_stage_that_was_killed_in_its_last_evaluation_is_not_done(
+    tmp_path: Path, tiny, words
+) -> None:
+    def dies() -> dict[str, float]:
+        if progress.step == job.batches.n_steps:
+            raise KeyboardInterrupt
+        return {}
+
+    job, progress = make_job(tmp_path, tiny, words)
+    with pytest.raises(KeyboardInterrupt):
+        loop.fit(replace(job, evaluate=dies), progress)
+    assert checkpoint.is_finished(tmp_path)
+    assert not loop.is_done(tmp_path)
+    job, progress = make_job(tmp_path, tiny, words)
+    loop.fit(job, progress)
+    assert loop.is_done(tmp_path)
+
+
+@posix
 def test_a_second_signal_is_obeyed_but_a_terminal_may_close_twice() -> None:
     with loop.StopSignal() as stop:
         for _ in range(3):
