@@ -19,7 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from config import FINE_TUNING, TOKENS_PER_WEIGHT, Config, UserError, predicted_bits_per_byte
+from config import (
+    FINE_TUNING,
+    PRESETS,
+    TOKENS_PER_WEIGHT,
+    Config,
+    UserError,
+    predicted_bits_per_byte,
+)
 from hearth import cli, log, run
 
 HERE = Path(__file__).resolve().parent
@@ -56,15 +63,17 @@ def main(config: Config, options: Options) -> None:
     if options.hours is not None:
         config = sized(config, options.hours)
     asks_world = any(source.demo for source in config.data.corpora())
+    practise = options.practise or (config.run_dir / "rl").is_dir()
     if options.redo:
         with run.working_on(config, makes=list(run.STAGES), redo=options.redo):
             pass
-    road = (*ROAD, *(("rl.py",) if options.practise else ()))
+    road = (*ROAD, *(("rl.py",) if practise else ()))
     for number, script in enumerate((*road, *(("score.py",) if asks_world else ())), start=1):
         log.say(f"── {number}. {script} ".ljust(100, "─"))
         code, stopped = run_stage(script, config)
         if stopped:
-            log.say(f"Stopped. Continue with: {run.command(config, 'run_pipeline.py')}")
+            words = ("--practise",) if practise else ()
+            log.say(f"Stopped. Continue with: {run.command(config, 'run_pipeline.py', *words)}")
         if code or stopped:
             raise SystemExit(code)
     log.say(f"the whole road took {log.duration(time.monotonic() - started)}")
@@ -81,6 +90,12 @@ def sized(config: Config, hours: float) -> Config:
     if run.load_settings(config.run_dir) is not None:
         log.say("--hours: this run has its size already, and keeps it")
         return config
+    preset = PRESETS[config.preset]
+    if config.model.n_blocks != preset.model.n_blocks:
+        raise UserError("--hours picks the depth: leave --depth and the numbers of blocks away.")
+    for name in ("steps", "tokens"):
+        if getattr(config.pretrain, name) != getattr(preset.pretrain, name):
+            raise UserError(f"--hours picks the tokens: leave --pretrain.{name} away.")
     from hearth import hardware
     from hearth.training import sizing
 

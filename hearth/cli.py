@@ -146,16 +146,18 @@ def words_of(config: Config, base: Config | None = None) -> list[str]:
     for name, value in flat(config).items():
         if name in WHOLE_RUN or before.get(name) == value:
             continue
-        if isinstance(value, bool):
-            group, _, last = name.rpartition(".")
-            words.append(f"--{_joined(group, last if value else f'no_{last}')}")
-        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+        if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
             words += _words_of_parts(name, value, before.get(name) or ())
-        elif isinstance(value, tuple):
-            words += [f"--{name}", *map(str, value)]
         else:
-            words += [f"--{name}", str(value)]
+            words += _words_of_field(name, value)
     return words
+
+
+def _words_of_field(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        group, _, last = name.rpartition(".")
+        return [f"--{_joined(group, last if value else f'no_{last}')}"]
+    return [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
 
 
 def _words_of_parts(name: str, parts: tuple[Any, ...], before: tuple[Any, ...]) -> list[str]:
@@ -163,8 +165,8 @@ def _words_of_parts(name: str, parts: tuple[Any, ...], before: tuple[Any, ...]) 
     words: list[str] = []
     for i, (part, old) in enumerate(zip(parts, before, strict=False)):
         for field, value in flat(part).items():
-            if flat(old).get(field) != value and not isinstance(value, tuple):
-                words += [f"--{name}.{i}.{field}", str(value)]
+            if flat(old).get(field) != value:
+                words += _words_of_field(f"{name}.{i}.{field}", value)
     return words
 
 

@@ -122,6 +122,7 @@ def test_help_fits_on_two_screens(script: str, monkeypatch: pytest.MonkeyPatch) 
         ["--model.hrm", "None", "--pretrain.lr", "0.5"],
         ["--data.text_files", "a b.txt", "it's here/*.md", "--report.no_draw"],
         ["--pretrain.stages.0.share", "0.3", "--pretrain.stages.1.share", "0.4"],
+        ["--pretrain.stages.0.weights", "2", "--mid.sources.0.calls"],
         ["--model.hrm.deep_supervision", "--seed", "7", "--chat.top_p", "0.5"],
         ["--sft1.files", "x.jsonl", "--chat.system", "Say -- nothing", "--model.window", "None"],
     ],

@@ -11,6 +11,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import stages
 from safetensors.torch import load_file, save_file
 
 import run_pipeline
-from config import PRESETS
+from config import PRESETS, Config, UserError
 from hearth import run
 from hearth.run import newest
 from hearth.training import checkpoint
@@ -137,6 +138,35 @@ def test_the_whole_road_hands_a_closed_terminal_on_to_its_stage(
     closing.start()
     assert run_pipeline.run_stage("stage.py", PRESETS["demo"]) == (129, True)
     closing.join()
+
+
+def test_the_whole_road_makes_practice_again_and_continues_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(PRESETS["demo"], runs=str(tmp_path), name="mine")
+    with run.working_on(config, makes=["rl"], creates=True) as work:
+        work.begin("rl", {})
+        (config.run_dir / "rl").mkdir()
+    walked: list[str] = []
+
+    def walk(script: str, config: Config) -> tuple[int, bool]:
+        walked.append(script)
+        return 0, script == "rl.py"
+
+    monkeypatch.setattr(run_pipeline, "run_stage", walk)
+    with pytest.raises(SystemExit):
+        run_pipeline.main(config, run_pipeline.Options(redo="rl"))
+    assert walked[-1] == "rl.py"
+    assert re.search(
+        r"Continue with: uv run run_pipeline\.py .*--practise", capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("words", [["--depth", "9"], ["--pretrain.steps", "77"]])
+def test_what_hours_decides_cannot_be_asked_for_beside_it(words: list[str], tmp_path: Path) -> None:
+    asked = ["--preset", "demo", "--runs", str(tmp_path), "--hours", "1", *words]
+    with pytest.raises(UserError, match="--hours picks"):
+        run_pipeline.main(*run.parse(run_pipeline.SCRIPT, asked))
 
 
 # ----------------------------------------------------------------------------- what users get wrong
