@@ -112,7 +112,7 @@ def make_conversations(
     """
     loop: SFTConfig = getattr(config, stage)
     for source in sources:
-        folder = config.run_dir / "text" / "chat" / source.name
+        folder = run.chat_text(config, stage, source)
         title = f"{source.name}, done before" if is_finished(folder) else source.name
         manifest = write_chat_shards(
             source,
@@ -128,11 +128,12 @@ def make_conversations(
 
 def chat_sets(config: Config) -> dict[str, list[ChatSource]]:
     """The sets of conversations of each stage; one that two stages share counts to the first."""
-    seen: set[str] = set()
+    seen: set[Path] = set()
     found: dict[str, list[ChatSource]] = {}
     for stage in FINE_TUNING:
-        found[stage] = [s for s in config.sets(stage) if s.name not in seen]
-        seen |= {source.name for source in found[stage]}
+        folders = {run.chat_text(config, stage, s): s for s in config.sets(stage)}
+        found[stage] = [source for folder, source in folders.items() if folder not in seen]
+        seen |= folders.keys()
     return found
 
 

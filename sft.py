@@ -111,7 +111,7 @@ def train_stage(config: Config, name: str, start: Path | None, work: run.Run) ->
     if hardware.compiles(config.compile, device):
         model.compile_blocks()
     model.load_state_dict(before.model.state_dict())
-    asked = probe_prompts(config, sets, loop, tokenizer)
+    asked = probe_prompts(config, name, tokenizer)
 
     def evaluate() -> dict[str, float]:
         losses = {
@@ -148,7 +148,7 @@ def prepare(
     folder, sets = config.run_dir / name, config.sets(name)
     start = start or stage_before(config, name, work)
     with work.stage(name):
-        texts = write_texts(config, sets, loop, remake=work.begun(name) is None)
+        texts = write_texts(config, name, remake=work.begun(name) is None)
     used = {"weights": checksum(start / WEIGHTS), **texts}
     work.begin(name, used, starts_from=str(start))
     if is_done(folder):
@@ -186,16 +186,15 @@ def stage_before(config: Config, stage: str, work: run.Run) -> Path:
 # -------------------------------------------------------------------------------------- chat tokens
 
 
-def write_texts(
-    config: Config, sets: tuple[ChatSource, ...], loop: SFTConfig, *, remake: bool
-) -> dict[str, str]:
-    """Bring every set of conversations into text shards, unless that is done; what each holds.
+def write_texts(config: Config, stage: str, *, remake: bool) -> dict[str, str]:
+    """Bring every set of a stage's conversations into text shards, unless that is done; what each
+    holds.
 
     remake: make a set again whose source has changed, instead of raising `InputsChanged`.
     """
-    found = {}
-    for source in sets:
-        text = config.run_dir / "text" / "chat" / source.name
+    found, loop = {}, getattr(config, stage)
+    for source in config.sets(stage):
+        text = run.chat_text(config, stage, source)
         ingest.write_chat_shards(
             source, text, loop.validation_share, exclude=loop.test_sets(), remake=remake
         )
@@ -214,7 +213,7 @@ def write_chat_tokens(
     """Encode one set of conversations into token shards with loss masks, unless that is done; gives
     their folder.
     """
-    text = config.run_dir / "text" / "chat" / source.name
+    text = run.chat_text(config, name, source)
     folder = config.run_dir / "chat_tokens" / name / source.name
     writer = TokenShardWriter(
         folder,
@@ -309,15 +308,14 @@ class ProbePrompt(NamedTuple):
     reasons: bool
 
 
-def probe_prompts(
-    config: Config, sets: tuple[ChatSource, ...], loop: SFTConfig, tokenizer: Tokenizer
-) -> list[ProbePrompt]:
+def probe_prompts(config: Config, stage: str, tokenizer: Tokenizer) -> list[ProbePrompt]:
     """Fixed prompts from the held-out conversations, the same number of each set."""
     found: list[ProbePrompt] = []
+    loop, sets = getattr(config, stage), config.sets(stage)
     for source in sets:
         mine: list[ProbePrompt] = []
         for messages in sources.read_conversations(
-            config.run_dir / "text" / "chat" / source.name, "validation"
+            run.chat_text(config, stage, source), "validation"
         ):
             first = next(
                 (i for i, message in enumerate(messages) if message["role"] == "assistant"), 0

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config import FINE_TUNING, PRESETS, Config, UserError, settled
+from config import FINE_TUNING, PRESETS, ChatSource, Config, UserError, settled
 from hearth import cli, log, storage
 
 SETTINGS, LOCK = "config.json", "lock"
@@ -182,6 +182,20 @@ def _furthest(folder: Path, config: Config) -> Path:
 def fine_tuning(config: Config) -> list[str]:
     """The stages of fine-tuning that this run has, in their order: those with conversations."""
     return [stage for stage in FINE_TUNING if config.sets(stage)]
+
+
+def chat_text(config: Config, stage: str, source: ChatSource) -> Path:
+    """The folder of a stage's text shards of one set of conversations: the same for all stages that
+    hold out as many and keep the same questions out.
+    """
+
+    def kept(name: str) -> tuple[Any, ...]:
+        loop = getattr(config, name)
+        return loop.test_sets(), loop.validation_share
+
+    sharing = (n for n in FINE_TUNING if any(s.name == source.name for s in config.sets(n)))
+    own = "" if kept(next(sharing, stage)) == kept(stage) else f"-{stage}"
+    return config.run_dir / "text" / "chat" / f"{source.name}{own}"
 
 
 # ------------------------------------------------------------------------------- what it remembers

@@ -17,8 +17,9 @@ import stages
 from hub_server import Fault, Hub, write_set
 
 import create_shard
+import sft
 from config import FINE_TUNING, PRESETS, ChatSource, Config, TextSource, UserError
-from hearth import storage
+from hearth import run, storage
 from hearth.data import ingest, problems, shard_folder, sources, text_shards
 from hearth.data.layouts import normalised
 from hearth.data.shard_folder import SPLITS, InputsChanged
@@ -547,6 +548,27 @@ def test_corpus_without_usable_text_is_a_users_error(
     for _ in range(2):  # the second start finds what the first left behind
         with pytest.raises(UserError, match=message):
             make(config)
+
+
+def test_stages_that_keep_other_questions_out_share_no_conversations(
+    files: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tests.jsonl").write_text(json.dumps({"question": "Who keeps this out?"}))
+    config = configured(tmp_path, files)
+
+    def n_sets() -> list[int]:
+        return [len(found) for found in create_shard.chat_sets(config).values()]
+
+    assert n_sets() == [1, 0, 0]
+    sft1 = replace(config.sft1, exclude_files=(str(tmp_path / "tests.jsonl"),))
+    config = replace(config, sft1=sft1)
+    assert n_sets() == [1, 1, 0]
+    for _ in range(2):  # a second start finds nothing stale
+        text = make(config)
+        with run.working_on(config, makes=FINE_TUNING) as work:
+            for stage in FINE_TUNING:
+                work.begin(stage, sft.write_texts(config, stage, remake=False))
+    assert {path.name for path in (text / "chat").iterdir()} == {"talks", "talks-sft1"}
 
 
 def test_a_redo_with_a_file_that_is_missing_removes_nothing(
