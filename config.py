@@ -411,7 +411,7 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     "at least 0": (
         lambda x: x >= 0,
         "model.hrm.l_cycles model.bigram_rows report.price_per_kwh chat.tool_calls sft.epochs "
-        "sft.weight_decay",
+        "sft.weight_decay seed",
     ),
     "at least 1": (
         lambda x: x >= 1,

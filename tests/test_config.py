@@ -127,6 +127,11 @@ def test_all_problems_are_reported_at_once() -> None:
         assert word in str(caught.value)
 
 
+def test_a_seed_below_zero_is_refused() -> None:
+    with pytest.raises(UserError, match="seed is -1, must be at least 0"):
+        Config(seed=-1)
+
+
 def test_corpora_that_all_weigh_nothing_are_refused() -> None:
     with pytest.raises(UserError, match="every corpus has weight 0"):
         Config(data=DataConfig(text_files=("a", "b"), text_weights=(0.0, 0.0)))

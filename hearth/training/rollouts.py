@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from config import REASONING_PROMPT, RLConfig
+from config import REASONING_PROMPT, RLConfig, UserError
 from hearth.data.chat_format import Answer, parse_answer, render
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Completion, Engine, Sampling
@@ -105,7 +105,13 @@ class Player:
     def prompt(self, problem: Problem) -> list[int]:
         system = [{"role": "system", "content": REASONING_PROMPT}] if problem.reasons else []
         messages = [*system, {"role": "user", "content": problem.prompt}]
-        return render(messages, self.tokenizer, answer=True).ids
+        ids, context = render(messages, self.tokenizer, answer=True).ids, self.model.config.context
+        if len(ids) >= context:
+            raise UserError(
+                f"A problem of the kind {problem.kind!r} has {len(ids)} tokens, the model's context "
+                f"is {context}: leave out {problem.prompt[:60]!r} …"
+            )
+        return ids
 
     def play(
         self,

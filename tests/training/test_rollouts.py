@@ -10,7 +10,7 @@ from random import Random
 import pytest
 import torch
 
-from config import ModelConfig, RLConfig
+from config import ModelConfig, RLConfig, UserError
 from hearth.data.chat_format import render
 from hearth.data.tokenizer import Tokenizer
 from hearth.decoding.engine import Budget, Completion, Engine, Sampling
@@ -308,3 +308,12 @@ def test_kinds_that_are_too_easy_or_too_hard_are_drawn_little() -> None:
     drawn = [curriculum.draw(rng)[1] for _ in range(1200)]
     assert drawn.count("middle") == pytest.approx(1000, abs=60)
     assert min(drawn.count("easy"), drawn.count("hard")) > 50
+
+
+def test_a_problem_longer_than_the_context_is_a_users_error(model: Model, words: Tokenizer) -> None:
+    def long(kind: str, rng: Random) -> Problem:
+        return replace(number(kind, rng), prompt="one two three " * 200)
+
+    drawn = rollouts_of(model, words, environment=Environment("long", ("a",), long, chance))
+    with pytest.raises(UserError, match="context is 96: leave out 'one two three"):
+        drawn.batch(0)
