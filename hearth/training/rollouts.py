@@ -108,8 +108,8 @@ class Player:
         ids, context = render(messages, self.tokenizer, answer=True).ids, self.model.config.context
         if len(ids) >= context:
             raise UserError(
-                f"A problem of the kind {problem.kind!r} has {len(ids)} tokens, the model's context "
-                f"is {context}: leave out {problem.prompt[:60]!r} …"
+                f"A problem of the kind {problem.kind!r} has {len(ids)} tokens, the model's "
+                f"context is {context}: leave out {problem.prompt[:60]!r} …"
             )
         return ids
 
