@@ -272,7 +272,9 @@ def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def step_seconds(row: Row, options: argparse.Namespace) -> float:
-    """The median time of a step, of a model that is thrown away afterwards."""
+    """The least time of a step, which other processes slow down least, of a model that is thrown
+    away afterwards.
+    """
     arrays = tokens(options.out, options.data, row.text)
     side, taken = SIDES[row.side](row, int(arrays["bos"]), options), []
     for n in range(SKIPPED + 7):
@@ -280,7 +282,7 @@ def step_seconds(row: Row, options: argparse.Namespace) -> float:
         start = time.process_time()
         side.step(block, n, 1000)
         taken.append(time.process_time() - start)
-    return statistics.median(taken[SKIPPED:])
+    return min(taken[SKIPPED:])
 
 
 # --------------------------------------------------------------------------------------------- plan
