@@ -514,7 +514,7 @@ BATCH, BATCH_GROWTH = 4000, 0.383
 LR, LR_WIDTH, LR_STEPS = 0.012, 0.5, 0.3  # at width 256 and 300 steps; exponents of their inverses
 FINE_TUNING_LR = 0.25  # of pretraining's
 # bits per byte of English = E + A N^-a + B D^-b, N million weights, D million tokens
-LAW = (0.925, 0.077, 1.000, 0.833, 0.250)  # E, A, a, B, b: `benchmarks/recipe.py law`
+LAW = (0.925, 0.077, 1.000, 0.832, 0.250)  # E, A, a, B, b: `benchmarks/recipe.py law`
 
 
 def shaped(model: ModelConfig, depth: int) -> ModelConfig:
