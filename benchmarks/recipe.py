@@ -344,7 +344,9 @@ def race(depth: int) -> Iterator[Row]:
     seconds = 60.0 * MINUTES[depth]
     here = {"depth": depth, "seconds": seconds, "text": "unseen"}
     first, *others = SEEDS[depth]
-    tuned = [Row("race", lr=factor, seed=first, **THEIRS, **here) for factor in (0.6, 0.3, 1.2, 2.4)]
+    tuned = [
+        Row("race", lr=factor, seed=first, **THEIRS, **here) for factor in (0.6, 0.3, 1.2, 2.4)
+    ]
     yield Row("race", seed=first, **here)
     yield from tuned
     ran = [row for row in tuned if row.key in RUNS]
