@@ -127,11 +127,6 @@ class RunLog:
             kept = [record for record in before if record["step"] <= start]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def holds(self, kind: str, step: int) -> bool:
-        """Whether a record of this kind was noted at a step, also by an earlier start."""
-        noted = read_metrics(self.path) if self.path.exists() else []
-        return any(r.get("kind") == kind and r["step"] == step for r in noted)
-
     def note(self, kind: str, step: int, **figures: Any) -> None:
         """Append one record to `metrics.jsonl`; `kind` says what it is: step, eval,
         sample, start.
@@ -142,6 +137,12 @@ class RunLog:
             tracker(kind, step, figures)
         with writing(self.path.parent), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
+
+
+def was_noted(path: Path, kind: str, step: int) -> bool:
+    """Whether a `metrics.jsonl` holds a record of this kind at a step, by whichever start."""
+    noted = read_metrics(path) if path.exists() else []
+    return any(r.get("kind") == kind and r["step"] == step for r in noted)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -282,7 +282,7 @@ def misses_evaluation(job: Job, step: int, run_log: log.RunLog) -> bool:
     checkpoint and it, or the stage wants one before its first step.
     """
     due = step % job.loop.eval_every_steps == 0 or step == job.batches.n_steps
-    return due and (step > 0 or job.looks_before) and not run_log.holds("eval", step)
+    return due and (step > 0 or job.looks_before) and not log.was_noted(run_log.path, "eval", step)
 
 
 def is_done(folder: Path) -> bool:
@@ -290,7 +290,7 @@ def is_done(folder: Path) -> bool:
     if not checkpoint.is_finished(folder):
         return False
     step, metrics = checkpoint.read_state(newest(folder))["step"], folder / "metrics.jsonl"
-    return not metrics.is_file() or log.RunLog(folder, step).holds("eval", step)
+    return not metrics.is_file() or log.was_noted(metrics, "eval", step)
 
 
 def look_back(job: Job, progress: Progress, run_log: log.RunLog, *, evaluating: bool) -> None:

@@ -129,9 +129,7 @@ def estimate_memory(
                              gradient, waiting for that of its first use; one that is recomputed,
                              less those behind it, whose activations are gone by then, and, of a
                              first micro-batch, with their gradients
-        loss                 4 V D for the embedding's gradient, 4 V D for a chunk's part of
-                             it, a chunk of logits; in
-                             bfloat16 half as much again for their copies
+        loss                 `loss_bytes`
         update               Muon: `muon_bytes`
 
     What the driver, the allocator, the interpreter and, inside of themselves, kernels take comes on
@@ -140,8 +138,8 @@ def estimate_memory(
     c, s = model.config, model.dtype.itemsize
     N, D, V = n_rows * context, c.d_model, c.vocab_size
     x = s * N * D
-    door = DOORS.get((model.device.type, model.dtype))
-    varlen = on_card and door is not attend_in_blocks
+    varlen = on_card and DOORS.get((model.device.type, model.dtype)) is not attend_in_blocks
+    muons = [part for part in optimizers.parts if isinstance(part, Muon)]
 
     def kept(block: Block) -> int:
         return s * block_elements(block, n_rows, context, varlen=varlen)
@@ -151,7 +149,6 @@ def estimate_memory(
     inside, again = kept_by_passes(passes, first, kept, x, accumulates=accumulates)
     beside = 8 * N * D + 3 * x * (1 + len(kept_calls(model)))
     a_gradient = 2 * s * N * c.d_ff + 4 * V * D
-    logits = 4 * V * min(N, LOGITS_PER_CHUNK // V if on_card else ROWS_PER_CHUNK)
     weights = 4 * model.n_parameters()
     return Memory(
         weights=weights,
@@ -160,12 +157,17 @@ def estimate_memory(
         activations=beside + inside + (0 if varlen else mask_bytes(model, n_rows, context)),
         block=again + a_gradient,
         last_block=max(map(kept, first), default=0) + a_gradient,
-        loss=4 * V * D + (logits + 4 * V * D if s == 4 else logits * 3 // 2 + 6 * V * D),
-        update=max(
-            (muon_bytes(part, on_card) for part in optimizers.parts if isinstance(part, Muon)),
-            default=0,
-        ),
+        loss=loss_bytes(N, V, D, s, on_card=on_card),
+        update=max((muon_bytes(muon, on_card) for muon in muons), default=0),
     )
+
+
+def loss_bytes(N: int, V: int, D: int, s: int, *, on_card: bool) -> int:
+    """What the loss of N tokens takes: 4 V D for the embedding's gradient, 4 V D for a chunk's part
+    of it, a chunk of logits; in bfloat16 (s = 2) half as much again for their copies.
+    """
+    logits = 4 * V * min(N, LOGITS_PER_CHUNK // V if on_card else ROWS_PER_CHUNK)
+    return 4 * V * D + (logits + 4 * V * D if s == 4 else logits * 3 // 2 + 6 * V * D)
 
 
 def kept_by_passes(
