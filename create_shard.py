@@ -27,7 +27,7 @@ from hearth.data.ingest import (
     write_text_shards,
 )
 from hearth.data.shard_folder import is_finished
-from hearth.data.sources import Source
+from hearth.data.sources import require_files
 from hearth.reporting.report import refresh
 from hearth.storage import disk_free
 
@@ -58,7 +58,8 @@ def main(config: Config, options: Options) -> None:
         print_plan(config)
         return
     require_card(config)
-    require_files(config)
+    if options.redo:
+        require_files(config)
     text = config.run_dir / "text"
     with run.working_on(config, makes=("text",), redo=options.redo, creates=True) as work:
         work.begin("text", {})
@@ -82,16 +83,6 @@ def require_card(config: Config) -> None:
         from hearth.training.planning import require_able_machine
 
         require_able_machine(config)
-
-
-def require_files(config: Config) -> None:
-    """Raises UserError where a file of yours is missing, before `--redo` removes anything."""
-    for source in config.data.corpora():
-        Source(source)
-    for stage in FINE_TUNING:
-        if sets := config.sets(stage):
-            for source in (*sets, *getattr(config, stage).test_sets()):
-                Source(source)
 
 
 def make_text(config: Config, text: Path, *, verify: bool) -> None:

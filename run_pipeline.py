@@ -64,6 +64,10 @@ def main(config: Config, options: Options) -> None:
         config = sized(config, options.hours)
     asks_world = any(source.demo for source in config.data.corpora())
     practise = options.practise or (config.run_dir / "rl").is_dir()
+    if options.redo == "text":
+        from hearth.data.sources import require_files
+
+        require_files(config)
     if options.redo:
         with run.working_on(config, makes=list(run.STAGES), redo=options.redo):
             pass

@@ -162,6 +162,17 @@ def test_the_whole_road_makes_practice_again_and_continues_with_it(
     )
 
 
+def test_the_whole_road_removes_no_text_whose_files_are_missing(tmp_path: Path) -> None:
+    data = replace(PRESETS["demo"].data, text_files=("nope.txt",))
+    config = replace(PRESETS["demo"], runs=str(tmp_path), name="mine", data=data)
+    with run.working_on(config, makes=["text"], creates=True) as work:
+        work.begin("text", {})
+        (config.run_dir / "text").mkdir()
+    with pytest.raises(UserError, match=r"nope\.txt"):
+        run_pipeline.main(config, run_pipeline.Options(redo="text"))
+    assert (config.run_dir / "text").is_dir()
+
+
 @pytest.mark.parametrize("words", [["--depth", "9"], ["--pretrain.steps", "77"]])
 def test_what_hours_decides_cannot_be_asked_for_beside_it(words: list[str], tmp_path: Path) -> None:
     asked = ["--preset", "demo", "--runs", str(tmp_path), "--hours", "1", *words]

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from config import ChatSource, TextSource, UserError
+from config import FINE_TUNING, ChatSource, Config, TextSource, UserError
 from hearth import log
 from hearth.data import problems
 from hearth.data.cleaning import Rejected, as_bytes
@@ -162,6 +162,16 @@ def identity(source: TextSource | ChatSource, folder: Path) -> dict[str, Any]:
     file is missing. `folder` need not exist; where it does, hashes are remembered there.
     """
     return Source(source).origin(folder)
+
+
+def require_files(config: Config) -> None:
+    """Raises UserError where a file of yours is missing, before `--redo` removes anything."""
+    for source in config.data.corpora():
+        Source(source)
+    for stage in FINE_TUNING:
+        if sets := config.sets(stage):
+            for source in (*sets, *getattr(config, stage).test_sets()):
+                Source(source)
 
 
 def remember_contents(files: list[SourceFile], folder: Path, name: str) -> None:
