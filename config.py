@@ -159,10 +159,10 @@ class ModelConfig:
     @property
     def n_weights(self) -> int:
         """Weights of the products a token passes, the tied output among them; no tables."""
-        D, hrm = self.d_model, self.hrm
+        D = self.d_model
         block = D * (2 * self.n_head + 2 * self.n_kv_head) * self.head_dim
         block += D * self.d_ff * (3 if self.gated_mlp else 2)
-        return self.n_blocks * block + (self.vocab_size + D * bool(hrm)) * D
+        return self.n_blocks * block + self.vocab_size * D
 
     def problems(self) -> list[str]:
         if min(self.n_head, self.n_kv_head, self.d_model, self.vocab_size) < 1:
@@ -200,6 +200,7 @@ class OptimConfig:
     name: Literal["muon", "adamw", "schedulefree"] = "muon"  # Muon: for matrices alone
     embedding_lr_ratio: float = 6.0  # learning rate of the embedding, relative to lr
     value_lr_ratio: float = 12.0  # of value embeddings, which no output is tied to
+    vector_lr_ratio: float = 12.0  # of gains, shares, gates: what is neither matrix nor table
     bigram_lr_ratio: float = 20.0  # of bigrams under Muon, whose rows slow down as they are used
     weight_decay: float = 0.1  # of matrices only, decoupled, multiplied by the learning rate
     momentum: float = 0.95  # of Muon

@@ -215,7 +215,7 @@ class Model(nn.Module):
         """
         c, hrm = self.config, self.config.hrm
         n_losses = hrm.h_cycles if hrm and hrm.deep_supervision else 1
-        weights = n_losses * (self.embedding.numel() + (self.head.out.numel() if self.head else 0))
+        weights = n_losses * self.embedding.numel()
         attended = 0.0
         for block in self.block_passes():
             weights += sum(p.numel() for p in block.parameters())
@@ -252,12 +252,11 @@ class HRMHead(nn.Module):
         h_cycles times:
             l_cycles times:  z_L = L(g0 z_L + g1 z_H + g2 e + call embedding)
             z_H = H(g3 z_H + g4 z_L + call embedding)
-            y = e + out(z_H)
+            y = e + out z_H
 
-    `out` starts at zero, so the head starts as the identity (the output norms what it reads). It
-    adds to e, not to x: training lets x grow, and what one matrix makes of a state of size 1 would
-    drown in it. With l_cycles = 0 there is no L, and e stands in for z_L: one block looped, with
-    the input injected at every call.
+    g0 … g4 and `out` are a gain a channel. y adds to e, not to x: training lets x grow, and a state
+    of size 1 would drown in it. With l_cycles = 0 there is no L, and e stands in for z_L: one block
+    looped, with the input injected at every call.
 
     After HRM (arXiv 2506.21734) and HRM-Text (arXiv 2605.20613), with the input injected again at
     every L call and a residual around the head.
@@ -274,7 +273,7 @@ class HRMHead(nn.Module):
         self.call_embedding = nn.Parameter(
             torch.empty(hrm.h_cycles, hrm.l_cycles + 1, config.d_model)
         )
-        self.out = nn.Parameter(torch.empty(config.d_model, config.d_model))
+        self.out = nn.Parameter(torch.empty(config.d_model))
 
     def cycles(
         self,
@@ -296,6 +295,7 @@ class HRMHead(nn.Module):
         n_fast = len(self.fast.blocks) if self.fast else 0
         gain = self.gains.to(x.dtype)
         call_embedding = self.call_embedding.to(x.dtype)
+        out = self.out.to(x.dtype)
         e = rms_norm(x)
         z_slow, z_fast = e, self.fast_start.to(x.dtype) if self.fast else e
         for h in range(h_cycles or self.hrm.h_cycles):
@@ -313,7 +313,7 @@ class HRMHead(nn.Module):
             mixed = torch.addcmul(mixed, z_fast if self.fast else e, gain[-1])
             own = [values(n_fast + place) for place in range(len(self.slow.blocks))]
             z_slow = self.slow(mixed, attn_ctx, own, recomputed - n_fast)
-            yield e + project(z_slow, self.out)
+            yield torch.addcmul(e, z_slow, out)
             if detach:
                 z_slow, z_fast = z_slow.detach(), z_fast.detach()
 
@@ -605,7 +605,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 ZERO_AT_FIRST = {
     "o",
     "down",
-    "out",
     "call_embedding",
     "value_gates",
     "shift",
@@ -619,8 +618,8 @@ LARGEST_SCORE = 15.0  # attention logit of a query and a key that point the same
 def initialise(model: Model, seed: int) -> Model:
     """All initial weights, drawn on the CPU in a fixed order, so that every device starts alike.
 
-    Matrices are LeCun-normal, those that write into the residual stream zero, so each block and the
-    head start as the identity. The embedding's 2/√D makes the initial loss ln(V) within a percent
+    Matrices are LeCun-normal, those that write into the residual stream zero, so each block starts
+    as the identity. The embedding's 2/√D makes the initial loss ln(V) within a percent
     under the tied output. QK-norm alone bounds scores by √E, too little for a narrow head to single
     out one token of hundreds: `qk_gain` sets the bound.
     """
@@ -630,7 +629,7 @@ def initialise(model: Model, seed: int) -> Model:
         kind = name.rsplit(".", 1)[-1]
         if kind in ZERO_AT_FIRST:
             weight.zero_()
-        elif kind in ("output_gain", "gains"):
+        elif kind in ("output_gain", "gains", "out"):
             weight.fill_(1.0)
         elif kind in ("qk_gain", "q_gain", "k_gain"):
             gain = LARGEST_SCORE / math.sqrt(model.config.head_dim)

@@ -399,9 +399,7 @@ class Rival:
 
 
 def bytes_per_token(model: Model) -> int:
-    """Bytes of weights that one token needs from memory: those of each block pass, the output, the
-    head's vectors.
-    """
+    """Bytes of weights that one token needs from memory: those of each block pass, the output."""
 
     def matrices(module: Any) -> Iterator[Matrix]:
         return (
@@ -412,7 +410,7 @@ def bytes_per_token(model: Model) -> int:
         )
 
     blocks = sum(matrix.n_bytes() for block in model.block_passes() for matrix in matrices(block))
-    return blocks + model.embedding.n_bytes() + (model.head.out.n_bytes() if model.head else 0)
+    return blocks + model.embedding.n_bytes()
 
 
 # ------------------------------------------------------------------------------------------ quality

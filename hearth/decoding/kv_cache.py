@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
-from model import Block, HRMHead, Model, rotary_table
+from model import Block, Model, rotary_table
 
 # B rows, T new columns, N = B·T tokens laid flat, D d_model, H query heads, G key/value heads, E
 # head_dim, V vocab_size, C entries of a cache's slot
@@ -297,7 +297,6 @@ def decode_early_exit(
 
 MATRICES = {
     Block: (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)),
-    HRMHead: (("out",),),
     Model: (("embedding",),),
 }
 

@@ -143,7 +143,7 @@ def own_weights(model: Model) -> dict[str, Tensor]:
     for block in model.blocks:
         matrices = (getattr(block, n) for n in ("q", "k", "v", "o", "gate", "up", "down"))
         modules |= {id(matrix) for matrix in matrices}
-    names = {"embedding": "embed_tokens.weight", "head.out": "head.out.weight"}
+    names = {"embedding": "embed_tokens.weight"}
     found = {
         names.get(name, f"{name}.weight" if id(p) in modules else name): p.detach().contiguous()
         for name, p in model.named_parameters()

@@ -277,7 +277,7 @@ class HearthHead(nn.Module):
         self.call_embedding = nn.Parameter(
             torch.zeros(config.hrm_trained_cycles, self.l_cycles + 1, D)
         )
-        self.out = nn.Linear(D, D, bias=False)
+        self.out = nn.Parameter(torch.ones(D))
 
     @property
     def n_blocks(self) -> int:
@@ -296,7 +296,7 @@ class HearthHead(nn.Module):
                 z_fast = self.fast(mixed, columns, values[:n_fast])
             mixed = gain[-2] * z_slow + gain[-1] * z_fast + h_embedding
             z_slow = self.slow(mixed, columns, values[n_fast:])
-        return e + self.out(z_slow)
+        return e + self.out * z_slow
 
 
 class HearthModule(nn.Module):

@@ -373,7 +373,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig, lr: float) -> Optimi
     rare = {"betas": (config.beta1, config.embedding_beta2), "weight_decay": 0.0}
     rest = [
         {"params": [model.embedding], "lr": lr * config.embedding_lr_ratio, **rare},
-        {"params": vectors, "lr": lr, "weight_decay": 0.0},
+        {"params": vectors, "lr": lr * config.vector_lr_ratio, "weight_decay": 0.0},
     ]
     values, bigrams = [*model.value_embeddings], model.bigrams
     if values:

@@ -256,6 +256,20 @@ def test_muon_takes_matrices_adagrad_bigrams_and_adamw_the_rest(tiny: ModelConfi
     )
 
 
+def test_each_group_has_its_own_multiple_of_the_rate(tiny: ModelConfig) -> None:
+    model = build_model(tiny, seed=0)
+    ratios = {"embedding_lr_ratio": 2.0, "value_lr_ratio": 3.0, "vector_lr_ratio": 5.0}
+    optim = OptimConfig(bigram_lr_ratio=7.0, **ratios)
+    groups = [g for part in build_optimizers(model, optim, 1e-3).parts for g in part.param_groups]
+    rates = {id(p): g["lr"] for g in groups for p in g["params"]}
+    wanted = {"embedding": 2, "value_embeddings": 3, "bigrams": 7, "q": 1, "up": 1}
+    vectors = ("shift", "value_gates", "output_gain", "out", "gains", "qk_gain", "exclusion")
+    wanted |= dict.fromkeys(vectors, 5)
+    for name, p in model.named_parameters():
+        for kind in wanted.keys() & {name.split(".")[0], name.split(".")[-1]}:
+            assert rates[id(p)] == pytest.approx(1e-3 * wanted[kind]), name
+
+
 def test_a_rows_updates_shrink_with_its_own_count_alone() -> None:
     torch.manual_seed(0)
     table = torch.zeros(6, 8, requires_grad=True)
