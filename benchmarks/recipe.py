@@ -140,6 +140,8 @@ class Hearth:
     """This project: its model and optimizer; documents of a row see themselves alone."""
 
     def __init__(self, row: Row, bos: int, options: argparse.Namespace) -> None:
+        import torch
+
         from config import HRMConfig, LoopConfig, OptimConfig
         from hearth.cli import portable
         from hearth.training import gradients
@@ -156,6 +158,7 @@ class Hearth:
         if change.get("portable"):
             shape = portable(shape)
         self.model = build_model(shape, seed=row.seed)
+        self.model.dtype = torch.float32  # as the rivals compute on a processor
         self.model.compile_blocks()
         optim = OptimConfig(**{"momentum_warmup_steps": 100} | change.get("optim", {}))
         self.optimizers = build_optimizers(self.model, optim, row.lr)
