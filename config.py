@@ -684,7 +684,7 @@ DEMO = Config(
         # a single cycle: minutes matter here
         hrm=HRMConfig(l_layer=1, h_layer=1, h_cycles=1, l_cycles=1),
     ),
-    optim=OptimConfig(momentum_warmup_steps=50),
+    optim=OptimConfig(momentum_warmup_steps=50, vector_lr_ratio=3.0),
     pretrain=PretrainConfig(
         steps=1400,
         lr=1.2e-2,
