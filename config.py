@@ -514,7 +514,8 @@ TOKENS_PER_WEIGHT = 20  # of `ModelConfig.n_weights` (Chinchilla, arXiv 2203.155
 BATCH, BATCH_GROWTH = 4000, 0.383
 LR, LR_WIDTH, LR_STEPS = 0.012, 0.5, 0.3  # at width 256 and 300 steps; exponents of their inverses
 FINE_TUNING_LR = 0.25  # of pretraining's
-# bits per byte of English = E + A N^-a + B D^-b, N million weights, D million tokens
+# bits per byte of English = E + A N^-a + B D^-b, N million weights, D million tokens; fitted to
+# the recipe before, with a matrix behind the head and vectors at the matrices' rate
 LAW = (0.925, 0.077, 1.000, 0.832, 0.250)  # E, A, a, B, b: `benchmarks/recipe.py law`
 
 
