@@ -25,7 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
+from stages import compute_in_float32  # noqa: E402
+
 from config import HRMConfig, ModelConfig  # noqa: E402
+
+compute_in_float32()
 
 
 @pytest.fixture

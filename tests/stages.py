@@ -24,6 +24,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("create_shard.py", "train_tokenizer.py", "pretrain.py", "sft.py")
 
 
+def compute_in_float32() -> None:
+    """For this process: what is compared to five digits wants it, also on a processor that
+    multiplies bfloat16.
+    """
+    import torch
+
+    torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
+
+
 def _run(script: str, words: list[str], output: str, environment: dict[str, Any]) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -31,6 +40,7 @@ def _run(script: str, words: list[str], output: str, environment: dict[str, Any]
     os.dup2(handle, 2)
     sys.argv = [script, *words]
     sys.path.insert(0, str(ROOT))
+    compute_in_float32()
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
