@@ -213,6 +213,7 @@ def in_two(
 
 def as_rank(work: Callable[..., None], rank: int, port: int, folder: Path, *given: object) -> None:
     torch.set_num_threads(1)
+    stages.compute_in_float32()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.stderr = sys.stdout = (folder / f"said.{rank}").open("w", buffering=1)
