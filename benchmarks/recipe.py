@@ -161,7 +161,7 @@ class Hearth:
         self.model.dtype = torch.float32  # as the rivals compute on a processor
         self.model.compile_blocks()
         optim = OptimConfig(**{"momentum_warmup_steps": 100} | change.get("optim", {}))
-        self.optimizers = build_optimizers(self.model, optim, row.lr)
+        self.optimizers, self.lr = build_optimizers(self.model, optim, row.lr), row.lr
         self.loop = replace(LoopConfig(), **change.get("loop", {}))
         self.bos, self.Batch, self.gradients = bos, Batch, gradients
 
@@ -170,6 +170,12 @@ class Hearth:
 
         ids, targets = block[:, :-1].flatten(), block[:, 1:].flatten()
         return self.Batch(ids, targets, torch.ones(len(ids)), ids == self.bos, CONTEXT)
+
+    def set_peak(self, lr: float) -> None:
+        """Train at this peak rate from here on."""
+        for group in (g for part in self.optimizers.parts for g in part.param_groups):
+            group["peak_lr"] *= lr / self.lr
+        self.lr = lr
 
     def step(self, block: Any, n: int, n_steps: int) -> None:
         import torch
@@ -219,6 +225,8 @@ def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     """Train one row of the plan; the curve of its held-out bits per byte."""
     import torch
 
+    from config import lr_for
+
     torch.set_num_threads(1)
     clock = time.process_time
     arrays = tokens(options.out, options.data, row.text)
@@ -257,13 +265,15 @@ def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         # a machine that slows down shortens the schedule, and not the time left
         if row.seconds and n > SKIPPED:
             n_steps = n + steps_left(taken)
+            if row.side == "hearth":  # … and has the rate of the steps that it will have
+                side.set_peak(asked.lr * lr_for(ours(row.depth), n_steps))
         if n == min(n_steps, most) or (
             n_steps >= 10 * EVALUATIONS and n / n_steps >= (len(curve) + 1) / EVALUATIONS
         ):
             curve.append((n * row.batch, training_seconds(taken), bits_per_byte()))
     return {
         **asdict(asked),
-        "peak_lr": row.lr,
+        "peak_lr": side.lr if row.side == "hearth" else row.lr,
         "step": row.batch,
         "parameters": sum(p.numel() for p in side.model.parameters()),
         "trained": n * row.batch,
