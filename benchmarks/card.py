@@ -195,7 +195,7 @@ def speed(device: torch.device, sizes: Sizes, options: argparse.Namespace) -> It
         with torch.device("meta"):
             flops = Model(config).flops_per_token(context)
         ours.setdefault(context, rate)
-        peak = hardware.peak_flops(device, compute_dtype(device))
+        peak = hardware.peak_flops(device, compute_dtype(device, config.d_model))
         return {"tokens/s": rate, "MFU": rate * flops / peak}
 
     def rate_of_rival(name: str, path: str, context: int) -> Found:

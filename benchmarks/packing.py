@@ -31,7 +31,7 @@ from hearth.data.chat_format import Rendered, render
 from hearth.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from hearth.training import gradients
 from hearth.training.batches import Batch, pack_rows
-from model import build_model, compute_dtype
+from model import build_model
 
 CONTEXT = 1024  # longest conversation kept, in tokens
 PAD = SPECIAL_TOKENS.index("<|pad|>")
@@ -133,7 +133,6 @@ def measure(batches: Iterator[Batch], seconds: float) -> dict[str, float]:
         hrm=None,
     )
     model = build_model(shape, seed=0)
-    model.dtype = compute_dtype(model.device)
     trained = slots = filled = 0
     gradients.accumulate(model, next(batches), 1 << 30)
     started = time.perf_counter()

@@ -201,7 +201,7 @@ def test_apples_chip_is_the_device_where_nothing_else_is_asked_for(apple) -> Non
     assert "12.0 GiB" in hardware.describe(mps)
     assert not hardware.compiles(None, mps)
     assert hardware.EnergyMeter(mps).joules() is None
-    assert compute_dtype(mps) == torch.float32
+    assert compute_dtype(mps, 1024) == torch.float32
     with planning.peak_memory(mps, held=7) as found:
         pass
     assert found == [3_000_000_000]
@@ -269,6 +269,16 @@ def amd(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+def test_narrow_models_train_in_float32_on_a_processor_that_multiplies_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert compute_dtype(CPU, 128) == torch.float32
+    assert compute_dtype(CPU, 256) == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert compute_dtype(CPU, 256) == torch.float32
+
+
 @pytest.mark.parametrize(
     ("arch", "dtype"),
     [
@@ -282,7 +292,7 @@ def amd(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_an_amd_card_computes_in_what_it_multiplies(arch: str, dtype: torch.dtype, amd) -> None:
     amd.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(gcnArchName=arch))
     assert hardware.pick_device("auto") == CARD
-    assert compute_dtype(CARD) == dtype
+    assert compute_dtype(CARD, 128) == dtype
 
 
 def test_an_amd_card_without_nvml_trains_without_figures_of_power(amd) -> None:

@@ -207,7 +207,7 @@ def load_for_inference(checkpoint: Path, device: torch.device | str = "cpu") -> 
     config, state, device = read_config(checkpoint), read_state(checkpoint), torch.device(device)
     model = empty_model(checkpoint, config)
     model.load_state_dict(read_weights(checkpoint, model, device), assign=True)
-    model.dtype = compute_dtype(device)
+    model.dtype = compute_dtype(device, config.model.d_model)
     model.requires_grad_(False)
     return Loaded(model, config, Tokenizer.load(checkpoint / "tokenizer"), state)
 

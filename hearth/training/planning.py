@@ -634,7 +634,7 @@ def seconds_on_cpu(config: Config) -> float:
         model = Model(config.model)
     loop, cpu = settled(config).pretrain, torch.device("cpu")
     flops = sum(stage.share * model.flops_per_token(stage.context) for stage in loop.stages)
-    peak = hardware.peak_flops(cpu, compute_dtype(cpu))
+    peak = hardware.peak_flops(cpu, compute_dtype(cpu, config.model.d_model))
     return loop.steps * loop.tokens_per_step * flops / (UTILISATION * peak)
 
 
