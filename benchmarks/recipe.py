@@ -10,6 +10,8 @@ several workers may share a folder.
         all parts of the plan, in order; --only names some of them
     uv run benchmarks/recipe.py table OUT
         what they gave
+    uv run benchmarks/recipe.py races benchmarks/results/recipe.jsonl
+        what the recipe that ships gave beside all that ran for as long on the same text
     uv run benchmarks/recipe.py law benchmarks/results/recipe.jsonl
         loss against weights and tokens, fitted to the rule's runs on unseen text; what it predicts
 
@@ -442,6 +444,53 @@ def table(options: argparse.Namespace) -> None:
         print(line_of(found))
 
 
+# -------------------------------------------------------------------------------------------- races
+
+
+def races(options: argparse.Namespace) -> None:
+    """Rows of the recipe that ships by text, depth and length: each arm's seeds, and where the
+    shipped model lies beside it in the mean of the seeds that both have.
+    """
+    groups: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
+    for line in options.out.read_text().splitlines():
+        r = json.loads(line)
+        if r["code"] == "as shipped":
+            length = r["asked_tokens"] or math.inf, r["asked_seconds"] or math.inf
+            group = groups.setdefault((r["text"], r["depth"], *length), {})
+            group.setdefault(arm_of(r), []).append(r)
+    for (text, depth, tokens, seconds), arms in sorted(groups.items()):
+        until = f"{tokens / 1e6:.2f}M tokens" if tokens < math.inf else f"{seconds:.0f} s"
+        print(f"{text} text, {depth} blocks, {until}")
+        shipped = by_seed(arms.get("ours", []))
+        for arm, rows in sorted(arms.items(), key=lambda named: named[0] != "ours"):
+            own = by_seed(rows)
+            said = "  ".join(
+                f"{r['seed']}: {r['bpb']:.4f} ({r['trained'] / 1e6:.2f}M)"
+                for r in sorted(rows, key=lambda r: r["seed"])
+            )
+            both = own.keys() & shipped.keys() if arm != "ours" else set()
+            lead = [shipped[seed] / own[seed] - 1 for seed in both]
+            ours = f"  ours {statistics.mean(lead):+.1%}" if lead else ""
+            print(f"    {arm:24} {said}{ours}")
+
+
+def arm_of(r: dict[str, Any]) -> str:
+    """Who ran, and what was not as it ships."""
+    name = "ours" if r["side"] == "hearth" else r["side"]
+    rate = r.get("times", r["lr"])
+    if name == "ours" and r["change"]:
+        name = "plain" if r["change"] == PLAIN else r["change"]
+    if r["side"] == "hearth" and rate == 1.0:
+        return name
+    return f"{name}, rate × {rate:.3g}"
+
+
+def by_seed(rows: list[dict[str, Any]]) -> dict[int, float]:
+    """Bits per byte of each seed, the mean where it ran more than once."""
+    seeds = {r["seed"] for r in rows}
+    return {s: statistics.mean(r["bpb"] for r in rows if r["seed"] == s) for s in seeds}
+
+
 # ---------------------------------------------------------------------------------------------- law
 
 # runs that the law is fitted to: those of the recipe that was shipped before, as too few have been
@@ -520,7 +569,7 @@ def written(fit: tuple[float, ...]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["work", "table", "law", "run"])
+    parser.add_argument("command", choices=["work", "table", "races", "law", "run"])
     parser.add_argument("out", type=Path)
     data = os.environ.get("HEARTH_DATA")
     parser.add_argument("--data", type=Path, default=Path(data) / "pretrain" if data else None)
@@ -537,7 +586,7 @@ def main() -> None:
         print(json.dumps(run(row, options)))
         return
     sys.path.insert(0, str(ROOT))
-    {"work": work, "table": table, "law": law}[options.command](options)
+    {"work": work, "table": table, "races": races, "law": law}[options.command](options)
 
 
 if __name__ == "__main__":
