@@ -205,7 +205,8 @@ def lm_eval_scores(bench: Bench, options: Options) -> list[Score]:
 
 def heads_of(folders: Sequence[Path], config: Config) -> list[str]:
     """What checkpoints are called in the table, as on the page: by their stage, of several runs by
-    run and stage; one that lies elsewhere by its folder.
+    run and stage, of several steps of a stage by the step too; one that lies elsewhere by its
+    folder.
     """
     places = [run_folder(folder, config) for folder in folders]
     runs = list(dict.fromkeys(places))
@@ -215,7 +216,10 @@ def heads_of(folders: Sequence[Path], config: Config) -> list[str]:
         facts = {"run": names.get(place), "stage": folder.parent.name}
         is_of_run = folder.parent.name in run.TRAINED
         heads.append(report.checkpoint_name(facts) if is_of_run else str(near(folder)))
-    return heads
+    return [
+        head if heads.count(head) == 1 else f"{head} {folder.name}"
+        for head, folder in zip(heads, folders, strict=True)
+    ]
 
 
 def print_table(heads: Sequence[str], columns: Sequence[Sequence[Score]]) -> None:

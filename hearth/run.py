@@ -161,7 +161,8 @@ def find_checkpoint(name: str | None, config: Config) -> Path:
         if (found := newest(folder)) is not None:
             return found
         if (folder / SETTINGS).is_file() or any((folder / stage).is_dir() for stage in TRAINED):
-            return _furthest(folder, replace(config, runs=str(folder.parent), name=folder.name))
+            place = folder.resolve()  # "." has no name
+            return _furthest(folder, replace(config, runs=str(place.parent), name=place.name))
     raise UserError(
         f"{name!r} is no checkpoint: give a stage ({', '.join(TRAINED)}), a run of "
         f"{Path(config.runs).absolute()} ({', '.join(existing(config.runs)) or 'none there'}), "

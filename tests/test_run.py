@@ -340,6 +340,15 @@ def test_a_checkpoint_that_is_none_is_answered_with_what_there_is(
         run.find_checkpoint(name, trained)
 
 
+def test_the_current_folder_as_a_run_without_checkpoints_is_named_in_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    with pytest.raises(UserError, match="--name mine"):
+        run.find_checkpoint(".", PRESETS["demo"])
+
+
 def test_a_run_that_is_none_is_answered_with_those_there_are(trained: Config) -> None:
     typo = replace(trained, name="mien")
     for ask in (lambda: run.find_checkpoint(None, typo), lambda: begin_later(typo)):

@@ -13,7 +13,7 @@ import pytest
 from scored import make_run, write_files
 
 import score
-from config import Config, ReportConfig, UserError
+from config import PRESETS, Config, ReportConfig, UserError
 from hearth.evaluation import battery, tasks
 from hearth.reporting import report
 from hearth.training import checkpoint
@@ -222,3 +222,10 @@ def test_a_network_that_is_not_there_is_asked_once(
     (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
     assert "hellaswag_zeroshot, jeopardy," in told
     assert "--files" in told
+
+
+def test_two_steps_of_a_stage_have_columns_of_their_own(tmp_path: Path) -> None:
+    config = replace(PRESETS["demo"], runs=str(tmp_path), name="mine")
+    steps = [config.run_dir.resolve() / "base" / step for step in ("step-05", "step-10")]
+    assert score.heads_of(steps, config) == ["base step-05", "base step-10"]
+    assert score.heads_of(steps[:1], config) == ["base"]
