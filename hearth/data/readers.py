@@ -123,7 +123,9 @@ def local_files(patterns: Iterable[str], skipped: list[Path] | None = None) -> l
     """The files that names, folders and globs stand for, each once, folders in alphabetical order.
 
     skipped: gets what folders hold besides, of a format that cannot be read; hidden files are left
-    out. Raises `UserError` where a pattern finds nothing, or names a file of such a format.
+    out, and folders of runs, which hold settings, logs and test sets.
+
+    Raises `UserError` where a pattern finds nothing, or names a file of such a format.
     """
     found: dict[str, SourceFile] = {}
     for pattern in patterns:
@@ -144,7 +146,15 @@ def local_files(patterns: Iterable[str], skipped: list[Path] | None = None) -> l
 def _paths(pattern: str, skipped: list[Path]) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not _is_hidden(p, path)]
+        ours = {
+            lock.parent for lock in path.rglob("lock") if (lock.parent / "config.json").exists()
+        }
+        ours |= {run.parent / "tasks" for run in ours}  # test sets
+        inside = [
+            p
+            for p in sorted(path.rglob("*"))
+            if p.is_file() and not _is_hidden(p, path) and ours.isdisjoint(p.parents)
+        ]
         usable = [p for p in inside if SourceFile(str(p), 0).suffix]
         if not usable:
             formats = ", ".join(SUFFIXES)

@@ -489,6 +489,26 @@ def test_rows_of_a_long_text_file_belong_to_one_document(tmp_path: Path, size: i
     assert found["d.jsonl"] == {None}
 
 
+def test_a_folder_that_holds_runs_is_read_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt", "b/config.json", "runs/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    before = [file.path for file in local_files([str(tmp_path)])]
+    for name in ("runs/mine/config.json", "runs/mine/report/score.json", "runs/tasks/copa.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "runs/mine/lock").touch()
+    assert [file.path for file in local_files([str(tmp_path)])] == before
+    monkeypatch.chdir(tmp_path)
+    assert [file.path for file in local_files(["."])] == [
+        "a.txt",
+        "b/config.json",
+        "runs/notes.txt",
+    ]
+
+
 def test_what_a_folder_holds_besides_is_named_and_hidden_files_are_not(tmp_path: Path) -> None:
     (tmp_path / ".git").mkdir()
     for name in ("a.txt", "b.pdf", "c", ".hidden", ".git/d.txt"):
