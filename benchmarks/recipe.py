@@ -12,6 +12,9 @@ several workers may share a folder.
         what they gave
     uv run benchmarks/recipe.py races benchmarks/results/recipe.jsonl
         what the recipe that ships gave beside all that ran for as long on the same text
+    uv run benchmarks/recipe.py pace OUT --nanochat PATH --nanogpt PATH
+        tokens a second of all sides, whose steps take turns on one core: on a machine that others
+        use too, two runs' clocks an hour apart do not compare
     uv run benchmarks/recipe.py law benchmarks/results/recipe.jsonl
         loss against weights and tokens, fitted to the rule's runs on unseen text; what it predicts
 
@@ -421,12 +424,21 @@ def done(out: Path) -> dict[str, dict[str, Any]]:
 
 def run_apart(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     """`run` in a process of its own, with one thread."""
-    words = [sys.executable, __file__, "run", str(options.out), "--row", json.dumps(asdict(row))]
+    words = words_for("run", row, options)
+    made = subprocess.run(words, stdout=subprocess.PIPE, env=one_thread(), check=True, text=True)
+    return json.loads(made.stdout.splitlines()[-1])
+
+
+def words_for(command: str, row: Row, options: argparse.Namespace) -> list[str]:
+    """The command line that does this with one row."""
+    words = [sys.executable, __file__, command, str(options.out), "--row", json.dumps(asdict(row))]
     for name in ("nanogpt", "nanochat"):
         words += [f"--{name}", getattr(options, name)] if getattr(options, name) else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    made = subprocess.run(words, stdout=subprocess.PIPE, env=environment, check=True, text=True)
-    return json.loads(made.stdout.splitlines()[-1])
+    return words
+
+
+def one_thread() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 def line_of(r: dict[str, Any]) -> str:
@@ -442,6 +454,57 @@ def line_of(r: dict[str, Any]) -> str:
 def table(options: argparse.Namespace) -> None:
     for found in done(options.out).values():
         print(line_of(found))
+
+
+# --------------------------------------------------------------------------------------------- pace
+
+ROUNDS = 24  # in which every side takes one step
+
+
+def pace(options: argparse.Namespace) -> None:
+    """How fast the sides are beside each other, at each depth of the races."""
+    for depth in options.depths:
+        rivals = [name for name in ("nanochat", "nanogpt") if getattr(options, name)]
+        rows = {"ours": Row("pace", depth=depth, batch=4 * CONTEXT)}
+        rows |= {"plain": replace(rows["ours"], change=PLAIN)}
+        rows |= {n: Row("pace", n, depth, batch=BATCH_OF_RIVALS) for n in rivals}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        sides = {
+            name: subprocess.Popen(words_for("steps", row, options), env=one_thread(), **pipes)
+            for name, row in rows.items()
+        }
+        rates: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(SKIPPED + ROUNDS):
+            for name, side in sides.items():
+                side.stdin.write("\n")
+                side.stdin.flush()
+                rates[name].append(rows[name].batch / float(side.stdout.readline()))
+        for side in sides.values():
+            side.communicate()
+        for name, found in rates.items():
+            beside = [a / b for a, b in zip(rates["ours"][SKIPPED:], found[SKIPPED:], strict=True)]
+            low, ratio, high = statistics.quantiles(beside, n=4)
+            rate = statistics.median(found[SKIPPED:])
+            print(
+                f"{depth} blocks {name:9} {rate:7,.0f} tokens a second; ours {ratio:.3f} times "
+                f"that, half of the rounds {low:.3f} to {high:.3f}",
+                flush=True,
+            )
+
+
+def steps(row: Row, options: argparse.Namespace) -> None:
+    """A step for each line of the input, answered with its seconds."""
+    import torch
+
+    torch.set_num_threads(1)
+    arrays = tokens(options.out, options.data, row.text)
+    with contextlib.redirect_stdout(sys.stderr):  # a rival says what it builds
+        side = SIDES[row.side](replace(row, lr=1e-3), int(arrays["bos"]), options)
+    block = rows_of(arrays["train"], np.arange(row.batch // CONTEXT))
+    for n, _ in enumerate(sys.stdin):
+        start = time.process_time()
+        side.step(block, n, 1000)
+        print(time.process_time() - start, flush=True)
 
 
 # -------------------------------------------------------------------------------------------- races
@@ -569,7 +632,9 @@ def written(fit: tuple[float, ...]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["work", "table", "races", "law", "run"])
+    parser.add_argument(
+        "command", choices=["work", "table", "pace", "races", "law", "run", "steps"]
+    )
     parser.add_argument("out", type=Path)
     data = os.environ.get("HEARTH_DATA")
     parser.add_argument("--data", type=Path, default=Path(data) / "pretrain" if data else None)
@@ -578,15 +643,20 @@ def main() -> None:
     parser.add_argument("--copies", nargs="*", default=[], help="changed copies of this project")
     parser.add_argument("--only", nargs="+", help="parts of the plan")
     parser.add_argument("--one", action="store_true", help="run one row; exit 3 if none is left")
+    parser.add_argument("--depths", type=int, nargs="+", default=list(MINUTES), help="of pace")
     parser.add_argument("--row", type=json.loads, help="one row, as JSON")
     options = parser.parse_args()
-    if options.command == "run":
+    if options.row:
         row = Row(**options.row)
         sys.path.insert(0, row.copy or str(ROOT))
-        print(json.dumps(run(row, options)))
+        if options.command == "steps":
+            steps(row, options)
+        else:
+            print(json.dumps(run(row, options)))
         return
     sys.path.insert(0, str(ROOT))
-    {"work": work, "table": table, "races": races, "law": law}[options.command](options)
+    commands = {"work": work, "table": table, "pace": pace, "races": races, "law": law}
+    commands[options.command](options)
 
 
 if __name__ == "__main__":
