@@ -484,12 +484,10 @@ def pace(options: argparse.Namespace) -> None:
         for name, found in rates.items():
             beside = [a / b for a, b in zip(rates["ours"][SKIPPED:], found[SKIPPED:], strict=True)]
             low, ratio, high = statistics.quantiles(beside, n=4)
-            rate = statistics.median(found[SKIPPED:])
-            print(
-                f"{depth} blocks {name:9} {rate:7,.0f} tokens a second; ours {ratio:.3f} times "
-                f"that, half of the rounds {low:.3f} to {high:.3f}",
-                flush=True,
-            )
+            said = f"{depth} blocks {name:9} {statistics.median(found[SKIPPED:]):7,.0f} tokens/s"
+            if name != "ours":
+                said += f"; ours {ratio:.3f} times that, half of the rounds {low:.3f} to {high:.3f}"
+            print(said, flush=True)
 
 
 def steps(row: Row, options: argparse.Namespace) -> None:
