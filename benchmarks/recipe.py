@@ -11,7 +11,7 @@ several workers may share a folder.
     uv run benchmarks/recipe.py table OUT
         what they gave
     uv run benchmarks/recipe.py races benchmarks/results/recipe.jsonl
-        what the recipe that ships gave beside all that ran for as long on the same text
+        what the recipe that ships gave beside all that ran on the same text
     uv run benchmarks/recipe.py pace OUT --nanochat PATH --nanogpt PATH
         tokens a second of all sides, whose steps take turns on one core: on a machine that others
         use too, two runs' clocks an hour apart do not compare
@@ -509,30 +509,25 @@ def steps(row: Row, options: argparse.Namespace) -> None:
 
 
 def races(options: argparse.Namespace) -> None:
-    """Rows of the recipe that ships by text, depth and length: each arm's seeds, and where the
-    shipped model lies beside it in the mean of the seeds that both have.
+    """Rows of the recipe that ships by text and depth; beside each of another arm what the shipped
+    model ended at with the same seed, in up to twice its tokens.
     """
-    groups: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for line in options.out.read_text().splitlines():
-        r = json.loads(line)
-        if r["code"] == "as shipped":
-            length = r["asked_tokens"] or math.inf, r["asked_seconds"] or math.inf
-            group = groups.setdefault((r["text"], r["depth"], *length), {})
-            group.setdefault(arm_of(r), []).append(r)
-    for (text, depth, tokens, seconds), arms in sorted(groups.items()):
-        until = f"{tokens / 1e6:.2f}M tokens" if tokens < math.inf else f"{seconds:.0f} s"
-        print(f"{text} text, {depth} blocks, {until}")
-        shipped = by_seed(arms.get("ours", []))
-        for arm, rows in sorted(arms.items(), key=lambda named: named[0] != "ours"):
-            own = by_seed(rows)
-            said = "  ".join(
-                f"{r['seed']}: {r['bpb']:.4f} ({r['trained'] / 1e6:.2f}M)"
-                for r in sorted(rows, key=lambda r: r["seed"])
-            )
-            both = own.keys() & shipped.keys() if arm != "ours" else set()
-            lead = [shipped[seed] / own[seed] - 1 for seed in both]
-            ours = f"  ours {statistics.mean(lead):+.1%}" if lead else ""
-            print(f"    {arm:24} {said}{ours}")
+        if (r := json.loads(line))["code"] == "as shipped":
+            groups.setdefault((r["text"], r["depth"]), []).append(r)
+    for (text, depth), rows in sorted(groups.items()):
+        print(f"{text} text, {depth} blocks")
+        shipped = [r for r in rows if arm_of(r) == "ours"]
+        for r in sorted(rows, key=lambda r: (arm_of(r) != "ours", arm_of(r), r["seed"])):
+            said = f"    {arm_of(r):24} seed {r['seed']}  {r['trained'] / 1e6:.2f}M tokens "
+            said += f"{r['cpu_seconds']:6.0f} s  {r['bpb']:.4f}"
+            beside = [] if r in shipped else [s for s in shipped if s["seed"] == r["seed"]]
+            for s in sorted(beside, key=lambda s: s["trained"]):
+                if s["trained"] <= 2 * r["trained"]:
+                    times, lead = s["trained"] / r["trained"], s["bpb"] / r["bpb"] - 1
+                    said += f"  {times:.2f} × its tokens: {lead:+.1%}"
+            print(said)
 
 
 def arm_of(r: dict[str, Any]) -> str:
@@ -544,12 +539,6 @@ def arm_of(r: dict[str, Any]) -> str:
     if r["side"] == "hearth" and rate == 1.0:
         return name
     return f"{name}, rate × {rate:.3g}"
-
-
-def by_seed(rows: list[dict[str, Any]]) -> dict[int, float]:
-    """Bits per byte of each seed, the mean where it ran more than once."""
-    seeds = {r["seed"] for r in rows}
-    return {s: statistics.mean(r["bpb"] for r in rows if r["seed"] == s) for s in seeds}
 
 
 # ---------------------------------------------------------------------------------------------- law

@@ -31,30 +31,30 @@ def test_the_law_in_the_config_is_that_of_the_runs_in_the_repository() -> None:
     assert found == pytest.approx(LAW, abs=5e-4)
 
 
-def test_races_are_compared_over_the_seeds_that_both_sides_have(
+def test_races_are_compared_seed_by_seed_with_the_tokens_of_both(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = {"code": "as shipped", "text": "unseen", "depth": 4, "asked_tokens": None}
-    common |= {"asked_seconds": 300.0, "trained": 2_000_000}
-    own = common | {"side": "hearth", "change": "", "lr": 0.01, "times": 1.0}
-    rival = common | {"side": "nanochat", "change": "", "lr": 1.2, "times": 1.2}
+    common = {"code": "as shipped", "text": "unseen", "depth": 4, "cpu_seconds": 300.0}
+    own = common | {"side": "hearth", "change": "", "lr": 0.01, "times": 1.0, "trained": 3_000_000}
+    rival = common | {"side": "nanochat", "change": "", "lr": 1.2, "trained": 2_000_000}
     rows = [
         own | {"seed": 0, "bpb": 1.6},
-        own | {"seed": 1, "bpb": 1.2},
-        own | {"seed": 1, "bpb": 1.4},
-        own | {"code": "another", "seed": 2, "bpb": 0.1},
-        own | {"seed": 1, "bpb": 1.25, "change": recipe.PLAIN},
+        own | {"seed": 0, "bpb": 1.5, "trained": 5_000_000},
+        own | {"seed": 1, "bpb": 1.2, "code": "another"},
+        own | {"seed": 0, "bpb": 1.25, "change": recipe.PLAIN},
         rival | {"seed": 0, "bpb": 2.0},
-        rival | {"seed": 2, "bpb": 9.0},
+        rival | {"seed": 1, "bpb": 9.0},
     ]
     book = tmp_path / "runs.jsonl"
     book.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe.races(argparse.Namespace(out=book))
-    title, ours, *others = capsys.readouterr().out.splitlines()
-    assert title == "unseen text, 4 blocks, 300 s"
-    ours = " ".join(ours.split())
-    assert ours == "ours 0: 1.6000 (2.00M) 1: 1.2000 (2.00M) 1: 1.4000 (2.00M)"
-    assert {line.split()[0]: line.split()[-1] for line in others} == {
-        "plain": "+4.0%",
-        "nanochat,": "-20.0%",
-    }
+    title, *lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert title == "unseen text, 4 blocks"
+    assert lines == [
+        "ours seed 0 3.00M tokens 300 s 1.6000",
+        "ours seed 0 5.00M tokens 300 s 1.5000",
+        "nanochat, rate × 1.2 seed 0 2.00M tokens 300 s 2.0000 1.50 × its tokens: -20.0%",
+        "nanochat, rate × 1.2 seed 1 2.00M tokens 300 s 9.0000",
+        "plain seed 0 3.00M tokens 300 s 1.2500 1.00 × its tokens: +28.0% "
+        "1.67 × its tokens: +20.0%",
+    ]
