@@ -515,7 +515,7 @@ BATCH, BATCH_GROWTH = 4000, 0.383
 LR, LR_WIDTH, LR_STEPS = 0.012, 0.5, 0.3  # at width 256 and 300 steps; exponents of their inverses
 FINE_TUNING_LR = 0.25  # of pretraining's
 # bits per byte of English = E + A N^-a + B D^-b, N million weights, D million tokens; fitted to
-# the recipe before, with a matrix behind the head and vectors at the matrices' rate
+# small runs on processors
 LAW = (0.676, 0.104, 0.875, 1.061, 0.200)  # E, A, a, B, b: `benchmarks/recipe.py law`
 
 

@@ -113,6 +113,11 @@ def rows_of(ids: np.ndarray, which: np.ndarray) -> Any:
     return torch.from_numpy(ids[starts].astype(np.int64))
 
 
+def far_apart(held_out: np.ndarray) -> Any:
+    """The rows that measure: those of a few documents would tell two runs of one recipe apart."""
+    return rows_of(held_out, np.linspace(0, len(held_out) // CONTEXT - 2, HELD_OUT_ROWS, dtype=int))
+
+
 # -------------------------------------------------------------------------------------------- sides
 
 
@@ -235,12 +240,9 @@ def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     clock = time.process_time
     arrays = tokens(options.out, options.data, row.text)
-    train, held_out, n_bytes = arrays["train"], arrays["held_out"], arrays["n_bytes"]
+    train, n_bytes = arrays["train"], arrays["n_bytes"]
     order = np.random.default_rng(row.seed).permutation((len(train) - 1) // CONTEXT)
-    # rows far apart: a few documents alone would tell two runs of one recipe apart by 0.1
-    measure = rows_of(
-        held_out, np.linspace(0, len(held_out) // CONTEXT - 2, HELD_OUT_ROWS, dtype=int)
-    )
+    measure = far_apart(arrays["held_out"])
     asked, row = row, by_the_rule(row, options)
     a_step = row.batch // CONTEXT
     most = len(order) // a_step
@@ -334,10 +336,18 @@ def plan(copies: list[str]) -> Iterator[Row]:
             yield Row("idea", depth=depth, copy=copy, **same)
     for factor in (0.5, 2.0):  # is the rule's rate the plain one's too?
         yield Row("head", lr=factor, change=PLAIN, **same)
-    for depth, seed in ((4, 0), (6, 0), (6, 1), (9, 0)):  # and races at twice the rate
+    for depth, seed in ((4, 0), (6, 0), (6, 1)):  # and races at twice the rate
         for change in ("", PLAIN):
             here = {"depth": depth, "seconds": 60.0 * MINUTES[depth], "text": "unseen"}
             yield Row("head", lr=2.0, seed=seed, change=change, **here)
+    for steps, change in ((196, ""), (200, PLAIN)):  # as many as take equal time by `pace`
+        here = {"depth": 9, "tokens": 4 * CONTEXT * steps, "text": "unseen"}
+        yield Row("head", lr=2.0, change=change, **here)
+    # no more tokens than ours trains in nanochat's time by `pace`; then in 0.6 of it
+    paced = ((4, 600, 0), (4, 584, 1), (4, 584, 2), (4, 350, 0), (6, 221, 0), (9, 113, 0))
+    for depth, steps, seed in paced:
+        here = {"depth": depth, "tokens": 4 * CONTEXT * steps, "text": "unseen"}
+        yield Row("race", seed=seed, **here)
     nanogpt = {"side": "nanogpt", "lr": 1e-3, "batch": BATCH_OF_RIVALS}
     for row in ({"seconds": 60.0}, {"seconds": 90.0}, {"seconds": 600.0} | nanogpt):
         yield Row("race", depth=6, text="unseen", **row)

@@ -207,6 +207,16 @@ def test_apples_chip_is_the_device_where_nothing_else_is_asked_for(apple) -> Non
     assert found == [3_000_000_000]
 
 
+def test_narrow_models_train_in_float32_on_a_processor_that_multiplies_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert compute_dtype(CPU, 128) == torch.float32
+    assert compute_dtype(CPU, 256) == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert compute_dtype(CPU, 256) == torch.float32
+
+
 def test_apples_chip_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"finds none here.*--device cpu"):
@@ -267,16 +277,6 @@ def amd(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
     return monkeypatch
-
-
-def test_narrow_models_train_in_float32_on_a_processor_that_multiplies_bfloat16(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert compute_dtype(CPU, 128) == torch.float32
-    assert compute_dtype(CPU, 256) == torch.bfloat16
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert compute_dtype(CPU, 256) == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from config import UserError
 from hearth.data.cleaning import Rejected
 from hearth.data.hub import HubFile, NetworkFailure
+from hearth.run import LOCK, SETTINGS
 from hearth.storage import checksum
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
@@ -146,15 +147,10 @@ def local_files(patterns: Iterable[str], skipped: list[Path] | None = None) -> l
 def _paths(pattern: str, skipped: list[Path]) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        ours = {
-            lock.parent for lock in path.rglob("lock") if (lock.parent / "config.json").exists()
-        }
-        ours |= {run.parent / "tasks" for run in ours}  # test sets
-        inside = [
-            p
-            for p in sorted(path.rglob("*"))
-            if p.is_file() and not _is_hidden(p, path) and ours.isdisjoint(p.parents)
-        ]
+        files = [p for p in sorted(path.rglob("*")) if p.is_file() and not _is_hidden(p, path)]
+        runs = {p.parent for p in files if p.name == LOCK and p.with_name(SETTINGS) in files}
+        ours = runs | {run.parent / "tasks" for run in runs}  # test sets
+        inside = [p for p in files if ours.isdisjoint(p.parents)]
         usable = [p for p in inside if SourceFile(str(p), 0).suffix]
         if not usable:
             formats = ", ".join(SUFFIXES)
