@@ -336,15 +336,15 @@ def plan(copies: list[str]) -> Iterator[Row]:
             yield Row("idea", depth=depth, copy=copy, **same)
     for factor in (0.5, 2.0):  # is the rule's rate the plain one's too?
         yield Row("head", lr=factor, change=PLAIN, **same)
-    for depth, seed in ((4, 0), (6, 0), (6, 1)):  # and races at twice the rate
-        for change in ("", PLAIN):
-            here = {"depth": depth, "seconds": 60.0 * MINUTES[depth], "text": "unseen"}
-            yield Row("head", lr=2.0, seed=seed, change=change, **here)
-    for steps, change in ((196, ""), (200, PLAIN)):  # as many as take equal time by `pace`
-        here = {"depth": 9, "tokens": 4 * CONTEXT * steps, "text": "unseen"}
-        yield Row("head", lr=2.0, change=change, **here)
+    # races at twice the rate, each with as many tokens as take equal time by `pace`
+    for depth, steps in ((6, (340, 347)), (9, (196, 200))):
+        for seed in (0, 1):
+            for n, change in zip(steps, ("", PLAIN), strict=True):
+                here = {"depth": depth, "tokens": 4 * CONTEXT * n, "text": "unseen"}
+                yield Row("head", lr=2.0, seed=seed, change=change, **here)
     # no more tokens than ours trains in nanochat's time by `pace`; then in 0.6 of it
-    paced = ((4, 600, 0), (4, 584, 1), (4, 584, 2), (4, 350, 0), (6, 221, 0), (9, 113, 0))
+    paced = ((4, 600, 0), (4, 584, 1), (4, 584, 2))
+    paced += ((4, 350, 0), (6, 221, 0), (6, 221, 1), (9, 113, 0), (9, 113, 1))
     for depth, steps, seed in paced:
         here = {"depth": depth, "tokens": 4 * CONTEXT * steps, "text": "unseen"}
         yield Row("race", seed=seed, **here)
@@ -362,7 +362,8 @@ def plan(copies: list[str]) -> Iterator[Row]:
     yield Row("momentum", change=halved, **same)  # beside part `rate`
     for seed in (0, 1):  # what the way to llama.cpp costs
         for change in ("", json.dumps({"portable": True})):
-            yield Row("portable", seconds=240.0, seed=seed, text="unseen", change=change)
+            here = {"tokens": 221 * 4 * CONTEXT, "text": "unseen"}
+            yield Row("portable", seed=seed, change=change, **here)
 
 
 def race(depth: int) -> Iterator[Row]:
