@@ -344,7 +344,7 @@ def plan(copies: list[str]) -> Iterator[Row]:
                 yield Row("head", lr=2.0, seed=seed, change=change, **here)
     # no more tokens than ours trains in nanochat's time by `pace`; then in 0.6 of it
     paced = ((4, 600, 0), (4, 584, 1), (4, 584, 2))
-    paced += ((4, 350, 0), (6, 221, 0), (6, 221, 1), (9, 113, 0), (9, 113, 1))
+    paced += ((4, 350, 0), (4, 385, 1), (6, 221, 0), (6, 221, 1), (9, 113, 0), (9, 113, 1))
     for depth, steps, seed in paced:
         here = {"depth": depth, "tokens": 4 * CONTEXT * steps, "text": "unseen"}
         yield Row("race", seed=seed, **here)
