@@ -7,7 +7,7 @@ Out: a line of JSON a run in OUT/runs.jsonl. Rows that are there already are not
 several workers may share a folder.
 
     uv run benchmarks/recipe.py work OUT --data FOLDER --nanochat PATH --nanogpt PATH
-        all parts of the plan, in order; --only names some of them
+        all parts of the plan, in order, about eleven hours of one core; --only names some of them
     uv run benchmarks/recipe.py table OUT
         what they gave
     uv run benchmarks/recipe.py races benchmarks/results/recipe.jsonl
