@@ -516,7 +516,7 @@ LR, LR_WIDTH, LR_STEPS = 0.012, 0.5, 0.3  # at width 256 and 300 steps; exponent
 FINE_TUNING_LR = 0.25  # of pretraining's
 # bits per byte of English = E + A N^-a + B D^-b, N million weights, D million tokens; fitted to
 # small runs on processors
-LAW = (0.674, 0.104, 0.900, 1.064, 0.200)  # E, A, a, B, b: `benchmarks/recipe.py law`
+LAW = (0.672, 0.106, 0.875, 1.064, 0.200)  # E, A, a, B, b: `benchmarks/recipe.py law`
 
 
 def shaped(model: ModelConfig, depth: int) -> ModelConfig:

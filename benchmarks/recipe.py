@@ -344,7 +344,7 @@ def plan(copies: list[str]) -> Iterator[Row]:
                 yield Row("head", lr=2.0, seed=seed, change=change, **here)
     # no more tokens than ours trains in nanochat's time by `pace`; then in 0.6 of it
     paced = {(4, 0): (600, 350), (4, 1): (584, 385), (4, 2): (584,), (6, 0): (221,), (6, 1): (221,)}
-    paced |= {(9, 0): (153, 113), (9, 1): (113,)}
+    paced |= {(9, 0): (153, 113), (9, 1): (185, 113)}
     for (depth, seed), lengths in paced.items():
         for steps in lengths:
             here = {"depth": depth, "tokens": 4 * CONTEXT * steps, "text": "unseen"}
