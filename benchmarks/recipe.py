@@ -384,8 +384,6 @@ def race(depth: int) -> Iterator[Row]:
     for seed in others:
         yield Row("race", seed=seed, **here)
         yield Row("race", lr=best.lr, seed=seed, **THEIRS, **here)
-    # is it past nanochat's figure by then?
-    yield Row("race", **here | {"seconds": 0.6 * seconds})
     for seed in SEEDS[depth][:2]:
         yield Row("race", seed=seed, change=PLAIN, **here)
 

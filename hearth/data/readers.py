@@ -148,7 +148,7 @@ def _paths(pattern: str, skipped: list[Path]) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and not _is_hidden(p, path)]
-        runs = {p.parent for p in files if p.name == LOCK and p.with_name(SETTINGS) in files}
+        runs = {p.parent for p in files if p.name == LOCK and p.with_name(SETTINGS).is_file()}
         ours = runs | {run.parent / "tasks" for run in runs}  # test sets
         inside = [p for p in files if ours.isdisjoint(p.parents)]
         usable = [p for p in inside if SourceFile(str(p), 0).suffix]
